@@ -1,0 +1,298 @@
+"""The only code that edits a model: ``attach``, ``convert``, ``restore``, ``apply_mask``.
+
+Every edit is undone by ``restore`` and returns what it changed. All checks come before the first
+change, so an error leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear, LoraLayer
+from torch import nn
+
+from ila.layer import MaskedLoraLinear
+from ila.mask import LayerMask
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What ``convert`` or ``restore`` did: swapped module names, and module name -> why left."""
+
+    swapped: tuple[str, ...]
+    left: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.swapped)} layers swapped, {len(self.left)} left"]
+        lines += [f"  left {name}: {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class MaskReport:
+    """What ``apply_mask`` did: names of the layers now open and closed, for which adapter."""
+
+    adapter: str
+    open: tuple[str, ...]
+    closed: tuple[str, ...]
+
+    def __str__(self) -> str:
+        total = len(self.open) + len(self.closed)
+        return f"adapter {self.adapter!r}: {len(self.open)} of {total} layers open"
+
+
+def _dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any):
+    """Answer PEFT's custom-module look-up: ours for a plain ``nn.Linear``, else PEFT's choice."""
+    base = target.get_base_layer() if isinstance(target, LoraLayer) else target
+    if type(base) is not nn.Linear or kwargs.pop("parameter_name", None) is not None:
+        return None
+    if config.fan_in_fan_out:
+        return None
+    return MaskedLoraLinear(target, adapter_name, config=config, **kwargs)
+
+
+def attach(
+    model: nn.Module, lora_config: LoraConfig, adapter_name: str = "default", **kwargs: Any
+) -> PeftModel:
+    """Add a LoRA adapter whose layers are ``MaskedLoraLinear`` where the base is ``nn.Linear``.
+
+    Args:
+        model: A base model, not a ``PeftModel``.
+        lora_config: PEFT's configuration; it is copied, not changed.
+        adapter_name: Name of the adapter.
+        **kwargs: Passed to ``peft.get_peft_model``, e.g. ``low_cpu_mem_usage``,
+            ``autocast_adapter_dtype``.
+
+    Returns:
+        The ``PeftModel``; ``model`` itself is modified in place, as PEFT does.
+
+    Raises:
+        TypeError: If ``model`` is a ``PeftModel`` already or the configuration is not LoRA's.
+        ValueError: If no module matches, or none that matches is a plain ``nn.Linear``.
+    """
+    if isinstance(model, PeftModel):
+        raise TypeError("model must be a base model, got a PeftModel; use ila.convert(model)")
+    if not isinstance(lora_config, LoraConfig):
+        raise TypeError(f"lora_config must be a LoraConfig, got {type(lora_config).__name__}")
+    config = copy.deepcopy(lora_config)
+    config._register_custom_module({nn.Linear: _dispatch})
+    peft_model = get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
+    if not _masked_layers(peft_model):
+        found = sorted({type(m).__name__ for m in peft_model.modules() if isinstance(m, LoraLayer)})
+        peft_model.unload()
+        raise ValueError(
+            f"lora_config.target_modules={lora_config.target_modules!r} must match at least one "
+            f"plain nn.Linear; the layers it matched became {', '.join(found)}"
+        )
+    return peft_model
+
+
+def convert(model: nn.Module) -> ConversionReport:
+    """Turn the ``lora.Linear`` layers of a model that has adapters into ``MaskedLoraLinear``.
+
+    The objects stay the same (their class changes), so parameters, optimisers, hooks and
+    references to the layers stay valid.
+
+    Args:
+        model: A ``PeftModel``, or any module that contains PEFT LoRA layers.
+
+    Returns:
+        The names swapped, and the LoRA layers left with the reason.
+
+    Raises:
+        ValueError: If no layer can be swapped; the message says why for each kind.
+    """
+    swap, left = {}, {}
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        reason = _why_not_convertible(module)
+        if reason is None:
+            swap[name] = module
+        else:
+            left[name] = reason
+    if not swap:
+        reasons = sorted(set(left.values())) or ["it has no LoRA layers"]
+        raise ValueError(f"model has no layer that can be converted: {'; '.join(reasons)}")
+    for module in swap.values():
+        module.__class__ = MaskedLoraLinear
+        module.prepare()
+    return ConversionReport(tuple(swap), left)
+
+
+def _why_not_convertible(module: LoraLayer) -> str | None:
+    if type(module) is MaskedLoraLinear:
+        return "already converted"
+    if type(module) is not Linear:
+        return f"PEFT handles this kind of layer itself ({type(module).__name__})"
+    if type(module.base_layer) is not nn.Linear:
+        return f"its base layer is a {type(module.base_layer).__name__}, not a plain nn.Linear"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance (a dispatch hook?)"
+    return None
+
+
+def restore(model: nn.Module) -> ConversionReport:
+    """Undo ``attach``/``convert`` and ``apply_mask``: PEFT's own layers, every adapter open.
+
+    Returns:
+        The names restored.
+
+    Raises:
+        ValueError: If the model has none of this library's layers.
+    """
+    layers = _masked_layers(model)
+    if not layers:
+        raise ValueError("model has no MaskedLoraLinear layer to restore")
+    for layer in layers.values():
+        layer.strip()
+        layer.__class__ = Linear
+    for config in getattr(model, "peft_config", {}).values():
+        _restore_targets(config)
+        if isinstance(config, LoraConfig) and config._custom_modules:
+            config._custom_modules.pop(nn.Linear, None)
+    return ConversionReport(tuple(layers))
+
+
+def masked_layers(model: nn.Module, adapter: str) -> dict[str, MaskedLoraLinear]:
+    """Module name -> layer, for every ``MaskedLoraLinear`` that has this adapter, open or closed."""
+    return {
+        name: layer
+        for name, layer in _masked_layers(model).items()
+        if adapter in layer.lora_A or layer.is_closed(adapter)
+    }
+
+
+def _masked_layers(model: nn.Module) -> dict[str, MaskedLoraLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, MaskedLoraLinear)}
+
+
+def single_adapter(peft_model: PeftModel, adapter_name: str | None) -> str:
+    """The adapter meant by ``adapter_name``; ``None`` means the active one, if there is one.
+
+    Raises:
+        TypeError: If ``peft_model`` is not a ``PeftModel``.
+        ValueError: If there is no such adapter, or several are active and none is named.
+    """
+    if not isinstance(peft_model, PeftModel):
+        raise TypeError(f"peft_model must be a PeftModel, got {type(peft_model).__name__}")
+    if adapter_name is None:
+        active = list(peft_model.active_adapters)
+        if len(active) != 1:
+            raise ValueError(f"adapter_name must be given: the active adapters are {active}")
+        adapter_name = active[0]
+    if adapter_name not in peft_model.peft_config:
+        known = sorted(peft_model.peft_config)
+        raise ValueError(f"adapter_name must be one of {known}, got {adapter_name!r}")
+    return adapter_name
+
+
+def apply_mask(
+    peft_model: PeftModel,
+    mask: LayerMask,
+    *,
+    adapter_name: str | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> MaskReport:
+    """Close the layers that the mask closes and open the others.
+
+    A closed layer computes its base layer and nothing else; its adapter weights are set aside
+    (``restore``, or a mask that opens it, brings them back) and are not part of what
+    ``save_pretrained`` writes. The adapter's ``target_modules`` name the open layers only, so the
+    saved adapter loads in plain PEFT.
+
+    Args:
+        peft_model: A model from ``attach``, or converted by ``convert``.
+        mask: A mask whose names are those of this model's ``MaskedLoraLinear`` layers.
+        adapter_name: The adapter to mask; ``None`` means the active one.
+        optimizer: If given, the parameters and state of closed layers are removed from it.
+
+    Returns:
+        Which layers are open and closed now.
+
+    Raises:
+        ValueError: If the mask is for another model (names unknown or missing), or if it opens a
+            layer whose parameters the given ``optimizer`` does not hold.
+        RuntimeError: If the adapter is merged.
+    """
+    adapter = single_adapter(peft_model, adapter_name)
+    layers = masked_layers(peft_model, adapter)
+    _check_mask(layers, mask, adapter)
+    if any(adapter in layer.merged_adapters for layer in layers.values()):
+        raise RuntimeError(f"adapter {adapter!r} is merged; unmerge it before applying a mask")
+    opening = [layers[name] for name in mask.open if layers[name].is_closed(adapter)]
+    if optimizer is not None and opening:
+        raise ValueError(
+            f"optimizer does not hold the parameters of {len(opening)} layers that the mask opens; "
+            "apply the mask first, then create the optimizer"
+        )
+    for layer in opening:
+        layer.open(adapter)
+    dropped = set()
+    for name in mask.closed:
+        dropped |= _adapter_parameters(layers[name], adapter)
+        layers[name].close(adapter)
+    if optimizer is not None:
+        _forget(optimizer, dropped)
+    _retarget(peft_model, adapter, all_open=not mask.closed)
+    return MaskReport(adapter, tuple(mask.open), tuple(mask.closed))
+
+
+def _check_mask(layers: Mapping[str, nn.Module], mask: LayerMask, adapter: str) -> None:
+    if not layers:
+        raise ValueError(
+            f"peft_model has no MaskedLoraLinear layer with adapter {adapter!r}; "
+            "use ila.attach or ila.convert first"
+        )
+    unknown = [name for name in mask.scores if name not in layers]
+    missing = [name for name in layers if name not in mask.scores]
+    if unknown or missing:
+        examples = [f"unknown {name!r}" for name in unknown[:1]]
+        examples += [f"missing {name!r}" for name in missing[:1]]
+        raise ValueError(
+            f"mask must name the {len(layers)} LoRA layers of this model; {len(unknown)} of its "
+            f"names are unknown here and {len(missing)} are missing ({', '.join(examples)}): it "
+            "was learned on another model or other target_modules"
+        )
+
+
+def _adapter_parameters(layer: MaskedLoraLinear, adapter: str) -> set[nn.Parameter]:
+    parameters = set()
+    for name in layer.adapter_layer_names:
+        entries = getattr(layer, name)
+        if adapter in entries:
+            entry = entries[adapter]
+            parameters |= {entry} if isinstance(entry, nn.Parameter) else set(entry.parameters())
+    return parameters
+
+
+def _forget(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter]) -> None:
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p not in parameters]
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+
+
+def _retarget(peft_model: PeftModel, adapter: str, all_open: bool) -> None:
+    """Let the adapter's configuration name exactly the layers that hold it."""
+    config = peft_model.peft_config[adapter]
+    _restore_targets(config)
+    if all_open:
+        return
+    config._ila_target_modules = config.target_modules
+    prefix = "base_model.model."
+    config.target_modules = {
+        name.removeprefix(prefix)
+        for name, module in peft_model.named_modules()
+        if isinstance(module, LoraLayer) and adapter in {*module.lora_A, *module.lora_embedding_A}
+    }
+
+
+def _restore_targets(config: Any) -> None:
+    if "_ila_target_modules" in config.__dict__:
+        config.target_modules = config.__dict__.pop("_ila_target_modules")

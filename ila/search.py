@@ -1,0 +1,335 @@
+"""The mask search: ``learn_mask`` trains LoRA until it settles, then scores every layer.
+
+Stage 1 is ordinary LoRA training until the loss is ε-stable or a budget is spent. Stage 2 freezes
+everything, gives each layer a gate γ = σ(s), and turns gates into scores by one of ``METHODS``.
+Source: Shi et al., "Understanding Layer Significance in LLM Alignment", arXiv 2410.17875.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from transformers import Trainer, TrainerCallback
+
+from ila import stages
+from ila.files import write_folder_atomic, write_json_atomic
+from ila.layer import FUSED, MaskedLoraLinear
+from ila.mask import LayerMask
+from ila.model import masked_layers, single_adapter
+from ila.signals import GateGradient, LayerMean, PathGradient
+from ila.stability import StopWhenStable
+from ila.trainer import (
+    LogFile,
+    arguments,
+    check_dataset,
+    default_collator,
+    losses,
+    resume_point,
+    run,
+    stage_callbacks,
+)
+
+METHODS = ("ila", "path", "gate_gradient")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How the mask is learned. Steps are optimiser steps; the defaults suit a 7B model on a GPU.
+
+    Attributes:
+        method: ``"ila"`` trains the scores (the paper's method); ``"path"`` averages −dL/dγ along
+            γ = 0.1 … 0.9, without an optimiser; ``"gate_gradient"`` takes what stage 1 gathers
+            and has no stage 2.
+        stage1_steps: Budget of stage 1.
+        epsilon: Stage 1 ends early when the mean loss of two successive windows of
+            ``stability_window`` steps differs by less than this, in nats; 0 turns that off.
+        stability_window: Steps in a window.
+        learning_rate: Of stage 1, linear decay over the budget after 3 % warm-up.
+        stage2_steps: Steps of stage 2.
+        score_init: s₀; γ starts at σ(s₀).
+        score_learning_rate: Of the scores, constant, AdamW without weight decay.
+        batch_size: Rows per device and step.
+        seed: Of data order, dropout and everything else.
+        save_every: Steps between checkpoints; None keeps none. Needs an ``output_dir``.
+        training_args: Further ``transformers.TrainingArguments`` by name, e.g. ``bf16``,
+            ``gradient_accumulation_steps``; they win over the defaults.
+    """
+
+    method: str = "ila"
+    stage1_steps: int = 400
+    epsilon: float = 0.01
+    stability_window: int = 50
+    learning_rate: float = 2e-4
+    stage2_steps: int = 128
+    score_init: float = 4.0
+    score_learning_rate: float = 1e-2
+    batch_size: int = 8
+    seed: int = 0
+    save_every: int | None = 50
+    training_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
+        for name in ("stage1_steps", "stage2_steps", "batch_size", "stability_window"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be an integer ≥ 1, got {getattr(self, name)!r}")
+        for name in ("learning_rate", "score_learning_rate"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        if not 0.0 <= self.epsilon < float("inf"):
+            raise ValueError(f"epsilon must be ≥ 0, got {self.epsilon!r}")
+        if not abs(self.score_init) < 30.0:
+            raise ValueError(f"score_init must be in (-30, 30), got {self.score_init!r}")
+        if self.save_every is not None and self.save_every < 1:
+            raise ValueError(f"save_every must be None or ≥ 1, got {self.save_every!r}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return {**asdict(self), "training_args": dict(self.training_args)}
+
+
+def learn_mask(
+    peft_model: PeftModel,
+    dataset: Sequence[Mapping[str, Any]],
+    config: SearchConfig | None = None,
+    *,
+    collator: Any = None,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> LayerMask:
+    """Learn how much each LoRA layer of a model matters for a data set.
+
+    Afterwards the model holds the adapter as stage 1 left it, every layer open, no gates.
+
+    Args:
+        peft_model: From ``ila.attach`` or ``ila.convert``, one active adapter, every layer open.
+        dataset: Rows with ``input_ids`` and ``labels`` (-100 where there is no loss), e.g. from
+            ``ila.data.encode``.
+        config: How to search; ``None`` means the defaults.
+        collator: Rows to a batch; ``None`` pads on the right with the model's pad id.
+        output_dir: Where the search keeps checkpoints, ``adapter/`` (stage 1) and ``log.jsonl``;
+            ``None`` keeps nothing.
+        resume: Go on from what ``output_dir`` holds of the same search.
+        progress: Show progress bars on stderr.
+
+    Returns:
+        A mask with every layer open, its scores, and in ``provenance`` the configuration, the
+        course of both stages and the free signal of stage 1.
+
+    Raises:
+        ValueError: If the model has no layer to score, a layer is closed or does not take the
+            fused path, the data set is empty, or ``output_dir`` holds another search.
+        FloatingPointError: If the loss stops being finite.
+    """
+    config = SearchConfig() if config is None else config
+    adapter = single_adapter(peft_model, None)
+    layers = masked_layers(peft_model, adapter)
+    _check_layers(layers, adapter)
+    check_dataset(dataset)
+    collator = default_collator(peft_model) if collator is None else collator
+    if output_dir is None and resume:
+        raise ValueError("resume=True needs the output_dir of the search to go on with")
+    with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
+        work = _Work(Path(folder), output_dir is not None, config, resume, progress)
+        work.claim(adapter, layers)
+        stage1 = _stage1(peft_model, adapter, layers, dataset, collator, work)
+        scores, stage2 = _stage2(peft_model, adapter, layers, dataset, collator, work, stage1)
+    gate_gradient = stage1.pop("gate_gradient")
+    provenance = {
+        "config": config.as_dict(),
+        "stage1": stage1,
+        "stage2": stage2,
+        "signals": {"gate_gradient": gate_gradient},
+    }
+    mask = LayerMask(scores, provenance=provenance)
+    return LayerMask(scores, provenance={**provenance, "spread": mask.spread()})
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The folder of one search and how to use it."""
+
+    folder: Path
+    keep: bool
+    config: SearchConfig
+    resume: bool
+    progress: bool
+
+    def claim(self, adapter: str, layers: Mapping[str, MaskedLoraLinear]) -> None:
+        """Mark the folder as this search's, or check that it is."""
+        if not self.keep:
+            return
+        marker = self.folder / "search.json"
+        layer_names = list(layers)
+        mine = {"config": self.config.as_dict(), "adapter": adapter, "layers": layer_names}
+        mine = json.loads(json.dumps(mine))
+        if marker.exists():
+            found = json.loads(marker.read_text(encoding="utf-8"))
+            if not self.resume:
+                raise ValueError(
+                    f"output_dir {str(self.folder)!r} holds another search; "
+                    "give another folder, or resume it"
+                )
+            differs = [k for k in mine["config"] if found["config"].get(k) != mine["config"][k]]
+            differs += [k for k in ("adapter", "layers") if found[k] != mine[k]]
+            if differs:
+                raise ValueError(
+                    f"output_dir {str(self.folder)!r} holds a search with other {', '.join(differs)}"
+                )
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(marker, mine)
+
+    def log(self, stage: str) -> LogFile | None:
+        return LogFile(self.folder / "log.jsonl", stage) if self.keep else None
+
+    def save_every(self) -> int | None:
+        return self.config.save_every if self.keep else None
+
+
+def _check_layers(layers: Mapping[str, MaskedLoraLinear], adapter: str) -> None:
+    if not layers:
+        raise ValueError(
+            f"peft_model has no MaskedLoraLinear layer with adapter {adapter!r}; "
+            "use ila.attach or ila.convert first"
+        )
+    for name, layer in layers.items():
+        if layer.is_closed(adapter):
+            raise ValueError(f"layer {name!r} is closed; the search needs every layer open")
+        route = layer.route()
+        if route.path != FUSED:
+            raise ValueError(f"layer {name!r} cannot be scored: {route.reason}")
+
+
+def _stage1(peft_model, adapter, layers, dataset, collator, work: _Work) -> dict[str, Any]:
+    config, done = work.config, work.folder / "stage1.json"
+    if work.resume and done.exists():
+        weights = load_peft_weights(str(work.folder / "adapter"), device="cpu")
+        set_peft_model_state_dict(peft_model, weights, adapter_name=adapter)
+        return json.loads(done.read_text(encoding="utf-8"))
+    signal = GateGradient(layers, adapter)
+    stable = StopWhenStable(config.epsilon, config.stability_window)
+    trainer = _train(
+        Trainer,
+        peft_model,
+        dataset,
+        collator,
+        work,
+        stage="stage1",
+        title="Stage 1: LoRA",
+        steps=config.stage1_steps,
+        callbacks=[stable],
+        signal=signal,
+        learning_rate=config.learning_rate,
+        warmup_steps=round(0.03 * config.stage1_steps),
+    )
+    result = {
+        "steps": trainer.state.global_step,
+        "stopped": "stable" if stable.stable(trainer.state) else "budget",
+        "first_loss": losses(trainer)[0][1],
+        "last_loss": stable.smoothed(trainer.state),
+        "gate_gradient": signal.mean(),
+    }
+    if work.keep and trainer.is_world_process_zero():
+        with write_folder_atomic(work.folder / "adapter", replace=True) as target:
+            peft_model.save_pretrained(target)
+        write_json_atomic(done, result)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def _stage2(
+    peft_model, adapter, layers, dataset, collator, work: _Work, stage1: Mapping[str, Any]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    config = work.config
+    if config.method == "gate_gradient":
+        return stage1["gate_gradient"], {"steps": 0}
+    common = {
+        "stage": "stage2",
+        "title": f"Stage 2: {config.method}",
+        "steps": config.stage2_steps,
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+    }
+    with stages.scored(peft_model, layers, adapter, config.score_init):
+        if config.method == "path":
+            path = PathGradient(layers, adapter, stages.PATH_POINTS)
+            # The gates are set by hand; the optimiser only has to leave them alone.
+            still = {"optim": "sgd", "learning_rate": 0.0}
+            trainer = _train(
+                stages.ScoreTrainer,
+                peft_model,
+                dataset,
+                collator,
+                work,
+                signal=path,
+                **still,
+                **common,
+            )
+            return path.mean(), {"steps": trainer.state.global_step}
+        spread = stages.LogSpread(layers, adapter, work.log("stage2"))
+        trainer = _train(
+            stages.ScoreTrainer,
+            peft_model,
+            dataset,
+            collator,
+            work,
+            callbacks=[spread],
+            learning_rate=config.score_learning_rate,
+            **common,
+        )
+        return stages.read_scores(layers, adapter), {"steps": trainer.state.global_step}
+
+
+def _train(
+    trainer_class: type[Trainer],
+    peft_model: PeftModel,
+    dataset: Sequence[Mapping[str, Any]],
+    collator: Any,
+    work: _Work,
+    *,
+    stage: str,
+    title: str,
+    steps: int,
+    callbacks: Sequence[TrainerCallback] = (),
+    signal: LayerMean | None = None,
+    **settings: Any,
+) -> Trainer:
+    """Run one stage to its end, from its last complete checkpoint when resuming."""
+    folder = work.folder / stage
+    args = arguments(
+        folder,
+        steps=steps,
+        save_every=work.save_every(),
+        extra=work.config.training_args,
+        per_device_train_batch_size=work.config.batch_size,
+        seed=work.config.seed,
+        **settings,
+    )
+    own = stage_callbacks(
+        title, work.log(stage), progress=work.progress, also_save=signal and signal.save
+    )
+    signals = [] if signal is None else [signal]
+    trainer = trainer_class(
+        peft_model,
+        args,
+        collator,
+        dataset,
+        callbacks=[*signals, *callbacks, *own],
+    )
+    start = resume_point(folder, work.resume)
+    if start is not None and signal is not None:
+        signal.load(start)
+    run(trainer, start)
+    return trainer

@@ -1,0 +1,257 @@
+"""``transformers.Trainer`` as the search and the training use it: arguments and callbacks.
+
+Precision, accumulation, logging, resuming and distributed launch are Trainer's own; whatever is
+not decided here can be given as ``training_args``, by the names of ``TrainingArguments``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from ila.checkpoint import MarkComplete, last_complete
+from ila.data import Collator
+from ila.files import write_text_atomic
+
+# What the stages decide themselves; overriding it would change what they measure.
+_OWN = ("output_dir", "max_steps", "seed", "logging_steps", "logging_strategy", "disable_tqdm")
+
+
+def arguments(
+    output_dir: Path, *, steps: int, save_every: int | None, extra: Mapping[str, Any], **own: Any
+) -> TrainingArguments:
+    """TrainingArguments of one stage.
+
+    Args:
+        output_dir: Where checkpoints go.
+        steps: Optimiser steps.
+        save_every: Steps between checkpoints; None saves none.
+        extra: The user's ``training_args``, which win over the defaults here.
+        **own: This stage's settings, by the names of ``TrainingArguments``.
+
+    Raises:
+        ValueError: If ``extra`` holds a name that the stage decides itself, or an unknown one.
+    """
+    clash = sorted(set(extra) & {*_OWN, *(() if "seed" not in own else ("seed",))})
+    if clash:
+        raise ValueError(f"training_args must not set {clash}: the configuration has its own field")
+    unknown = sorted(set(extra) - set(TrainingArguments.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"training_args has names that TrainingArguments does not know: {unknown}")
+    settings: dict[str, Any] = {
+        "save_strategy": "steps" if save_every else "no",
+        "save_steps": save_every or 500,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "logging_nan_inf_filter": False,
+        **own,
+        **extra,
+    }
+    return TrainingArguments(
+        output_dir=str(output_dir), max_steps=steps, logging_steps=1, disable_tqdm=True, **settings
+    )
+
+
+def default_collator(model: nn.Module) -> Collator:
+    """Right padding with the model's pad id, else its end id, else 0; padding carries no loss."""
+    config = getattr(model, "config", None)
+    for value in (getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)):
+        if isinstance(value, (list, tuple)):
+            value = value[0]
+        if value is not None:
+            return Collator(value)
+    return Collator(0)
+
+
+def check_dataset(dataset: Any) -> None:
+    """Raise unless ``dataset`` is a non-empty sequence of rows with token ids and labels."""
+    try:
+        count = len(dataset)
+    except TypeError:
+        raise TypeError(
+            f"dataset must have a length and be indexable, got {type(dataset).__name__}"
+        ) from None
+    if count == 0:
+        raise ValueError("dataset must hold at least one row, got none")
+    row = dataset[0]
+    if not isinstance(row, Mapping) or not {"input_ids", "labels"} <= set(row):
+        found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+        raise ValueError(f"dataset rows must have input_ids and labels, got {found}")
+
+
+def run(trainer: Trainer, resume_from: Path | None) -> None:
+    """Train, quietly, from a checkpoint if there is one."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+
+
+def resume_point(folder: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from, if resuming was asked for and there is one."""
+    return last_complete(folder) if resume else None
+
+
+def stage_callbacks(
+    title: str, log: LogFile | None, *, progress: bool, also_save=None
+) -> list[TrainerCallback]:
+    """Callbacks of every stage: progress bar, log file, stop at NaN, complete checkpoints."""
+    found: list[TrainerCallback] = [StopAtNan(), MarkComplete(also_save)]
+    if progress:
+        found.append(ProgressBar(title))
+    if log is not None:
+        found.append(log)
+    return found
+
+
+class ProgressBar(TrainerCallback):
+    """A progress bar on stderr with the last loss."""
+
+    def __init__(self, title: str):
+        self.title = title
+        self.progress: Progress | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_local_process_zero:
+            return
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+        )
+        self.progress.start()
+        self.task = self.progress.add_task(
+            self.title, total=state.max_steps, completed=state.global_step, note=""
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.progress is not None and logs and "loss" in logs:
+            self.progress.update(self.task, note=f"loss {float(logs['loss']):.3f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
+        """Stop drawing; also called when training ends by an exception."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+class StopAtNan(TrainerCallback):
+    """Ends the run with an error at the first loss that is not finite."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(float(loss)):
+            raise FloatingPointError(
+                f"the loss became {loss} at step {state.global_step}; "
+                "try a lower learning rate or another dtype"
+            )
+
+
+class LogFile(TrainerCallback):
+    """Appends one JSON line per optimiser step: ``{"stage", "step", "loss", …}``.
+
+    When a run is resumed, lines of steps that will be run again are removed first.
+    """
+
+    def __init__(self, path: Path, stage: str):
+        self.path, self.stage = path, stage
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a line cut off by the kill that made resuming necessary
+            if entry.get("stage") != self.stage or entry.get("step", 0) <= state.global_step:
+                kept.append(line + "\n")
+        write_text_atomic(self.path, "".join(kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs and "loss" in logs:
+            keep = {k: logs[k] for k in ("loss", "grad_norm", "learning_rate") if k in logs}
+            self.write(step=state.global_step, **{k: float(v) for k, v in keep.items()})
+
+    def write(self, **entry: Any) -> None:
+        """Append one line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": self.stage, **entry}) + "\n")
+
+
+class StepTimer(TrainerCallback):
+    """Wall time of each optimiser step in ms, forward to update; the first few are warm-up."""
+
+    WARM_UP = 3
+
+    def __init__(self) -> None:
+        self.times_ms: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._wait(args)
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._wait(args)
+        self.times_ms.append((time.perf_counter() - self.begin) * 1e3)
+
+    @staticmethod
+    def _wait(args: TrainingArguments) -> None:
+        if args.device.type == "cuda":
+            torch.cuda.synchronize(args.device)
+
+    def summary(self) -> dict[str, float]:
+        """Median, 10th and 90th percentile in ms."""
+        times = sorted(self.times_ms[self.WARM_UP :] or self.times_ms)
+        last = len(times) - 1
+        return {
+            name: times[round(q * last)]
+            for name, q in (("median", 0.5), ("p10", 0.1), ("p90", 0.9))
+        }
+
+
+def losses(trainer: Trainer) -> list[list[float]]:
+    """[step, loss] of every logged step, the resumed ones included."""
+    return [[e["step"], float(e["loss"])] for e in trainer.state.log_history if "loss" in e]
+
+
+def held_out_loss(
+    model: nn.Module, dataset: Sequence[Mapping[str, Any]], collator: Any, batch_size: int
+) -> float:
+    """Mean cross-entropy per answer token over a data set, in nats; the mode is kept."""
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(dataset), batch_size):
+            rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+            batch = {name: value.to(device) for name, value in collator(rows).items()}
+            # The first position predicts nothing, so its label carries no loss.
+            tokens = int((batch["labels"][:, 1:] != -100).sum())
+            total += float(model(**batch).loss) * tokens
+            count += tokens
+    model.train(training)
+    return total / count

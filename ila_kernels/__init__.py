@@ -1,0 +1,10 @@
+"""Masked LoRA linear layers: ``y = x Wᵀ + bias + γα (x̂ Aᵀ) Bᵀ`` and its gradients.
+
+Tensors in, tensors out; this package knows no models. Importing it starts nothing, reads no
+environment variable and needs neither a GPU nor Triton.
+"""
+
+from ila_kernels._version import __version__
+from ila_kernels.functional import masked_lora_linear, masked_lora_linear_group
+
+__all__ = ["__version__", "masked_lora_linear", "masked_lora_linear_group"]

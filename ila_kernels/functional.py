@@ -1,0 +1,208 @@
+"""The public functions: validate, flatten to two dimensions, call the op, restore the shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ila_kernels import eager, ops, reference
+from ila_kernels.config import resolve_impl
+from ila_kernels.dropout import draw_seed, keep_mask
+from ila_kernels.validate import check_dropout, check_group, check_linear, check_x
+
+
+def masked_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    impl: str = "auto",
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Apply a linear layer with a gated low-rank update.
+
+        y = x Wᵀ + bias + γα (dropout(x) Aᵀ) Bᵀ
+
+    Only the gradients that are asked for are computed, and only what they read is saved: a call
+    in which just the gate requires grad keeps t (M, R) and not x.
+
+    Args:
+        x: Input, shape (..., K), floating dtype. Differentiable.
+        weight: W, shape (N, K), dtype of x (under autocast both are cast). Differentiable.
+        lora_a: A, shape (R, K), R ≥ 1, any floating dtype. Differentiable.
+        lora_b: B, shape (N, R), any floating dtype. Differentiable.
+        gate: γ, a floating tensor with one element, or ``None`` for 1. Differentiable; never read
+            by the host.
+        bias: Shape (N,), dtype of x, or ``None``. Differentiable.
+        scale: α, the LoRA scaling.
+        dropout_p: Probability in [0, 1) of dropping an element of x on the low-rank branch;
+            applied whenever it is positive.
+        impl: ``"auto"`` may choose; ``"eager"``, ``"triton"``, ``"reference"`` run or raise.
+        seed: int64 CPU tensor of shape (1,) that fixes the dropout mask; drawn from torch's
+            default generator if ``None``.
+
+    Returns:
+        y, shape (..., N), dtype of x (of autocast where it is on), accumulated in at least fp32.
+
+    Raises:
+        TypeError: If an argument is not a tensor or has a dtype that does not fit.
+        ValueError: If a shape, a device, a range or ``impl`` does not fit; the message names the
+            argument, what was expected and what came.
+        RuntimeError: If ``impl="triton"`` cannot run here.
+
+    >>> x, w = torch.ones(2, 3), torch.eye(3)
+    >>> a, b = torch.ones(1, 3), torch.ones(3, 1)
+    >>> masked_lora_linear(x, w, a, b, scale=0.5)
+    tensor([[2.5000, 2.5000, 2.5000],
+            [2.5000, 2.5000, 2.5000]])
+    >>> masked_lora_linear(x, w, a, b, torch.zeros(())).equal(x)
+    True
+    """
+    check_x(x)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, weight, bias = (_rounded(t, dtype) for t in (x, weight, bias))
+    check_linear(x, weight, lora_a, lora_b, gate, bias, scale)
+    chosen, _ = resolve_impl(impl, x.device.type)
+    seed = _seeds(dropout_p, seed, 1)
+    x2d = _flat(x)
+    if chosen == "reference":
+        keep = None
+        if seed is not None:
+            keep = keep_mask(seed, *x2d.shape, dropout_p, x.device)
+        y = reference.masked_lora_linear(
+            x2d, weight, lora_a, lora_b, gate, bias, scale, keep, dropout_p
+        )
+    else:
+        arguments = (x2d, weight, lora_a, lora_b, gate, bias, seed, float(scale), float(dropout_p))
+        if torch.compiler.is_compiling():
+            y, _ = torch.ops.ila.masked_lora_linear(*arguments)
+        elif gate is None and seed is None and eager.is_short(x2d):
+            y = eager.short_forward(x2d, weight, lora_a, lora_b, bias, scale)
+        else:
+            y = ops.MaskedLoraLinearFunction.apply(*arguments)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def masked_lora_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None],
+    gates: Sequence[Tensor | None] | None = None,
+    *,
+    biases: Sequence[Tensor | None] | None = None,
+    scales: Sequence[float] | float = 1.0,
+    dropout_p: float = 0.0,
+    impl: str = "auto",
+    seed: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Apply several masked LoRA linears to one x, as q/k/v or gate/up do.
+
+        yᵢ = x Wᵢᵀ + biasᵢ + γᵢαᵢ (dropoutᵢ(x) Aᵢᵀ) Bᵢᵀ
+
+    Equal to calling ``masked_lora_linear`` for each member; x is shrunk once for all A's and one
+    dx accumulates over all members.
+
+    Args:
+        x: Input, shape (..., K).
+        weights: W of each member, shapes (Nᵢ, K).
+        lora_as: A of each member, shapes (Rᵢ, K); ``None`` for a closed member (bare linear).
+        lora_bs: B of each member, shapes (Nᵢ, Rᵢ); ``None`` exactly where A is.
+        gates: γ of each member or ``None``; or ``None`` for no gates.
+        biases: Base bias of each member or ``None``; or ``None`` for none.
+        scales: α of each member, or one number for all.
+        dropout_p: As in ``masked_lora_linear``; masks are independent between members.
+        impl: As in ``masked_lora_linear``.
+        seed: int64 CPU tensor with one seed per member; drawn if ``None``.
+
+    Returns:
+        The y of each member, shapes (..., Nᵢ), dtype of x.
+
+    Raises:
+        TypeError: As ``masked_lora_linear``; the message names the member.
+        ValueError: As ``masked_lora_linear``, and if the lists differ in length or are empty.
+
+    >>> x, w = torch.ones(2, 3), torch.eye(3)
+    >>> a, b = torch.ones(1, 3), torch.ones(3, 1)
+    >>> q, k = masked_lora_linear_group(x, [w, w], [a, None], [b, None])
+    >>> q[0, 0].item(), k[0, 0].item()
+    (4.0, 1.0)
+    """
+    check_x(x)
+    count = len(weights)
+    gates = [None] * count if gates is None else list(gates)
+    biases = [None] * count if biases is None else list(biases)
+    scales = [scales] * count if isinstance(scales, (int, float)) else list(scales)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x = x.to(dtype)
+        weights, biases = ([_rounded(t, dtype) for t in column] for column in (weights, biases))
+    check_group(x, weights, lora_as, lora_bs, gates, biases, scales)
+    chosen, _ = resolve_impl(impl, x.device.type)
+    seeds = _seeds(dropout_p, seed, count)
+    x2d = _flat(x)
+    scales, columns = [float(s) for s in scales], (weights, lora_as, lora_bs, gates, biases)
+    if chosen != "reference" and torch.compiler.is_compiling():
+        lists = [[ops.absent(x2d) if t is None else t for t in column] for column in columns]
+        ys = torch.ops.ila.masked_lora_linear_group(x2d, *lists, seeds, scales, float(dropout_p))
+        ys = ys[:count]
+    else:
+        columns += ([None] * count if seeds is None else seeds.split(1),)
+        if chosen == "reference":
+            ys = _reference_group(x2d, columns, scales, dropout_p)
+        else:
+            flat = (tensor for member in zip(*columns, strict=True) for tensor in member)
+            ys = ops.MaskedLoraLinearGroupFunction.apply(float(dropout_p), scales, x2d, *flat)
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+
+def _reference_group(x, columns, scales, dropout_p) -> list[Tensor]:
+    ys = []
+    for (w, a, b, gate, bias, seed), scale in zip(zip(*columns, strict=True), scales, strict=True):
+        if a is None:
+            ys.append(torch.nn.functional.linear(x, w, bias))
+            continue
+        keep = None if seed is None else keep_mask(seed, *x.shape, dropout_p, x.device)
+        ys.append(reference.masked_lora_linear(x, w, a, b, gate, bias, scale, keep, dropout_p))
+    return ys
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Dtype that ``F.linear`` would compute in under autocast, ``None`` where it casts nothing.
+
+    Only x, W and bias are cast here: adapters are rounded inside the op.
+    """
+    device_type = x.device.type
+    # Asking whether autocast is on raises for device types that have none, such as meta.
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return None
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if enabled else None
+
+
+def _rounded(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    # What is no floating tensor goes on as it is, to the check that names it.
+    is_float = isinstance(tensor, Tensor) and tensor.is_floating_point()
+    return tensor.to(dtype) if is_float else tensor
+
+
+def _flat(x: Tensor) -> Tensor:
+    """x (..., K) -> (M, K); ``reshape(-1, K)`` has no answer for K = 0."""
+    if x.dim() == 2:
+        return x
+    return x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
+
+
+def _seeds(dropout_p: float, seed: Tensor | None, count: int) -> Tensor | None:
+    check_dropout(dropout_p, seed, count)
+    if dropout_p == 0.0:
+        return None
+    return draw_seed(count) if seed is None else seed

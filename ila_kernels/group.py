@@ -1,0 +1,127 @@
+"""Several masked LoRA linears of one x (q/k/v, or gate/up): one read of x, one dx.
+
+    T = x̂ [A₁; A₂; …]ᵀ  in one GEMM       dx = Σ dyᵢ Wᵢ + [γ₁α₁u₁, γ₂α₂u₂, …] [A₁; A₂; …]
+
+Apart, n linears read x 2n times forward and autograd adds n gradients of shape (M, K); together
+x is read n + 1 times and every dyᵢ Wᵢ accumulates into the same dx. With dropout each member has
+its own mask, as n separate layers have, so T is then made member by member.
+
+A member without an adapter (closed) is a bare linear that still shares dx.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ila_kernels import eager
+from ila_kernels.eager import Grads, Needs
+
+
+@dataclass
+class Member:
+    """One linear of a group: W (N, K), A (R, K), B (N, R), γ (1 element), bias (N,), seed (1,)."""
+
+    weight: Tensor
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    gate: Tensor | None
+    bias: Tensor | None
+    seed: Tensor | None
+    scale: float
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this member has an adapter."""
+        return self.lora_a is not None
+
+
+def shrink_all(x: Tensor, members: Sequence[Member], dropout_p: float) -> list[Tensor | None]:
+    """Every t = x̂ Aᵀ of the group; one GEMM over the concatenated A's where no mask differs."""
+    adapters = [m for m in members if m.is_open]
+    if not adapters:
+        return [None] * len(members)
+    if dropout_p > 0.0:
+        return [
+            eager.shrink(x, m.lora_a, m.seed, dropout_p) if m.is_open else None for m in members
+        ]
+    thin = eager.thin_dtype(x)
+    stacked = torch.cat([m.lora_a.to(thin) for m in adapters])
+    parts = iter(
+        torch.mm(x.to(thin), stacked.t()).split([m.lora_a.shape[0] for m in adapters], dim=1)
+    )
+    return [next(parts) if m.is_open else None for m in members]
+
+
+def forward(
+    x: Tensor, members: Sequence[Member], dropout_p: float
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """x (M, K) -> every y (M, Nᵢ), and every t (M, Rᵢ), ``None`` for a closed member."""
+    ts = shrink_all(x, members, dropout_p)
+    ys = []
+    for m, t in zip(members, ts, strict=True):
+        y = F.linear(x, m.weight, m.bias)
+        if t is not None:
+            eager.add_product(y, t, m.lora_b.t(), m.scale, m.gate)
+        ys.append(y)
+    return ys, ts
+
+
+def input_grad(
+    dys: Sequence[Tensor | None],
+    us: Sequence[Tensor | None],
+    members: Sequence[Member],
+    dropout_p: float,
+) -> Tensor | None:
+    """dx (M, K), accumulated in place over the members whose output was used."""
+    dx = None
+    for dy, m in zip(dys, members, strict=True):
+        if dy is not None:
+            if dx is None:
+                dx = torch.mm(dy, m.weight)
+                continue
+            # Backward under autocast: mm has then rounded dx, and an in-place addmm casts nothing.
+            dx.addmm_(dy.to(dx.dtype), m.weight.to(dx.dtype))
+    if dx is None:
+        return None
+    used = [(u, m) for u, m in zip(us, members, strict=True) if u is not None]
+    if used and dropout_p == 0.0:
+        stacked = [eager.folded(m.lora_a, m.scale, m.gate, u.dtype) for u, m in used]
+        u = torch.cat([u for u, _ in used], dim=1)
+        return eager.add_product(dx, u, torch.cat(stacked), 1.0, None)
+    for u, m in used:
+        eager.add_lowrank_dx(dx, u, m.lora_a, m.gate, m.seed, m.scale, dropout_p)
+    return dx
+
+
+def backward(
+    dys: Sequence[Tensor | None],
+    x: Tensor | None,
+    members: Sequence[Member],
+    ts: Sequence[Tensor | None],
+    dropout_p: float,
+    needs: Sequence[Needs],
+) -> tuple[Tensor | None, list[Grads]]:
+    """dx of the group and the parameter gradients of every member (their ``Grads.x`` is None)."""
+    us = [
+        eager.expand_grad(dy, m.lora_b) if dy is not None and m.is_open and n.makes_u else None
+        for dy, m, n in zip(dys, members, needs, strict=True)
+    ]
+    dx = input_grad(dys, us, members, dropout_p) if needs[0].x else None
+    grads = []
+    for dy, m, t, u, n in zip(dys, members, ts, us, needs, strict=True):
+        if dy is None:
+            grads.append(Grads(None, None, None, None, None, None))
+            continue
+        da = db = dgate = None
+        if m.is_open:
+            da, db, dgate = eager.adapter_grads(
+                dy, x, u, t, m.lora_a, m.lora_b, m.gate, m.seed, m.scale, dropout_p, n
+            )
+        dweight = torch.mm(dy.t(), x) if n.weight else None
+        grads.append(Grads(None, dweight, da, db, dgate, dy.sum(0) if n.bias else None))
+    return dx, grads

@@ -1,0 +1,207 @@
+"""The op contracts: schema, fake and autograd of each, and nothing else.
+
+``torch.ops.ila.masked_lora_linear`` and ``…_group`` are what ``torch.compile`` and exporters see.
+Outside of them the same two autograd formulas run as a plain ``autograd.Function``: forward and
+backward of a (16, 64) x (64, 64) layer at R = 8 took 65 µs that way against 135 µs through the
+Python dispatcher of a custom op and 101 µs for PEFT's own layer, on 2 CPU cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ila_kernels import eager, group
+from ila_kernels.eager import Needs
+from ila_kernels.group import Member
+
+
+def _save(ctx, inputs, t) -> None:
+    x, weight, lora_a, lora_b, gate, _bias, seed, scale, dropout_p = inputs
+    needs = Needs(*ctx.needs_input_grad[:6])
+    ctx.needs, ctx.scale, ctx.dropout_p = needs, scale, dropout_p
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x if needs.saves_x else None,
+        weight if needs.x else None,
+        lora_a,
+        lora_b,
+        gate,
+        t if needs.saves_t else None,
+        seed,
+    )
+
+
+def _refuse_create_graph() -> None:
+    # t is saved as a constant, so a second derivative would come out wrong without a word.
+    # once_differentiable is not enough: it lets a dy that requires no grad pass.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "masked_lora_linear has first derivatives only, so backward cannot run with "
+            "create_graph=True; use impl='reference' for higher ones"
+        )
+
+
+def _backward(ctx, dy, _dt=None):
+    _refuse_create_graph()
+    if dy is None:
+        return (None,) * 9
+    grads = eager.backward(
+        dy, *ctx.saved_tensors, scale=ctx.scale, dropout_p=ctx.dropout_p, needs=ctx.needs
+    )
+    return (*grads, None, None, None)
+
+
+class MaskedLoraLinearFunction(torch.autograd.Function):
+    """The op as an autograd function; same arguments, returns y only."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        """Run ``eager.forward`` and keep what backward will read."""
+        y, t = eager.forward(*inputs)
+        _save(ctx, inputs, t)
+        return y
+
+    backward = staticmethod(_backward)
+
+
+@torch.library.custom_op("ila::masked_lora_linear", mutates_args=())
+def masked_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """x (M, K), W (N, K), A (R, K), B (N, R) -> y (M, N), t (M, R); t is not differentiable."""
+    return eager.forward(x, weight, lora_a, lora_b, gate, bias, seed, scale, dropout_p)
+
+
+@masked_lora_linear.register_fake
+def _(x, weight, lora_a, lora_b, gate, bias, seed, scale, dropout_p):
+    t = x.new_empty(x.shape[0], lora_a.shape[0], dtype=eager.thin_dtype(x))
+    return x.new_empty(x.shape[0], weight.shape[0]), t
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    _save(ctx, inputs, output[1])
+
+
+masked_lora_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _save_group(ctx, members: list[Member], needs: list[Needs], x, ts, dropout_p) -> None:
+    ctx.needs, ctx.dropout_p = needs, dropout_p
+    ctx.scales = [m.scale for m in members]
+    ctx.set_materialize_grads(False)
+    saved = [x if any(n.saves_x for n in needs) else None]
+    for m, n, t in zip(members, needs, ts, strict=True):
+        saved += [m.weight if n.x else None, m.lora_a, m.lora_b, m.gate, m.seed]
+        saved.append(t if n.saves_t else None)
+    ctx.save_for_backward(*saved)
+
+
+def _group_grads(ctx, dys):
+    _refuse_create_graph()
+    x, *flat = ctx.saved_tensors
+    rows = [flat[i : i + 6] for i in range(0, len(flat), 6)]
+    members = [
+        Member(weight, a, b, gate, None, seed, scale)
+        for (weight, a, b, gate, seed, _), scale in zip(rows, ctx.scales, strict=True)
+    ]
+    return group.backward(dys, x, members, [row[5] for row in rows], ctx.dropout_p, ctx.needs)
+
+
+class MaskedLoraLinearGroupFunction(torch.autograd.Function):
+    """The group as an autograd function: (p, scales, x, then W, A, B, γ, bias, seed of each)."""
+
+    @staticmethod
+    def forward(ctx, dropout_p, scales, x, *flat):
+        """Run ``group.forward``; returns the tuple of y."""
+        rows = [flat[i : i + 6] for i in range(0, len(flat), 6)]
+        members = [Member(*row, scale) for row, scale in zip(rows, scales, strict=True)]
+        ys, ts = group.forward(x, members, dropout_p)
+        wanted = ctx.needs_input_grad[3:]
+        needs = [Needs(ctx.needs_input_grad[2], *wanted[i : i + 5]) for i in range(0, len(flat), 6)]
+        _save_group(ctx, members, needs, x, ts, dropout_p)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        """One dx, then the gradients of each member in the order of the arguments."""
+        dx, grads = _group_grads(ctx, dys)
+        return (None, None, dx, *(g for member in grads for g in (*member[1:], None)))
+
+
+def absent(x: Tensor) -> Tensor:
+    """Stand-in for a missing tensor in the group op: autograd takes no list that holds ``None``."""
+    return x.new_empty(0)
+
+
+def _members(weights, lora_as, lora_bs, gates, biases, seeds, scales) -> list[Member]:
+    rows = []
+    for i, scale in enumerate(scales):
+        optional = (lora_as[i], lora_bs[i], gates[i], biases[i])
+        # Not numel() == 0: an adapter of a layer with K = 0 or N = 0 has that too.
+        a, b, gate, bias = (None if tensor.shape == (0,) else tensor for tensor in optional)
+        seed = seeds[i : i + 1] if seeds is not None and a is not None else None
+        rows.append(Member(weights[i], a, b, gate, bias, seed, scale))
+    return rows
+
+
+@torch.library.custom_op("ila::masked_lora_linear_group", mutates_args=())
+def masked_lora_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    seeds: Tensor | None,
+    scales: Sequence[float],
+    dropout_p: float,
+) -> list[Tensor]:
+    """x (M, K) -> [y₁, y₂, …, t₁, t₂, …]; t is (M, 0) for a closed member, not differentiable.
+
+    A missing A, B, γ or bias is an empty tensor (``absent``).
+    """
+    members = _members(weights, lora_as, lora_bs, gates, biases, seeds, scales)
+    ys, ts = group.forward(x, members, dropout_p)
+    # An op's outputs may not share memory: the t's are slices of one GEMM.
+    thin = eager.thin_dtype(x)
+    return ys + [x.new_empty(x.shape[0], 0, dtype=thin) if t is None else t.clone() for t in ts]
+
+
+@masked_lora_linear_group.register_fake
+def _(x, weights, lora_as, lora_bs, gates, biases, seeds, scales, dropout_p):
+    ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
+    ranks = [a.shape[0] if a.dim() == 2 else 0 for a in lora_as]
+    return ys + [x.new_empty(x.shape[0], r, dtype=eager.thin_dtype(x)) for r in ranks]
+
+
+def _setup_group_context(ctx, inputs, output):
+    x, weights, lora_as, lora_bs, gates, biases, seeds, scales, dropout_p = inputs
+    members = _members(weights, lora_as, lora_bs, gates, biases, seeds, scales)
+    ts = [t if m.is_open else None for m, t in zip(members, output[len(members) :], strict=True)]
+    ctx.mark_non_differentiable(*output[len(members) :])
+    # ctx.needs_input_grad is flat here and nested in backward; requires_grad says the same in both.
+    columns = (weights, lora_as, lora_bs, gates, biases)
+    wanted = zip(*([t.requires_grad for t in column] for column in columns), strict=True)
+    needs = [Needs(x.requires_grad, *row) for row in wanted]
+    _save_group(ctx, members, needs, x, ts, dropout_p)
+
+
+def _group_backward(ctx, d_outputs):
+    dx, grads = _group_grads(ctx, d_outputs[: len(ctx.scales)])
+    by_argument = [list(column) for column in zip(*(g[1:] for g in grads), strict=True)]
+    return (dx, *by_argument, None, None, None)
+
+
+masked_lora_linear_group.register_autograd(_group_backward, setup_context=_setup_group_context)

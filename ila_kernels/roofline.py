@@ -1,0 +1,165 @@
+"""FLOPs and HBM bytes of a masked LoRA linear as written, and what a GPU allows at best.
+
+FLOPs are those of the GEMMs, 2 per multiply-add. Bytes count a tensor once for each kernel that
+reads or writes it; casts of A and B are left out. Extra elements over the bare linear for R → 0,
+one dtype, no dropout, with dx, dA and dB wanted:
+
+    frozen   x Wᵀ + bias                                  forward 0          backward 0
+    peft     base + B(A(dropout(x)))·s                    M·K + 6·M·N        5·M·K + 4·M·N
+    addmm    `ila_kernels.eager`                          M·K + 2·M·N        3·M·K + 2·M·N
+    fused    one GEMM x Wᵀ + t Bᵀ, one read of dy         M·K                M·K + M·N
+
+With fp32 adapters over a 16-bit base peft's low-rank branch lives in fp32: x is copied to it, and
+its (M, N) tensors are twice as wide. With dropout addmm redraws the mask in backward and saves no
+x̂: less memory than peft, more traffic. peft has no gate, frozen no adapter: what is wanted of a
+parameter that a contestant does not have costs it nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+CONTESTANTS: tuple[str, ...] = ("frozen", "peft", "addmm", "fused")
+PARAMETERS = frozenset({"x", "weight", "lora_a", "lora_b", "gate", "bias"})
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer: M tokens, K in-features, N out-features, rank R, widths of the dtypes, dropout."""
+
+    m: int
+    k: int
+    n: int
+    r: int
+    base_bytes: int = 2
+    adapter_bytes: int = 4
+    dropout: bool = False
+
+    @property
+    def masked_copy_bytes(self) -> int:
+        """Bytes per element of masking x into a copy: mask written and read, x read, x̂ written."""
+        return 2 + 2 * self.base_bytes if self.dropout else 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of the GEMMs and bytes moved."""
+
+    flops: int
+    bytes: int
+
+
+def forward_cost(contestant: str, p: Problem) -> Cost:
+    """Count one forward.
+
+    >>> forward_cost("addmm", Problem(m=1, k=1, n=1, r=1)).flops
+    6
+    """
+    _check(contestant, set())
+    mk, mn, mr, kn, rkn = p.m * p.k, p.m * p.n, p.m * p.r, p.k * p.n, p.r * (p.k + p.n)
+    e, a = p.base_bytes, p.adapter_bytes
+    flops, moved = 2 * p.m * kn, e * (mk + kn + mn)
+    if contestant == "frozen":
+        return Cost(flops, moved)
+    if contestant == "peft":
+        # A and B, then ·s (read, write), then + (two reads, a write in the wider dtype).
+        moved += a * (mk + 2 * mr + rkn + 4 * mn) + (e + max(a, e)) * mn
+        moved += (e + a) * (mk + mn) if a != e else 0  # x to the branch, y back from it
+        moved += (2 * a + 1) * mk if p.dropout else 0
+    else:
+        moved += e * (mk + 2 * mr) + a * rkn
+        moved += 2 * e * mn + p.masked_copy_bytes * mk if contestant == "addmm" else 0
+    return Cost(flops + 2 * p.m * rkn, moved)
+
+
+def backward_cost(contestant: str, p: Problem, needs: AbstractSet[str]) -> Cost:
+    """Count one backward that computes the gradients of ``needs``, a subset of ``PARAMETERS``."""
+    _check(contestant, needs)
+    mk, mn, kn = p.m * p.k, p.m * p.n, p.k * p.n
+    gemms = len(needs & {"x", "weight"})
+    flops, moved = 2 * p.m * kn * gemms, p.base_bytes * (mk + kn + mn) * gemms
+    moved += p.base_bytes * mn if "bias" in needs else 0
+    if contestant == "frozen":
+        return Cost(flops, moved)
+    if contestant == "peft":
+        needs = needs - {"gate"}
+    makes_u = bool(needs & {"x", "lora_a", "gate"})
+    flops += 2 * p.m * p.r * p.k * len(needs & {"x", "lora_a"})
+    flops += 2 * p.m * p.r * p.n * (makes_u + ("lora_b" in needs))
+    extra = {"peft": _peft_extra, "addmm": _addmm_extra, "fused": _fused_extra}
+    return Cost(flops, moved + extra[contestant](p, needs))
+
+
+def _peft_extra(p: Problem, needs: AbstractSet[str]) -> int:
+    mk, mn, mr, rk, rn = p.m * p.k, p.m * p.n, p.m * p.r, p.r * p.k, p.r * p.n
+    e, a = p.base_bytes, p.adapter_bytes
+    casts, moved = int(a != e), 0
+    if needs & {"x", "lora_a", "lora_b"}:  # ·s, after dy is cast to the branch
+        moved += 2 * a * mn + casts * (e + a) * mn
+    # dB reads dy and t, dt reads dy and B.
+    moved += a * (mn + mr + rn) * (("lora_b" in needs) + bool(needs & {"x", "lora_a"}))
+    moved += a * (mk + mr + rk) if "lora_a" in needs else 0
+    if "x" in needs:  # dx of the branch, of dropout, its cast, and the sum of two dx
+        moved += a * (mk + mr + rk) + p.dropout * (2 * a + 1) * mk
+        moved += casts * (e + a) * mk + 3 * e * mk
+    return moved
+
+
+def _addmm_extra(p: Problem, needs: AbstractSet[str]) -> int:
+    mk, mn, mr, rk, rn = p.m * p.k, p.m * p.n, p.m * p.r, p.r * p.k, p.r * p.n
+    e, a = p.base_bytes, p.adapter_bytes
+    makes_u = bool(needs & {"x", "lora_a", "gate"})
+    moved = (e * (mn + mr) + a * rn) * (makes_u + ("lora_b" in needs))
+    moved += 2 * e * mr if "gate" in needs else 0
+    if "x" in needs:  # in place; with dropout u A is written, masked, and added from there
+        moved += e * (2 * mk + mr) + a * rk + (p.masked_copy_bytes + p.dropout * 2 * e) * mk
+    return moved + (e * (mk + mr) + a * rk + p.masked_copy_bytes * mk if "lora_a" in needs else 0)
+
+
+def _fused_extra(p: Problem, needs: AbstractSet[str]) -> int:
+    mk, mn, mr, rk, rn = p.m * p.k, p.m * p.n, p.m * p.r, p.r * p.k, p.r * p.n
+    e, a = p.base_bytes, p.adapter_bytes
+    if not needs & {"x", "lora_a", "lora_b", "gate"}:
+        return 0
+    # dy once for u, dB and dγ; u is written where dx or dA read it, t read for dB and dγ.
+    moved = e * mn + a * rn * (bool(needs & {"x", "lora_a", "gate"}) + ("lora_b" in needs))
+    moved += e * mr * (bool(needs & {"x", "lora_a"}) + bool(needs & {"lora_b", "gate"}))
+    moved += e * mr + a * rk if "x" in needs else 0
+    return moved + (e * (mk + mr) + a * rk if "lora_a" in needs else 0)
+
+
+def _check(contestant: str, needs: AbstractSet[str]) -> None:
+    if contestant not in CONTESTANTS:
+        raise ValueError(f"contestant must be one of {CONTESTANTS}, got {contestant!r}")
+    if not needs <= PARAMETERS:
+        raise ValueError(f"needs must be among {sorted(PARAMETERS)}, got {sorted(needs)}")
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """A GPU's peaks in its vendor's data sheet: bf16 without sparsity, and memory."""
+
+    bf16_tflops: float
+    memory_gb_s: float
+
+
+# By the name that the driver gives, whole: an L40S is no L4, an H100 PCIe no H100 SXM.
+CEILINGS: dict[str, Ceiling] = {
+    "NVIDIA A100-SXM4-80GB": Ceiling(312.0, 2039.0),
+    "NVIDIA H100 80GB HBM3": Ceiling(989.4, 3350.0),
+    "NVIDIA H200": Ceiling(989.4, 4800.0),
+    "NVIDIA L4": Ceiling(121.0, 300.0),
+    "NVIDIA GeForce RTX 4090": Ceiling(165.2, 1008.0),
+    "AMD Instinct MI300X": Ceiling(1307.4, 5300.0),
+}
+
+
+def ceiling_of(device_name: str) -> Ceiling | None:
+    """Look up ``torch.cuda.get_device_name()``; ``None`` for a GPU that is not listed."""
+    return CEILINGS.get(device_name.strip())
+
+
+def time_bound_ms(flops: float, moved_bytes: float, ceiling: Ceiling) -> float:
+    """Least time: traffic and arithmetic overlap perfectly, and every FLOP runs at bf16 speed."""
+    return max(flops / ceiling.bf16_tflops / 1e9, moved_bytes / ceiling.memory_gb_s / 1e6)

