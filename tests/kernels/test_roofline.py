@@ -131,7 +131,7 @@ def test_empty_input_costs_no_flops():
 
 
 def test_wrong_words_are_named():
-    with pytest.raises(ValueError, match="contestant must be one of .*'peft'.*, got 'unsloth'"):
+    with pytest.raises(ValueError, match=r"contestant must be one of .*'peft'.*, got 'unsloth'"):
         forward_cost("unsloth", P)
     with pytest.raises(ValueError, match=r"needs must be among .*'lora_a'.*, got \['A'\]"):
         backward_cost("fused", P, {"A"})

@@ -1,0 +1,268 @@
+"""The ``ila`` command: options in, functions of ``ila.commands``, tables out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Learn which linear layers matter for a data set, and train only those.",
+    pretty_exceptions_enable=False,
+)
+screen = Console()
+
+Model = Annotated[str, typer.Option(help="Hub id, local folder, or .gguf file.")]
+Data = Annotated[str, typer.Option(help="Hub id, or a .json, .jsonl, .csv or .parquet file.")]
+Out = Annotated[Path, typer.Option(help="Folder for the results.")]
+GgufFile = Annotated[str | None, typer.Option(help="GGUF file in the model's folder.")]
+Split = Annotated[str, typer.Option(help="Split of a hub data set.")]
+Limit = Annotated[int | None, typer.Option(help="Use only the first rows.")]
+HeldOut = Annotated[float, typer.Option(help="Share of rows kept to measure the loss on.")]
+MaxLength = Annotated[int, typer.Option(help="Longest row in tokens.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+Rank = Annotated[int, typer.Option(help="LoRA rank.")]
+Alpha = Annotated[float, typer.Option(help="LoRA alpha; the scaling is alpha / rank.")]
+Dropout = Annotated[float, typer.Option(help="LoRA dropout.")]
+Targets = Annotated[str, typer.Option(help="all-linear, a regex, or names with commas.")]
+BatchSize = Annotated[int, typer.Option(help="Rows per device and step.")]
+Accumulate = Annotated[int, typer.Option(help="Gradient accumulation steps.")]
+LearningRate = Annotated[float, typer.Option(help="Peak learning rate of the adapters.")]
+Seed = Annotated[int, typer.Option(help="Of the split, the adapter, data order and dropout.")]
+SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints; 0 keeps none.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that --out holds.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's code run.")]
+
+
+@app.command()
+def learn(
+    model: Model,
+    data: Data,
+    out: Out,
+    method: Annotated[str, typer.Option(help="ila, path or gate_gradient.")] = "ila",
+    stage1_steps: Annotated[int, typer.Option(help="Budget of LoRA training.")] = 400,
+    epsilon: Annotated[float, typer.Option(help="Stage 1 ends at ε-stability; 0: never.")] = 0.01,
+    stability_window: Annotated[int, typer.Option(help="Steps the loss is averaged over.")] = 50,
+    stage2_steps: Annotated[int, typer.Option(help="Steps on the scores.")] = 128,
+    score_init: Annotated[float, typer.Option(help="s at the start; the gate is σ(s).")] = 4.0,
+    score_learning_rate: Annotated[float, typer.Option(help="Of the scores.")] = 1e-2,
+    gguf_file: GgufFile = None,
+    split: Split = "train",
+    limit: Limit = None,
+    held_out: HeldOut = 0.1,
+    max_length: MaxLength = 1024,
+    dtype: Dtype = "auto",
+    rank: Rank = 8,
+    alpha: Alpha = 16.0,
+    dropout: Dropout = 0.0,
+    target_modules: Targets = "all-linear",
+    batch_size: BatchSize = 8,
+    gradient_accumulation: Accumulate = 1,
+    learning_rate: LearningRate = 2e-4,
+    seed: Seed = 0,
+    save_every: SaveEvery = 50,
+    resume: Resume = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Learn how much each linear layer matters for a data set."""
+    from ila import commands
+    from ila.pipeline import Inputs
+    from ila.search import SearchConfig
+
+    inputs = Inputs(
+        model, data, gguf_file, split, limit, held_out, max_length, dtype, rank, alpha, dropout,
+        target_modules, seed, trust_remote_code,
+    )  # fmt: skip
+    config = SearchConfig(
+        method=method,
+        stage1_steps=stage1_steps,
+        epsilon=epsilon,
+        stability_window=stability_window,
+        learning_rate=learning_rate,
+        stage2_steps=stage2_steps,
+        score_init=score_init,
+        score_learning_rate=score_learning_rate,
+        batch_size=batch_size,
+        save_every=save_every or None,
+        training_args=_accumulation(gradient_accumulation),
+    )
+    mask, data_note = commands.learn(inputs, config, out, resume=resume)
+    screen.print(data_note, highlight=False)
+    _print_search(mask)
+    screen.print(f"Mask and heat map in {out}; next: ila select {out} --top 0.3", soft_wrap=True)
+
+
+@app.command()
+def select(
+    run: Annotated[Path, typer.Argument(help="Folder of `ila learn`, or a mask file.")],
+    top: Annotated[float | None, typer.Option(help="Keep the best share of layers.")] = None,
+    freeze: Annotated[float | None, typer.Option(help="Freeze the worst share.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Mask file to write.")] = None,
+) -> None:
+    """Choose the layers to train from a learned mask."""
+    from ila import commands
+
+    mask, path = commands.select(run, top=top, freeze=freeze, out=out)
+    screen.print(f"{len(mask.open)} of {len(mask)} layers open: {path}", soft_wrap=True)
+
+
+@app.command()
+def train(
+    model: Model,
+    data: Data,
+    out: Out,
+    mask: Annotated[Path | None, typer.Option(help="Mask file; without it all layers.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 400,
+    gguf_file: GgufFile = None,
+    split: Split = "train",
+    limit: Limit = None,
+    held_out: HeldOut = 0.1,
+    max_length: MaxLength = 1024,
+    dtype: Dtype = "auto",
+    rank: Rank = 8,
+    alpha: Alpha = 16.0,
+    dropout: Dropout = 0.0,
+    target_modules: Targets = "all-linear",
+    batch_size: BatchSize = 8,
+    gradient_accumulation: Accumulate = 1,
+    learning_rate: LearningRate = 2e-4,
+    seed: Seed = 0,
+    save_every: SaveEvery = 50,
+    resume: Resume = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Train the open layers of a mask into a plain PEFT adapter."""
+    from ila import commands
+    from ila.pipeline import Inputs
+    from ila.report import runs_table
+    from ila.train import TrainConfig
+
+    inputs = Inputs(
+        model, data, gguf_file, split, limit, held_out, max_length, dtype, rank, alpha, dropout,
+        target_modules, seed, trust_remote_code,
+    )  # fmt: skip
+    config = TrainConfig(
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        save_every=save_every or None,
+        training_args=_accumulation(gradient_accumulation),
+    )
+    metrics, data_note = commands.train_selected(
+        inputs, config, out, mask_file=mask, resume=resume
+    )
+    screen.print(data_note, highlight=False)
+    screen.print(runs_table([metrics]))
+    screen.print(f"Adapter in {out}; PeftModel.from_pretrained(base, {str(out)!r}) loads it")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more folders of `ila learn`.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write JSON.")] = None,
+) -> None:
+    """Say how far learned masks agree, beside what chance gives."""
+    from ila.files import write_json_atomic
+    from ila.mask import LayerMask
+    from ila.report import compare_table, render_compare
+
+    if len(runs) < 2:
+        raise ValueError(f"give at least two runs to compare, got {len(runs)}")
+    names = _distinct_names(runs)
+    rows = compare_table({name: LayerMask.load(run) for name, run in zip(names, runs, strict=True)})
+    screen.print(render_compare(rows))
+    if json_file is not None:
+        write_json_atomic(json_file, rows)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of `ila train`.")],
+    out: Out = Path("report"),
+) -> None:
+    """Compare finished trainings: held-out loss, time, memory, parameters."""
+    from ila import commands
+    from ila.report import runs_table
+
+    screen.print(runs_table(commands.report(runs, out)))
+    screen.print(f"Table and figure in {out}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of `ila train`.")],
+    out: Out,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge into the base model.")] = False,
+) -> None:
+    """Write a trained adapter elsewhere, alone or merged into its model."""
+    from ila import commands
+
+    commands.export(run, out, merge=merge)
+    screen.print(f"{'Merged model' if merge else 'Adapter'} in {out}")
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(help="Steps of each training.")] = 60,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove what --out holds first.")] = False,
+) -> None:
+    """Run the whole path on SmolLM2-135M and three small instruction sets."""
+    from ila.demo import run_demo
+
+    run_demo(out, steps=steps, fresh=fresh, screen=screen)
+
+
+def _accumulation(steps: int) -> dict[str, Any]:
+    if steps < 1:
+        raise ValueError(f"gradient_accumulation must be ≥ 1, got {steps}")
+    return {} if steps == 1 else {"gradient_accumulation_steps": steps}
+
+
+def _distinct_names(runs: list[Path]) -> list[str]:
+    """Last part of each path, or the whole path where that would be ambiguous."""
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+
+
+def _print_search(mask: Any) -> None:
+    search, held = mask.provenance["search"], mask.provenance["held_out_loss"]
+    stage1, spread = search["stage1"], search["spread"]
+    screen.print(
+        f"Stage 1: {stage1['steps']} steps (stopped: {stage1['stopped']}), "
+        f"loss {stage1['first_loss']:.3f} → {stage1['last_loss']:.3f}"
+        + (f", held out {held['before']:.3f} → {held['after_stage1']:.3f}" if held["rows"] else ""),
+        highlight=False,
+    )
+    screen.print(
+        f"Stage 2: {search['stage2']['steps']} steps; scores of {len(mask)} layers from "
+        f"{spread['min']:.4g} to {spread['max']:.4g}, standard deviation {spread['std']:.3g}",
+        highlight=False,
+    )
+
+
+def main() -> None:
+    """Run the command; an error of the user's is one line on stderr and exit code 2."""
+    try:
+        app()
+    except (ValueError, TypeError, FloatingPointError, RuntimeError, OSError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command with --resume goes on")
+        sys.exit(130)
+
+
+def _plain(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error) or type(error).__name__)
+
+
+if __name__ == "__main__":
+    main()

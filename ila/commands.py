@@ -1,0 +1,151 @@
+"""What the commands do, as functions: ``ila.cli`` only reads options and prints."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import PeftModel
+
+from ila.files import write_folder_atomic, write_json_atomic, write_text_atomic
+from ila.loading import find_source, load_model, load_tokenizer
+from ila.mask import LayerMask
+from ila.model import apply_mask
+from ila.pipeline import Inputs, claim_folder, prepare, read_run
+from ila.report import heatmap, load_run, runs_figure, runs_markdown
+from ila.search import SearchConfig, learn_mask
+from ila.train import ADAPTER_FILES, TrainConfig, train
+from ila.trainer import held_out_loss
+
+
+def learn(
+    inputs: Inputs, config: SearchConfig, out: Path, *, resume: bool = False, progress: bool = True
+) -> tuple[LayerMask, str]:
+    """Learn a mask into ``out``: ``mask.json``, ``heatmap.png``, ``log.jsonl``, ``adapter/``.
+
+    Returns:
+        The mask and one sentence about the data.
+    """
+    config = replace(config, seed=inputs.seed)
+    prepared = prepare(inputs, progress=progress)
+    claim_folder(out, prepared.description, resume, "learn")
+    size, collator = config.batch_size, prepared.collator
+    held_out = prepared.held_out
+    before = held_out_loss(prepared.model, held_out, collator, size) if held_out else None
+    mask = learn_mask(
+        prepared.model,
+        prepared.dataset,
+        config,
+        collator=collator,
+        output_dir=out,
+        resume=resume,
+        progress=progress,
+    )
+    after = held_out_loss(prepared.model, held_out, collator, size) if held_out else None
+    held = {"before": before, "after_stage1": after, "rows": len(held_out)}
+    provenance = {**prepared.description, "search": mask.provenance, "held_out_loss": held}
+    mask = LayerMask(mask.scores, provenance=provenance)
+    if PartialState().is_main_process:
+        title = f"{Path(inputs.model).name} on {Path(inputs.data).stem}: method {config.method}"
+        heatmap(mask, out / "heatmap.png", title=title)
+        mask.save(out / "mask.json")
+        for stage in ("stage1", "stage2"):
+            shutil.rmtree(out / stage, ignore_errors=True)
+    return mask, str(prepared.summary)
+
+
+def select(
+    run: Path, *, top: float | None = None, freeze: float | None = None, out: Path | None = None
+) -> tuple[LayerMask, Path]:
+    """Cut a learned mask: keep the best ``top`` or freeze the worst ``freeze`` of the layers.
+
+    Raises:
+        ValueError: Unless exactly one of the two is given, within its range.
+    """
+    if (top is None) == (freeze is None):
+        raise ValueError("give exactly one of --top and --freeze")
+    mask = LayerMask.load(run)
+    cut = mask.top(top) if top is not None else mask.without_bottom(freeze)
+    if out is None:
+        folder = run if run.is_dir() else run.parent
+        out = folder / (f"mask-top-{top}.json" if top is not None else f"mask-freeze-{freeze}.json")
+    cut = LayerMask(
+        cut.scores,
+        cut.gates,
+        provenance={**mask.provenance, "selection": {"top": top, "freeze": freeze}},
+    )
+    cut.save(out)
+    return cut, out
+
+
+def train_selected(
+    inputs: Inputs,
+    config: TrainConfig,
+    out: Path,
+    *,
+    mask_file: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> tuple[dict[str, Any], str]:
+    """Train the layers a mask opens (all without one) into a plain PEFT adapter in ``out``.
+
+    Returns:
+        The metrics and one sentence about the data.
+    """
+    config = replace(config, seed=inputs.seed)
+    mask = None if mask_file is None else LayerMask.load(mask_file)
+    prepared = prepare(inputs, progress=progress)
+    if mask is not None:
+        apply_mask(prepared.model, mask)
+    opened = None if mask is None else list(mask.open)
+    description = {**prepared.description, "open": opened}
+    claim_folder(out, description, resume, "train")
+    metrics = train(
+        prepared.model,
+        prepared.dataset,
+        config,
+        held_out=prepared.held_out,
+        collator=prepared.collator,
+        output_dir=out,
+        resume=resume,
+        progress=progress,
+        name=out.name,
+    )
+    return metrics, str(prepared.summary)
+
+
+def report(runs: list[Path], out: Path) -> list[dict[str, Any]]:
+    """Compare finished trainings: ``report.md`` and ``report.png`` in ``out``."""
+    loaded = [load_run(run) for run in runs]
+    out.mkdir(parents=True, exist_ok=True)
+    runs_figure(loaded, out / "report.png")
+    write_text_atomic(out / "report.md", runs_markdown(loaded) + "\n\n![report](report.png)\n")
+    return loaded
+
+
+def export(run: Path, out: Path, *, merge: bool = False) -> None:
+    """Write a trained adapter elsewhere, alone or merged into its base model.
+
+    Raises:
+        FileNotFoundError: If ``run`` holds no finished adapter.
+        FileExistsError: If ``out`` exists.
+    """
+    found = read_run(run, "train")
+    missing = [name for name in ADAPTER_FILES if not (run / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{run} has no {' and no '.join(missing)}: is it finished?")
+    if not merge:
+        with write_folder_atomic(out) as folder:
+            for name in ADAPTER_FILES:
+                shutil.copyfile(run / name, folder / name)
+        return
+    inputs = found["inputs"]
+    source = find_source(inputs["model"], inputs["gguf_file"], inputs["trust_remote_code"])
+    with write_folder_atomic(out) as folder:
+        model = PeftModel.from_pretrained(load_model(source, inputs["dtype"]), str(run))
+        model.merge_and_unload(safe_merge=True).save_pretrained(folder)
+        load_tokenizer(source).save_pretrained(folder)
+        write_json_atomic(folder / "ila-export.json", {"base": found["model"], "merged": True})

@@ -1,0 +1,227 @@
+"""Selective training: LoRA on the open layers of a mask, on ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from transformers import Trainer
+
+from ila.files import write_json_atomic
+from ila.layer import MaskedLoraLinear
+from ila.memory import peak_bytes, reset_peak
+from ila.model import masked_layers, single_adapter
+from ila.trainer import (
+    LogFile,
+    StepTimer,
+    arguments,
+    check_dataset,
+    default_collator,
+    held_out_loss,
+    losses,
+    resume_point,
+    run,
+    stage_callbacks,
+)
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the chosen layers are trained. Steps are optimiser steps.
+
+    Attributes:
+        steps: Number of steps.
+        learning_rate: Peak, after 3 % warm-up, then linear decay to 0.
+        batch_size: Rows per device and step.
+        seed: Of data order and dropout.
+        save_every: Steps between checkpoints; None keeps none. Needs an ``output_dir``.
+        training_args: Further ``transformers.TrainingArguments`` by name; they win over defaults.
+    """
+
+    steps: int = 400
+    learning_rate: float = 2e-4
+    batch_size: int = 8
+    seed: int = 0
+    save_every: int | None = 50
+    training_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be an integer ≥ 1, got {getattr(self, name)!r}")
+        if not 0.0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
+        if self.save_every is not None and self.save_every < 1:
+            raise ValueError(f"save_every must be None or ≥ 1, got {self.save_every!r}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return {**asdict(self), "training_args": dict(self.training_args)}
+
+
+def train(
+    peft_model: PeftModel,
+    dataset: Sequence[Mapping[str, Any]],
+    config: TrainConfig | None = None,
+    *,
+    held_out: Sequence[Mapping[str, Any]] | None = None,
+    collator: Any = None,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    name: str = "run",
+) -> dict[str, Any]:
+    """Train the open layers of a model and measure what that cost.
+
+    Args:
+        peft_model: With or without a mask applied; what requires grad is trained.
+        dataset: Rows with ``input_ids`` and ``labels``.
+        config: ``None`` means the defaults.
+        held_out: Rows to measure the loss on, before and after; ``None`` measures none.
+        collator: Rows to a batch; ``None`` pads on the right with the model's pad id.
+        output_dir: Gets a plain PEFT adapter, ``metrics.json`` (written last: a folder that has it
+            is finished) and ``log.jsonl``; ``None`` writes nothing.
+        resume: Go on from what ``output_dir`` holds of the same run. A finished run is returned.
+        progress: Show a progress bar on stderr.
+        name: What the run is called in reports.
+
+    Returns:
+        The metrics: steps, losses, held-out loss before and after (nats per answer token), step
+        time in ms (median, p10, p90), peak memory in bytes or None where unknown, layers open.
+
+    Raises:
+        ValueError: If nothing requires grad, a data set is empty, or ``output_dir`` holds another
+            run.
+        FloatingPointError: If the loss stops being finite.
+    """
+    config = TrainConfig() if config is None else config
+    check_dataset(dataset)
+    collator = default_collator(peft_model) if collator is None else collator
+    adapter = single_adapter(peft_model, None)
+    counts = _counts(peft_model, adapter)
+    if output_dir is None and resume:
+        raise ValueError("resume=True needs the output_dir of the run to go on with")
+    with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
+        out = Path(folder)
+        if output_dir is not None:
+            _claim(out, {"config": config.as_dict(), **counts}, resume)
+            if resume and (out / "metrics.json").exists():
+                weights = load_peft_weights(str(out), device="cpu")
+                set_peft_model_state_dict(peft_model, weights, adapter_name=adapter)
+                return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        log = LogFile(out / "log.jsonl", "train") if output_dir is not None else None
+        timer = StepTimer()
+        args = arguments(
+            out / "checkpoints",
+            steps=config.steps,
+            save_every=config.save_every if output_dir is not None else None,
+            extra=config.training_args,
+            per_device_train_batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            warmup_steps=round(0.03 * config.steps),
+            seed=config.seed,
+        )
+        own = stage_callbacks(f"Training {name}", log, progress=progress)
+        trainer = Trainer(peft_model, args, collator, dataset, callbacks=[timer, *own])
+        before = _held_out(trainer, held_out, collator, config, out)
+        start = resume_point(out / "checkpoints", resume)
+        can_measure = reset_peak(args.device)
+        run(trainer, start)
+        peak = peak_bytes(args.device) if can_measure else None
+        after = _loss(trainer, held_out, collator, config)
+        metrics = {
+            "name": name,
+            **counts,
+            "steps": trainer.state.global_step,
+            "held_out_loss_before": before,
+            "held_out_loss": after,
+            "step_time_ms": timer.summary(),
+            "peak_memory_bytes": peak,
+            "tokens_per_step": config.batch_size
+            * sum(len(row["input_ids"]) for row in dataset)
+            / len(dataset),
+            "losses": losses(trainer),
+            "device": str(args.device),
+            "dtype": str(peft_model.dtype).removeprefix("torch."),
+            "config": config.as_dict(),
+        }
+        if output_dir is not None and trainer.is_world_process_zero():
+            _save(peft_model, out, metrics)
+        trainer.accelerator.wait_for_everyone()
+    return metrics
+
+
+def _counts(peft_model: PeftModel, adapter: str) -> dict[str, Any]:
+    layers = masked_layers(peft_model, adapter)
+    if not layers:  # PEFT's own layers: count those that hold the adapter
+        layers = {
+            n: m for n, m in peft_model.named_modules() if adapter in getattr(m, "lora_A", ())
+        }
+    is_open = [
+        not (isinstance(layer, MaskedLoraLinear) and layer.is_closed(adapter))
+        for layer in layers.values()
+    ]
+    trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    if trainable == 0:
+        raise ValueError("peft_model must have parameters that require grad; none does")
+    return {
+        "open_modules": sum(is_open),
+        "total_modules": len(layers),
+        "fraction_open": sum(is_open) / max(1, len(layers)),
+        "trainable_parameters": trainable,
+    }
+
+
+def _claim(out: Path, mine: Mapping[str, Any], resume: bool) -> None:
+    marker = out / "train.json"
+    mine = json.loads(json.dumps(mine))
+    if not marker.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(marker, mine)
+        return
+    if not resume:
+        raise ValueError(f"output_dir {str(out)!r} holds another run; give another, or resume it")
+    found = json.loads(marker.read_text(encoding="utf-8"))
+    differs = [k for k in mine["config"] if found["config"].get(k) != mine["config"][k]]
+    differs += [k for k in mine if k != "config" and found.get(k) != mine[k]]
+    if differs:
+        raise ValueError(f"output_dir {str(out)!r} holds a run with other {', '.join(differs)}")
+
+
+def _held_out(trainer, held_out, collator, config, out: Path) -> float | None:
+    """Loss before training; a resumed run reads what the first start measured."""
+    file = out / "before.json"
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))["held_out_loss_before"]
+    before = _loss(trainer, held_out, collator, config)
+    write_json_atomic(file, {"held_out_loss_before": before})
+    return before
+
+
+def _loss(trainer, held_out, collator, config) -> float | None:
+    if not held_out:
+        return None
+    return held_out_loss(trainer.model, held_out, collator, config.batch_size)
+
+
+def _save(peft_model: PeftModel, out: Path, metrics: Mapping[str, Any]) -> None:
+    """The adapter, then the metrics, then the checkpoints go: each step leaves a usable folder."""
+    with tempfile.TemporaryDirectory(dir=out, prefix=".adapter-") as folder:
+        peft_model.save_pretrained(folder)
+        saved = Path(folder)
+        nested = [path for path in saved.iterdir() if path.is_dir()]
+        for path in (nested[0] if nested else saved).iterdir():
+            path.replace(out / path.name)
+    write_json_atomic(out / "metrics.json", metrics)
+    (out / "before.json").unlink(missing_ok=True)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
