@@ -153,9 +153,7 @@ def train(
         save_every=save_every or None,
         training_args=_accumulation(gradient_accumulation),
     )
-    metrics, data_note = commands.train_selected(
-        inputs, config, out, mask_file=mask, resume=resume
-    )
+    metrics, data_note = commands.train_selected(inputs, config, out, mask_file=mask, resume=resume)
     screen.print(data_note, highlight=False)
     screen.print(runs_table([metrics]))
     screen.print(f"Adapter in {out}; PeftModel.from_pretrained(base, {str(out)!r}) loads it")

@@ -1,0 +1,97 @@
+"""The main job on real instruction sets, measured: one JSON file under ``benchmarks/results/``.
+
+    python -m benchmarks.real_data --model FOLDER --data gsm8k=a.jsonl --data roleplay=b.json
+
+For every set: a mask, stage 1's effect on held-out loss, the spread of the scores; training all
+layers and the selected share at equal steps; between the sets: Jaccard beside chance and Spearman.
+Finished steps are kept in ``--work``, so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+
+from rich.console import Console
+
+from ila.demo import Plan, run_plan
+from ila.files import write_json_atomic
+from ila.mask import LayerMask
+from ila.pipeline import versions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--train-on", action="append", metavar="NAME")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--method", default="ila")
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--stage2-steps", type=int, default=80)
+    parser.add_argument("--limit", type=int, default=1000)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--held-out", type=float, default=0.1)
+    parser.add_argument("--top", type=float, default=0.3)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    data = dict(item.split("=", 1) for item in options.data)
+    trained_on = list(data) if options.train_on is None else options.train_on
+    plan = Plan(
+        model=options.model,
+        data={name: Path(file) for name, file in data.items()},
+        trained_on=trained_on,
+        out=options.work,
+        top=options.top,
+        learn=[
+            *("--method", options.method, "--epsilon", "0"),
+            *("--stage1-steps", str(options.steps), "--stage2-steps", str(options.stage2_steps)),
+        ],
+        train=["--steps", str(options.steps)],
+        both=[
+            *("--limit", str(options.limit), "--max-length", str(options.max_length)),
+            *("--batch-size", str(options.batch_size), "--held-out", str(options.held_out)),
+            *("--learning-rate", str(options.learning_rate), "--seed", str(options.seed)),
+        ],
+    )
+    run_plan(plan, Console())
+    write_json_atomic(options.json, collect(plan, vars(options)))
+
+
+def collect(plan: Plan, options: dict) -> dict:
+    """Gather the results of a finished plan; absolute paths are reduced to names."""
+    learned = {}
+    for name in plan.data:
+        provenance = LayerMask.load(plan.out / f"learn-{name}").provenance
+        search = provenance["search"]
+        learned[name] = {
+            "held_out_loss": dict(provenance["held_out_loss"]),
+            "stage1": {k: search["stage1"][k] for k in ("steps", "first_loss", "last_loss")},
+            "spread": dict(search["spread"]),
+            "data_fingerprint": provenance["data"]["fingerprint"],
+            "rows": provenance["data"]["rows"],
+        }
+    trained = {}
+    for name in plan.trained_on:
+        for run in ("all-layers", f"top-{round(100 * plan.top)}-percent"):
+            text = (plan.out / f"{name}-{run}" / "metrics.json").read_text(encoding="utf-8")
+            trained[f"{name}-{run}"] = json.loads(text)
+    compare = plan.out / "compare.json"
+    names = {"model": Path(options["model"]).name, "data": list(plan.data)}
+    kept = {k: v for k, v in options.items() if k not in ("work", "json", "model", "data")}
+    return {
+        "environment": {"machine": platform.machine(), "versions": versions()},
+        "options": {**kept, **names},
+        "learned": learned,
+        "agreement": json.loads(compare.read_text("utf-8")) if compare.exists() else [],
+        "trained": trained,
+    }
+
+
+if __name__ == "__main__":
+    main()
