@@ -10,12 +10,14 @@ from typing import Any
 from accelerate import PartialState
 from peft import PeftModel
 
+from ila.figures import heatmap, runs_figure
 from ila.files import write_folder_atomic, write_json_atomic, write_text_atomic
 from ila.loading import find_source, load_model, load_tokenizer
 from ila.mask import LayerMask
 from ila.model import apply_mask
 from ila.pipeline import Inputs, claim_folder, prepare, read_run
-from ila.report import heatmap, load_run, runs_figure, runs_markdown
+from ila.report import runs_markdown
+from ila.runs import load_run
 from ila.search import SearchConfig, learn_mask
 from ila.train import ADAPTER_FILES, TrainConfig, train
 from ila.trainer import held_out_loss

@@ -28,7 +28,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: a hub id or folder, and the GGUF file in it if that is the model."""
+    """Where a model comes from: hub id or folder, and the GGUF file in it if that is the model."""
 
     name: str
     gguf_file: str | None = None

@@ -59,7 +59,7 @@ def read_scores(layers: Mapping[str, MaskedLoraLinear], adapter: str) -> dict[st
 
 
 class ScoreTrainer(Trainer):
-    """Trainer of the scores. PEFT makes an adapter trainable when it loads one; this undoes that."""
+    """Trainer of the scores; undoes that PEFT makes an adapter trainable when it loads one."""
 
     def _load_from_checkpoint(self, *args, **kwargs):
         super()._load_from_checkpoint(*args, **kwargs)

@@ -6,8 +6,8 @@
 
 Beside the frozen linear this moves M·K + 2·M·N elements forward (eager PEFT: M·K + 6·M·N): the
 update lands in y by one addmm, with no (M, N) temporary and no fp32 copy of x (but see
-``SHORT_ROWS``). Adapters in another dtype are rounded to that of x while they are R-thin. γα is folded into B or into
-R-thin results on the device, so a gate is never read by the host.
+``SHORT_ROWS``). Adapters in another dtype are rounded to that of x while they are R-thin. γα is
+folded into B or into R-thin results on the device, so a gate is never read by the host.
 
 x, dy, y are two-dimensional here; ``functional`` does the reshaping.
 """
@@ -148,7 +148,7 @@ def forward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """x (M, K), W (N, K), A (R, K), B (N, R) -> y (M, N) in the dtype of x, t (M, R) in the thin."""
+    """x (M, K), W (N, K), A (R, K), B (N, R) -> y (M, N), dtype of x, and t (M, R), thin dtype."""
     t = shrink(x, lora_a, seed, dropout_p)
     return add_product(F.linear(x, weight, bias), t, lora_b.t(), scale, gate), t
 

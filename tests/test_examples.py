@@ -1,0 +1,119 @@
+"""The examples and the README's snippets do what they say, on a model of two blocks."""
+
+import functools
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.main import get_command
+
+import ila
+from ila.cli import app
+from ila.data import encode
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [
+        {"question": f"{a} + {b} ?", "answer": f"= {a + b}"} for a in range(6) for b in range(4)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run_example(name: str, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
+    arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(REPOSITORY / "examples" / name), run_name="__main__")
+
+
+def assert_plain_adapter(
+    folder: Path, model: Path, layers: int, *, trained: bool = True
+) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert len(tensors) == 2 * layers
+    moved = any(tensor.abs().sum() > 0 for key, tensor in tensors.items() if "lora_B" in key)
+    assert moved is trained
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(folder))
+    targets = loaded.peft_config["default"].target_modules
+    adapted = [name for name, module in loaded.named_modules() if hasattr(module, "lora_A")]
+    assert len(adapted) == layers
+    assert targets
+
+
+# Trainer pins memory by default, which torch remarks on where there is no GPU.
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_trainer_example_trains_the_best_30_percent(
+    tiny_model_folder, data, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    run_example(
+        "train_with_trainer.py", monkeypatch, model=tiny_model_folder, data=data, out=out, steps=4
+    )
+    assert "4 of 14 layers open" in capsys.readouterr().out
+    assert_plain_adapter(out, tiny_model_folder, 4)
+
+
+def test_loop_example_trains_what_the_mask_opens(
+    tiny_model_folder, data, tmp_path, monkeypatch, capsys
+):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    names = [name for name, _ in base.named_modules() if name.endswith("_proj")]
+    scores = {f"base_model.model.{name}": float(index) for index, name in enumerate(names)}
+    ila.LayerMask(scores).top(0.5).save(tmp_path / "mask.json")
+    out = tmp_path / "out"
+    options = {"model": tiny_model_folder, "data": data, "out": out, "steps": 4}
+    run_example("train_with_loop.py", monkeypatch, mask=tmp_path / "mask.json", **options)
+    printed = capsys.readouterr().out
+    assert "7 eager, 7 bare" in printed or "7 bare, 7 eager" in printed
+    assert "step 4: loss" in printed
+    assert_plain_adapter(out, tiny_model_folder, 7)
+
+
+def snippets(language: str) -> list[str]:
+    found = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert found
+    return found
+
+
+def test_readme_python_runs(tiny_model_folder, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    dataset, _ = encode(rows, AutoTokenizer.from_pretrained(tiny_model_folder))
+    quick = ila.SearchConfig(stage1_steps=3, stage2_steps=3, batch_size=2)
+    short = functools.partial(ila.learn_mask, config=quick, progress=False)
+    monkeypatch.setattr(ila, "learn_mask", short)
+    base_model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    for code in snippets("python"):
+        exec(compile(code, "README.md", "exec"), {"base_model": base_model, "dataset": dataset})
+    assert ila.LayerMask.load("mask.json").open
+    assert_plain_adapter(tmp_path / "adapter", tiny_model_folder, 4, trained=False)
+
+
+def test_readme_commands_and_options_exist():
+    commands = get_command(app).commands
+    used = set()
+    for line in "".join(snippets("sh")).splitlines():
+        words = shlex.split(line, comments=True)
+        if not words or words[0] != "ila":
+            continue
+        used.add(words[1])
+        known = {flag for parameter in commands[words[1]].params for flag in parameter.opts}
+        assert {word for word in words[2:] if word.startswith("--")} <= known, line
+    assert used == set(commands) - {"demo"}
+
+
+def test_readme_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (REPOSITORY / target).exists(), target
