@@ -99,6 +99,17 @@ def test_group_op_keeps_its_contract_when_only_gates_learn():
     assert_passes_all_four(OPS.masked_lora_linear_group.default, arguments)
 
 
+@pytest.mark.parametrize(("k", "n"), [(0, 4), (5, 0)])
+def test_an_empty_adapter_is_no_absent_one(k, n):
+    x, none = torch.randn(3, k), absent(torch.randn(1))
+    lists = ([torch.randn(n, k)], [torch.randn(2, k)], [torch.randn(n, 2)], [none], [none])
+    arguments = (x, *lists, None, [1.0], 0.0)
+    y, t = OPS.masked_lora_linear_group(*arguments)
+    assert y.shape == (3, n)
+    assert t.shape == (3, 2)
+    opcheck(OPS.masked_lora_linear_group.default, arguments, test_utils="test_faketensor")
+
+
 def test_keep_mask_op_keeps_its_contract():
     arguments = (torch.tensor([5]), 6, 7, 0.3, torch.device("cpu"))
     assert_passes_all_four(OPS.keep_mask.default, arguments)
