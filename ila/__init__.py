@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ila.explain import Explanation as Explanation
-    from ila.explain import explain as explain
+    from ila.explanation import Explanation as Explanation
+    from ila.explanation import explain as explain
     from ila.layer import MaskedLoraLinear as MaskedLoraLinear
     from ila.mask import LayerMask as LayerMask
     from ila.model import ConversionReport as ConversionReport
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ConversionReport": "model",
-    "Explanation": "explain",
+    "Explanation": "explanation",
     "LayerMask": "mask",
     "MaskReport": "model",
     "MaskedLoraLinear": "layer",
@@ -34,7 +34,7 @@ _HOME = {
     "apply_mask": "model",
     "attach": "model",
     "convert": "model",
-    "explain": "explain",
+    "explain": "explanation",
     "learn_mask": "search",
     "restore": "model",
 }

@@ -1,14 +1,20 @@
 """Checkpoints that survive being killed: the newest *complete* one is resumed.
 
-Trainer writes a checkpoint folder file by file. A marker written last says that nothing is
-missing; a folder without it was cut off, and the one before it is used.
+Trainer writes a checkpoint folder file by file. A marker written last names every file with its
+size; a folder without it, or with a file that has another size, was cut off by a kill or a power
+failure, and the one before it is used.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+from accelerate import PartialState
+from peft import PeftModel
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from ila.files import write_json_atomic
@@ -22,9 +28,52 @@ def last_complete(folder: Path) -> Path | None:
     found = []
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
         match = _NUMBERED.fullmatch(path.name)
-        if match and (path / MARKER).is_file():
+        if match and _is_whole(path):
             found.append((int(match[1]), path))
     return max(found)[1] if found else None
+
+
+def is_finished(checkpoint: Path) -> bool:
+    """Whether training had come to its end when this checkpoint was written."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {})
+    return bool(control.get("args", {}).get("should_training_stop", False))
+
+
+def save_adapter(peft_model: PeftModel, adapter: str, folder: Path) -> None:
+    """Write one adapter into ``folder`` itself; PEFT gives all but "default" a subfolder."""
+    peft_model.save_pretrained(folder, selected_adapters=[adapter])
+    if adapter != "default":
+        for path in (folder / adapter).iterdir():
+            path.replace(folder / path.name)
+        (folder / adapter).rmdir()
+
+
+def load_adapter(peft_model: PeftModel, adapter: str, folder: Path) -> None:
+    """Read what ``save_adapter`` wrote into a model that has this adapter.
+
+    Raises:
+        ValueError: If the weights are damaged.
+    """
+    try:
+        weights = load_peft_weights(str(folder), device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
+    set_peft_model_state_dict(peft_model, weights, adapter_name=adapter)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+        return marker["files"] == _sizes(checkpoint)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Size in bytes of every file but the marker."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 class MarkComplete(TrainerCallback):
@@ -38,9 +87,10 @@ class MarkComplete(TrainerCallback):
         self.also = also
 
     def on_save(self, args, state, control, **kwargs):
+        PartialState().wait_for_everyone()  # each process writes a random state of its own
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.also is not None:
             self.also(folder)
-        write_json_atomic(folder / MARKER, {"step": state.global_step})
+        write_json_atomic(folder / MARKER, {"step": state.global_step, "files": _sizes(folder)})

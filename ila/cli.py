@@ -251,9 +251,10 @@ def main() -> None:
     except (ValueError, TypeError, FloatingPointError, RuntimeError, OSError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command with --resume goes on")
-        sys.exit(130)
+    except SystemExit as done:
+        if done.code == 130:  # typer's answer to Ctrl-C, given without a word
+            Console(stderr=True).print("interrupted; the same command with --resume goes on")
+        raise
 
 
 def _plain(error: Exception) -> str:

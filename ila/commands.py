@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from ila.figures import heatmap, runs_figure
 from ila.files import write_folder_atomic, write_json_atomic, write_text_atomic
@@ -134,6 +135,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> None:
     Raises:
         FileNotFoundError: If ``run`` holds no finished adapter.
         FileExistsError: If ``out`` exists.
+        ValueError: If the weights of the adapter are damaged.
     """
     found = read_run(run, "train")
     missing = [name for name in ADAPTER_FILES if not (run / name).is_file()]
@@ -147,7 +149,10 @@ def export(run: Path, out: Path, *, merge: bool = False) -> None:
     inputs = found["inputs"]
     source = find_source(inputs["model"], inputs["gguf_file"], inputs["trust_remote_code"])
     with write_folder_atomic(out) as folder:
-        model = PeftModel.from_pretrained(load_model(source, inputs["dtype"]), str(run))
+        try:
+            model = PeftModel.from_pretrained(load_model(source, inputs["dtype"]), str(run))
+        except SafetensorError as error:
+            raise ValueError(f"the adapter in {run} is damaged: {error}") from error
         model.merge_and_unload(safe_merge=True).save_pretrained(folder)
         load_tokenizer(source).save_pretrained(folder)
         write_json_atomic(folder / "ila-export.json", {"base": found["model"], "merged": True})

@@ -1,4 +1,4 @@
-"""``MaskedLoraLinear``: PEFT's ``lora.Linear`` computing ``y = x Wᵀ + bias + γα (x̂ Aᵀ) Bᵀ`` as one op.
+"""``MaskedLoraLinear``: PEFT's ``lora.Linear`` with ``y = x Wᵀ + bias + γα (x̂ Aᵀ) Bᵀ`` as one op.
 
 A subclass, so that everything PEFT does to a LoRA layer works on it. ``forward`` takes the op where
 the op covers the case, the bare linear where no adapter is there, and PEFT's own ``forward``
@@ -37,7 +37,7 @@ _NO_ADAPTER = Route(BARE, "no active adapter in this layer")
 _SEVERAL = Route(PEFT, "several adapters are active")
 _LORA_BIAS = Route(PEFT, "lora_bias=True")
 _BASE_TYPE = Route(PEFT, "the base layer is not a plain nn.Linear")
-_HOOKS = Route(PEFT, "the base layer or an adapter module has hooks of its own")
+_HOOKS = Route(PEFT, "the base layer or an adapter module has hooks or a forward of its own")
 _ADAPTER_TYPE = Route(PEFT, "an adapter module is not a plain nn.Linear or dropout")
 _SHARDED = Route(PEFT, "a weight is sharded (DTensor)")
 
@@ -48,7 +48,16 @@ def _has_hooks(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in module.__dict__  # how accelerate hooks a module
     )
+
+
+def _move(value: nn.Module | torch.Tensor, device: torch.device) -> None:
+    """Move parameters in place, so that who refers to them keeps them."""
+    if isinstance(value, nn.Module):
+        value.to(device)
+    else:
+        value.data = value.data.to(device)
 
 
 class MaskedLoraLinear(Linear):
@@ -73,12 +82,18 @@ class MaskedLoraLinear(Linear):
         if "_closed" not in self.__dict__:
             self._closed: dict[str, dict[str, Any]] = {}
             self.lora_score = nn.ParameterDict()
+        # Variants such as DoRA give an instance a tuple of its own.
+        if "lora_score" not in self.adapter_layer_names:
+            self.adapter_layer_names = (*self.adapter_layer_names, "lora_score")
 
     def strip(self) -> None:
         """Open every adapter and remove what ``prepare`` and the search added."""
         for adapter in list(self._closed):
             self.open(adapter)
         del self._closed, self.lora_score
+        if "adapter_layer_names" in self.__dict__:
+            names = (name for name in self.adapter_layer_names if name != "lora_score")
+            self.adapter_layer_names = tuple(names)
 
     def close(self, adapter: str) -> None:
         """Set an adapter aside: the layer computes as if it never had it.
@@ -107,12 +122,28 @@ class MaskedLoraLinear(Linear):
         parts = self._closed.pop(adapter, None)
         if parts is None:
             return
+        # Not _move_adapter_to_device_of_base_layer: that rounds fp32 adapters to a bf16 base.
+        device = self.weight.device
         for name, value in parts.items():
-            getattr(self, name)[adapter] = value
-        for value in parts.values():
             if isinstance(value, nn.Module):
                 value.train(self.training)
-        self._move_adapter_to_device_of_base_layer(adapter)
+            if isinstance(value, (nn.Module, torch.Tensor)) and device.type != "meta":
+                _move(value, device)
+            getattr(self, name)[adapter] = value
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters, as PEFT does; what requires grad follows in those set aside."""
+        super().set_adapter(adapter_names, inference_mode)
+        for adapter, parts in self._closed.items():
+            trainable = adapter in self.active_adapters and not inference_mode
+            frozen = self.frozen_peft_weight_names.get(adapter, ())
+            for name in self.adapter_layer_names:
+                if name in parts:
+                    parts[name].requires_grad_(trainable and name not in frozen)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        # PEFT picks the next active adapter from these; all layers of a model must pick the same.
+        return sorted({*super()._all_available_adapter_names(), *self._closed})
 
     def is_closed(self, adapter: str) -> bool:
         """Whether this adapter is set aside here."""

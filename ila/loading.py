@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import (
     AutoConfig,
@@ -84,7 +85,7 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
             ``"float16"`` or ``"float32"``.
 
     Raises:
-        ValueError: If ``dtype`` is not one of these.
+        ValueError: If ``dtype`` is not one of these, or the weights are damaged.
         FileNotFoundError: If the model can be found neither here nor on the hub.
     """
     if dtype not in DTYPES:
@@ -96,6 +97,8 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(source.name, dtype=wanted, **source.options())
     except OSError as error:
         raise FileNotFoundError(_not_found(source, error)) from error
+    except SafetensorError as error:
+        raise ValueError(f"the weights of model {source.name!r} are damaged: {error}") from error
     if source.gguf_file is not None:
         # The weights are plain tensors now; without this, saving would try to write them as GGUF.
         if hasattr(model.config, "quantization_config"):
@@ -110,11 +113,16 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: If it can be found neither here nor on the hub.
+        ValueError: If it cannot be read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **source.options())
     except OSError as error:
         raise FileNotFoundError(_not_found(source, error)) from error
+    except ValueError as error:
+        raise ValueError(
+            f"the tokenizer of model {source.name!r} cannot be read: {error}"
+        ) from error
     if source.gguf_file is not None:
         _repair_pre_tokenizer(tokenizer, Path(source.name) / source.gguf_file)
     return tokenizer

@@ -14,10 +14,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ila.layer import MaskedLoraLinear
 from ila.mask import LayerMask
+
+# They move part of W into B A, so that W is not there once the adapter is gone.
+_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -81,15 +85,36 @@ def attach(
         raise TypeError(f"lora_config must be a LoraConfig, got {type(lora_config).__name__}")
     config = copy.deepcopy(lora_config)
     config._register_custom_module({nn.Linear: _dispatch})
-    peft_model = get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
-    if not _masked_layers(peft_model):
-        found = sorted({type(m).__name__ for m in peft_model.modules() if isinstance(m, LoraLayer)})
-        peft_model.unload()
-        raise ValueError(
-            f"lora_config.target_modules={lora_config.target_modules!r} must match at least one "
-            f"plain nn.Linear; the layers it matched became {', '.join(found)}"
-        )
+    modules, attributes = set(model.modules()), set(model.__dict__)
+    required = {p: p.requires_grad for p in model.parameters()}
+    try:
+        peft_model = get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
+        if not _masked_layers(peft_model):
+            found = {type(m).__name__ for m in peft_model.modules() if isinstance(m, LoraLayer)}
+            raise ValueError(
+                f"lora_config.target_modules={lora_config.target_modules!r} must match at least "
+                f"one plain nn.Linear; the layers it matched became {', '.join(sorted(found))}"
+            )
+    except Exception:
+        # PEFT wraps modules one by one and checks each when its turn comes.
+        _unwrap_all_but(modules, model)
+        for name in set(model.__dict__) - attributes:
+            delattr(model, name)
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
+        raise
     return peft_model
+
+
+def _unwrap_all_but(modules: set[nn.Module], model: nn.Module) -> None:
+    for parent in modules.intersection(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in modules:
+                continue
+            if isinstance(child, LoraLayer):
+                setattr(parent, name, child.get_base_layer())
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                setattr(parent, name, child.original_module)
 
 
 def convert(model: nn.Module) -> ConversionReport:
@@ -160,7 +185,7 @@ def restore(model: nn.Module) -> ConversionReport:
 
 
 def masked_layers(model: nn.Module, adapter: str) -> dict[str, MaskedLoraLinear]:
-    """Module name -> layer, for every ``MaskedLoraLinear`` that has this adapter, open or closed."""
+    """Module name -> layer, for every ``MaskedLoraLinear`` with this adapter, open or closed."""
     return {
         name: layer
         for name, layer in _masked_layers(model).items()
@@ -216,13 +241,16 @@ def apply_mask(
         Which layers are open and closed now.
 
     Raises:
-        ValueError: If the mask is for another model (names unknown or missing), or if it opens a
-            layer whose parameters the given ``optimizer`` does not hold.
+        ValueError: If the mask is for another model (names unknown or missing), if it opens a
+            layer whose parameters the given ``optimizer`` does not hold, or if it closes a layer
+            and the adapter's configuration changes base weights or trains base biases.
         RuntimeError: If the adapter is merged.
     """
     adapter = single_adapter(peft_model, adapter_name)
     layers = masked_layers(peft_model, adapter)
     _check_mask(layers, mask, adapter)
+    if mask.closed:
+        _check_base_untouched(peft_model.peft_config[adapter])
     if any(adapter in layer.merged_adapters for layer in layers.values()):
         raise RuntimeError(f"adapter {adapter!r} is merged; unmerge it before applying a mask")
     opening = [layers[name] for name in mask.open if layers[name].is_closed(adapter)]
@@ -258,6 +286,21 @@ def _check_mask(layers: Mapping[str, nn.Module], mask: LayerMask, adapter: str) 
             f"mask must name the {len(layers)} LoRA layers of this model; {len(unknown)} of its "
             f"names are unknown here and {len(missing)} are missing ({', '.join(examples)}): it "
             "was learned on another model or other target_modules"
+        )
+
+
+def _check_base_untouched(config: Any) -> None:
+    """Raise unless a layer without this adapter is the pretrained layer, here and once reloaded."""
+    if config.bias != "none":
+        raise ValueError(
+            f"bias must be 'none' to close layers, got {config.bias!r}: it trains the base bias of "
+            "closed layers too, which plain PEFT does not load without an adapter beside it"
+        )
+    init = str(config.init_lora_weights).lower()
+    if init.startswith(_INITS_THAT_CHANGE_THE_BASE) or config.kasa_config is not None:
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} must leave base weights alone to "
+            "close layers: a layer closed now would not be the pretrained layer"
         )
 
 

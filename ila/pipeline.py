@@ -135,7 +135,7 @@ def versions() -> dict[str, str]:
 
 
 def claim_folder(out: Path, description: Mapping[str, Any], resume: bool, what: str) -> None:
-    """Make ``out`` this run's, or check that it is: same model, same data, same options.
+    """Make ``out`` this run's, or check that it is: same model, data, options, open layers.
 
     Raises:
         ValueError: If the folder holds another run, or one that was not asked to be resumed, or
@@ -152,7 +152,8 @@ def claim_folder(out: Path, description: Mapping[str, Any], resume: bool, what: 
             raise ValueError(
                 f"--out {out} holds another run; give another folder, or --resume to go on with it"
             )
-        differs = [k for k in ("what", "model", "data", "inputs") if found.get(k) != mine.get(k)]
+        keys = ("what", "model", "data", "inputs", "open")
+        differs = [key for key in keys if found.get(key) != mine.get(key)]
         if differs:
             detail = ", ".join(_differences(found, mine, differs))
             raise ValueError(f"--out {out} holds a run that differs in {detail}")

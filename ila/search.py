@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.utils import load_peft_weights, set_peft_model_state_dict
 from transformers import Trainer, TrainerCallback
 
 from ila import stages
+from ila.checkpoint import load_adapter, save_adapter
 from ila.files import write_folder_atomic, write_json_atomic
 from ila.layer import FUSED, MaskedLoraLinear
 from ila.mask import LayerMask
@@ -141,7 +141,7 @@ def learn_mask(
         raise ValueError("resume=True needs the output_dir of the search to go on with")
     with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
         work = _Work(Path(folder), output_dir is not None, config, resume, progress)
-        work.claim(adapter, layers)
+        work.claim(adapter, layers, len(dataset))
         stage1 = _stage1(peft_model, adapter, layers, dataset, collator, work)
         scores, stage2 = _stage2(peft_model, adapter, layers, dataset, collator, work, stage1)
     gate_gradient = stage1.pop("gate_gradient")
@@ -165,14 +165,14 @@ class _Work:
     resume: bool
     progress: bool
 
-    def claim(self, adapter: str, layers: Mapping[str, MaskedLoraLinear]) -> None:
+    def claim(self, adapter: str, layers: Mapping[str, MaskedLoraLinear], rows: int) -> None:
         """Mark the folder as this search's, or check that it is."""
+        marker = self.folder / "search.json"
+        mine = {"config": self.config.as_dict(), "adapter": adapter, "layers": list(layers)}
+        mine["rows"] = rows
+        mine = json.loads(json.dumps(mine))
         if not self.keep:
             return
-        marker = self.folder / "search.json"
-        layer_names = list(layers)
-        mine = {"config": self.config.as_dict(), "adapter": adapter, "layers": layer_names}
-        mine = json.loads(json.dumps(mine))
         if marker.exists():
             found = json.loads(marker.read_text(encoding="utf-8"))
             if not self.resume:
@@ -181,10 +181,11 @@ class _Work:
                     "give another folder, or resume it"
                 )
             differs = [k for k in mine["config"] if found["config"].get(k) != mine["config"][k]]
-            differs += [k for k in ("adapter", "layers") if found[k] != mine[k]]
+            differs += [k for k in ("adapter", "layers", "rows") if found.get(k) != mine[k]]
             if differs:
                 raise ValueError(
-                    f"output_dir {str(self.folder)!r} holds a search with other {', '.join(differs)}"
+                    f"output_dir {str(self.folder)!r} holds a search with other "
+                    f"{', '.join(differs)}"
                 )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -214,8 +215,7 @@ def _check_layers(layers: Mapping[str, MaskedLoraLinear], adapter: str) -> None:
 def _stage1(peft_model, adapter, layers, dataset, collator, work: _Work) -> dict[str, Any]:
     config, done = work.config, work.folder / "stage1.json"
     if work.resume and done.exists():
-        weights = load_peft_weights(str(work.folder / "adapter"), device="cpu")
-        set_peft_model_state_dict(peft_model, weights, adapter_name=adapter)
+        load_adapter(peft_model, adapter, work.folder / "adapter")
         return json.loads(done.read_text(encoding="utf-8"))
     signal = GateGradient(layers, adapter)
     stable = StopWhenStable(config.epsilon, config.stability_window)
@@ -242,7 +242,7 @@ def _stage1(peft_model, adapter, layers, dataset, collator, work: _Work) -> dict
     }
     if work.keep and trainer.is_world_process_zero():
         with write_folder_atomic(work.folder / "adapter", replace=True) as target:
-            peft_model.save_pretrained(target)
+            save_adapter(peft_model, adapter, target)
         write_json_atomic(done, result)
     trainer.accelerator.wait_for_everyone()
     return result

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.utils import load_peft_weights, set_peft_model_state_dict
 from transformers import Trainer
 
+from ila.checkpoint import load_adapter, save_adapter
 from ila.files import write_json_atomic
 from ila.layer import MaskedLoraLinear
 from ila.memory import peak_bytes, reset_peak
@@ -114,10 +114,11 @@ def train(
     with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
         out = Path(folder)
         if output_dir is not None:
-            _claim(out, {"config": config.as_dict(), **counts}, resume)
+            names = [n for n, p in peft_model.named_parameters() if p.requires_grad]
+            mine = {"config": config.as_dict(), **counts, "rows": len(dataset), "trained": names}
+            _claim(out, mine, resume)
             if resume and (out / "metrics.json").exists():
-                weights = load_peft_weights(str(out), device="cpu")
-                set_peft_model_state_dict(peft_model, weights, adapter_name=adapter)
+                load_adapter(peft_model, adapter, out)
                 return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
         log = LogFile(out / "log.jsonl", "train") if output_dir is not None else None
         timer = StepTimer()
@@ -131,10 +132,12 @@ def train(
             warmup_steps=round(0.03 * config.steps),
             seed=config.seed,
         )
-        own = stage_callbacks(f"Training {name}", log, progress=progress)
+        own = stage_callbacks(f"Training {name}", log, progress=progress, also_save=timer.save)
         trainer = Trainer(peft_model, args, collator, dataset, callbacks=[timer, *own])
         before = _held_out(trainer, held_out, collator, config, out)
         start = resume_point(out / "checkpoints", resume)
+        if start is not None:
+            timer.load(start)
         can_measure = reset_peak(args.device)
         run(trainer, start)
         peak = peak_bytes(args.device) if can_measure else None
@@ -156,7 +159,7 @@ def train(
             "config": config.as_dict(),
         }
         if output_dir is not None and trainer.is_world_process_zero():
-            _save(peft_model, out, metrics)
+            _save(peft_model, adapter, out, metrics)
         trainer.accelerator.wait_for_everyone()
     return metrics
 
@@ -214,13 +217,11 @@ def _loss(trainer, held_out, collator, config) -> float | None:
     return held_out_loss(trainer.model, held_out, collator, config.batch_size)
 
 
-def _save(peft_model: PeftModel, out: Path, metrics: Mapping[str, Any]) -> None:
+def _save(peft_model: PeftModel, adapter: str, out: Path, metrics: Mapping[str, Any]) -> None:
     """The adapter, then the metrics, then the checkpoints go: each step leaves a usable folder."""
     with tempfile.TemporaryDirectory(dir=out, prefix=".adapter-") as folder:
-        peft_model.save_pretrained(folder)
-        saved = Path(folder)
-        nested = [path for path in saved.iterdir() if path.is_dir()]
-        for path in (nested[0] if nested else saved).iterdir():
+        save_adapter(peft_model, adapter, Path(folder))
+        for path in Path(folder).iterdir():
             path.replace(out / path.name)
     write_json_atomic(out / "metrics.json", metrics)
     (out / "before.json").unlink(missing_ok=True)

@@ -17,12 +17,20 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
-from ila.checkpoint import MarkComplete, last_complete
+from ila.checkpoint import MarkComplete, is_finished, last_complete
 from ila.data import Collator
-from ila.files import write_text_atomic
+from ila.files import write_json_atomic, write_text_atomic
 
+# What accelerate puts on a model for mixed precision, and leaves there.
+_AUTOCAST = ("forward", "_original_forward")
 # What the stages decide themselves; overriding it would change what they measure.
 _OWN = ("output_dir", "max_steps", "seed", "logging_steps", "logging_strategy", "disable_tqdm")
 
@@ -92,9 +100,27 @@ def check_dataset(dataset: Any) -> None:
 
 
 def run(trainer: Trainer, resume_from: Path | None) -> None:
-    """Train, quietly, from a checkpoint if there is one."""
+    """Train, quietly, from a checkpoint if there is one.
+
+    Trainer asks whether it is done only after a step, so a run that was killed between its last
+    checkpoint and its result would train one step too many: a finished checkpoint is only loaded.
+    """
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    if resume_from is not None and is_finished(resume_from):
+        trainer._load_from_checkpoint(str(resume_from))
+        trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
+        return
+    attributes = vars(trainer.model)
+    before = {name: attributes[name] for name in _AUTOCAST if name in attributes}
+    try:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    finally:
+        for name in _AUTOCAST:
+            attributes.pop(name, None)
+        attributes.update(before)
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressBar):
+                callback.close()
 
 
 def resume_point(folder: Path, resume: bool) -> Path | None:
@@ -202,9 +228,13 @@ class LogFile(TrainerCallback):
 
 
 class StepTimer(TrainerCallback):
-    """Wall time of each optimiser step in ms, forward to update; the first few are warm-up."""
+    """Wall time of each optimiser step in ms, forward to update; the first few are warm-up.
+
+    Times go with the checkpoints, so that a resumed run reports those of all its steps.
+    """
 
     WARM_UP = 3
+    FILE = "step_times.json"
 
     def __init__(self) -> None:
         self.times_ms: list[float] = []
@@ -221,6 +251,15 @@ class StepTimer(TrainerCallback):
     def _wait(args: TrainingArguments) -> None:
         if args.device.type == "cuda":
             torch.cuda.synchronize(args.device)
+
+    def save(self, folder: Path) -> None:
+        """Write the times beside a checkpoint."""
+        write_json_atomic(folder / self.FILE, {"times_ms": self.times_ms})
+
+    def load(self, folder: Path) -> None:
+        """Read the times of a checkpoint."""
+        saved = json.loads((folder / self.FILE).read_text(encoding="utf-8"))
+        self.times_ms = saved["times_ms"]
 
     def summary(self) -> dict[str, float]:
         """Median, 10th and 90th percentile in ms."""
@@ -251,7 +290,10 @@ def held_out_loss(
             batch = {name: value.to(device) for name, value in collator(rows).items()}
             # The first position predicts nothing, so its label carries no loss.
             tokens = int((batch["labels"][:, 1:] != -100).sum())
-            total += float(model(**batch).loss) * tokens
-            count += tokens
+            if tokens:  # the mean over none is NaN
+                total += float(model(**batch).loss) * tokens
+                count += tokens
     model.train(training)
+    if count == 0:
+        raise ValueError(f"dataset must have a label to predict; its {len(dataset)} rows have none")
     return total / count

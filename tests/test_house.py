@@ -38,7 +38,7 @@ STOREYS = {
         "messages",
         "layer",
         "model",
-        "explain",
+        "explanation",
         "rows",
         "rendering",
         "data",

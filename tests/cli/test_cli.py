@@ -1,0 +1,551 @@
+"""The command line: what each command promises, and one clear line for every mistake."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, LlamaForCausalLM, Trainer
+
+from ila.layer import MaskedLoraLinear
+from ila.mask import LayerMask
+from ila.runs import load_run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class Killed(BaseException):
+    """A kill: nothing that catches `Exception` sees it."""
+
+
+def logits(model, tokenizer):
+    batch = tokenizer("a b c d e f g", return_tensors="pt")
+    with torch.no_grad():
+        return model.eval()(input_ids=batch["input_ids"]).logits
+
+
+def base_of(folder):
+    return LlamaForCausalLM.from_pretrained(folder)
+
+
+# ---- the main path
+
+
+def test_the_main_path(ila, learn, train, tmp_path, tiny_model_folder):
+    first, second = tmp_path / "first", tmp_path / "second"
+    answer = learn(first)
+    assert answer.code == 0, answer.err
+    assert "11 of 11 rows kept" in answer.out and "scores of 14 layers" in answer.out
+    assert learn(second, "--seed", "1", "--method", "path").code == 0
+    for run in (first, second):
+        names = {path.name for path in run.iterdir()}
+        assert names >= {"mask.json", "heatmap.png", "log.jsonl", "adapter", "run.json"}
+        assert not names & {"stage1", "stage2"}  # checkpoints go when the mask is there
+        assert (run / "heatmap.png").read_bytes().startswith(PNG)
+        PeftModel.from_pretrained(base_of(tiny_model_folder), str(run / "adapter"))
+        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        for stage in ("stage1", "stage2"):
+            losses = [e["step"] for e in log if e["stage"] == stage and "loss" in e]
+            assert losses == [1, 2, 3, 4]
+    mask = LayerMask.load(first)
+    assert len(mask.open) == 14
+    assert mask.provenance["search"]["config"]["method"] == "ila"
+    assert mask.provenance["seed"] == 0 == mask.provenance["search"]["config"]["seed"]
+    held = mask.provenance["held_out_loss"]
+    assert held["rows"] == 1 and held["before"] > 0 and held["after_stage1"] != held["before"]
+
+    answer = ila("select", first, "--top", "0.3")
+    assert answer.code == 0 and "4 of 14 layers open" in answer.out
+    chosen = first / "mask-top-0.3.json"
+    assert LayerMask.load(chosen).open == mask.top(0.3).open
+    assert LayerMask.load(chosen).provenance["selection"] == {"top": 0.3, "freeze": None}
+    assert ila("select", first, "--freeze", "0.25", "--out", tmp_path / "f.json").code == 0
+    assert LayerMask.load(tmp_path / "f.json").open == mask.without_bottom(0.25).open
+
+    every, some = tmp_path / "every", tmp_path / "some"
+    assert train(every).code == 0
+    answer = train(some, "--mask", chosen)
+    assert answer.code == 0 and "4 of 14 (29%)" in answer.out
+    assert load_run(some)["open_modules"] == 4 and load_run(every)["open_modules"] == 14
+    assert load_run(some)["trainable_parameters"] < load_run(every)["trainable_parameters"]
+
+    assert ila("report", every, some, "--out", tmp_path / "report").code == 0
+    assert (tmp_path / "report" / "report.png").read_bytes().startswith(PNG)
+    table = (tmp_path / "report" / "report.md").read_text()
+    assert "every" in table and "some" in table
+
+    answer = ila("compare", first, second, "--json", tmp_path / "c.json")
+    assert answer.code == 0 and "first" in answer.out and "second" in answer.out
+    (row,) = json.loads((tmp_path / "c.json").read_text())
+    assert row["spearman"] == pytest.approx(mask.spearman(LayerMask.load(second)))
+
+
+def test_what_is_exported_computes_what_was_trained(ila, train, tmp_path, tiny_model_folder):
+    run = tmp_path / "run"
+    assert train(run, "--learning-rate", "0.05").code == 0
+    assert ila("export", run, "--out", tmp_path / "plain").code == 0
+    assert {p.name for p in (tmp_path / "plain").iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    }
+    answer = ila("export", run, "--out", tmp_path / "merged", "--merge")
+    assert answer.code == 0 and "Merged model" in answer.out
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    bare = logits(base_of(tiny_model_folder), tokenizer)
+    adapted = PeftModel.from_pretrained(base_of(tiny_model_folder), str(tmp_path / "plain"))
+    assert not any(isinstance(module, MaskedLoraLinear) for module in adapted.modules())
+    expected = logits(adapted, tokenizer)
+    assert (expected - bare).abs().max() > 1e-2
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    # float32, two blocks, logits of magnitude 3.
+    torch.testing.assert_close(logits(merged, tokenizer), expected, rtol=1e-5, atol=1e-5)
+    note = json.loads((tmp_path / "merged" / "ila-export.json").read_text())
+    assert note["merged"] is True and note["base"]["architecture"] == "LlamaForCausalLM"
+
+
+def test_the_command_runs_in_a_process_of_its_own(source, tmp_path):
+    def shell(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "ila.cli", *map(str, arguments)],
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        return done
+
+    run = tmp_path / "run"
+    steps = ("--stage1-steps", "2", "--stage2-steps", "2", "--batch-size", "2")
+    done = shell("learn", *source, *steps, "--out", run)
+    assert done.returncode == 0, done.stderr
+    assert (run / "mask.json").is_file() and "Traceback" not in done.stderr
+    done = shell("compare", run)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: give at least two runs to compare, got 1\n"
+
+
+def test_the_small_trained_model_takes_the_main_path_too(ila, stories260k, data, tmp_path):
+    options = ("--model", stories260k, "--data", data, "--batch-size", "2", "--rank", "2")
+    steps = ("--stage1-steps", "2", "--stage2-steps", "2", "--save-every", "0")
+    assert ila("learn", *options, *steps, "--out", tmp_path / "a").code == 0
+    assert len(LayerMask.load(tmp_path / "a")) == 7 * 5
+    assert ila("select", tmp_path / "a", "--top", "0.2", "--out", tmp_path / "m.json").code == 0
+    trained = ila(
+        "train", *options, "--steps", "2", "--mask", tmp_path / "m.json", "--out", tmp_path / "b"
+    )
+    assert trained.code == 0 and load_run(tmp_path / "b")["open_modules"] == 7
+
+
+# ---- resuming
+
+
+def break_off(monkeypatch, call):
+    calls, original = [], Trainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            monkeypatch.setattr(Trainer, "training_step", original)
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+
+
+@pytest.mark.parametrize("call", [4, 7])
+def test_learn_resumed_after_a_kill_gives_the_same_files(
+    call, learn, tmp_path, monkeypatch, contents
+):
+    assert learn(tmp_path / "whole", "--dropout", "0.1").code == 0
+    break_off(monkeypatch, call)
+    with pytest.raises(Killed):
+        learn(tmp_path / "broken", "--dropout", "0.1")
+    assert not (tmp_path / "broken" / "mask.json").exists()
+    assert learn(tmp_path / "broken", "--dropout", "0.1", "--resume").code == 0
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+
+
+def test_train_resumed_after_a_kill_gives_the_same_files(train, tmp_path, monkeypatch, contents):
+    assert train(tmp_path / "whole").code == 0
+    break_off(monkeypatch, 4)
+    with pytest.raises(Killed):
+        train(tmp_path / "broken")
+    answer = train(tmp_path / "broken", "--resume")
+    assert answer.code == 0
+    whole, broken = contents(tmp_path / "whole"), contents(tmp_path / "broken")
+    assert whole.keys() == broken.keys()
+    differing = {name for name in whole if whole[name] != broken[name]}
+    assert differing == {"metrics.json"}  # times, memory, and the name of the folder
+    assert load_run(tmp_path / "broken")["losses"] == load_run(tmp_path / "whole")["losses"]
+
+
+def test_ctrl_c_says_how_to_go_on(learn, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "training_step", interrupted)
+    answer = learn(tmp_path / "run")
+    assert answer.code == 130
+    assert "interrupted; the same command with --resume goes on" in answer.err
+
+
+# ---- a folder that is not free
+
+
+def test_a_run_is_not_overwritten(learn, train, tmp_path, contents):
+    run = tmp_path / "run"
+    assert learn(run).code == 0
+    before = contents(run)
+    assert f"--out {run} holds another run" in learn(run).error()
+    assert f"--out {run} holds another run" in train(run).error()
+    for options, field in (
+        (("--rank", "3"), "inputs.rank"),
+        (("--seed", "1"), "inputs.seed"),
+        (("--stage2-steps", "5"), "stage2_steps"),
+        (("--method", "path"), "method"),
+        (("--limit", "8"), "data.fingerprint"),
+    ):
+        line = learn(run, "--resume", *options).error()
+        assert field in line and str(run) in line
+    assert "differs in what" in train(run, "--resume").error()
+    assert contents(run) == before
+
+
+def test_other_data_or_another_model_is_no_resume(
+    learn, tmp_path, contents, tiny_model_folder, data
+):
+    run = tmp_path / "run"
+    assert learn(run).code == 0
+    before = contents(run)
+    changed = tmp_path / "letters.jsonl"
+    changed.write_text(data.read_text().replace("a b c", "c b a"))
+    assert "data.fingerprint" in learn(run, "--resume", "--data", changed).error()
+    other = tmp_path / "model"
+    config = json.loads((tiny_model_folder / "config.json").read_text())
+    for file in tiny_model_folder.iterdir():
+        (other / file.name).parent.mkdir(exist_ok=True)
+        (other / file.name).write_bytes(file.read_bytes())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert "model.config_fingerprint" in learn(run, "--resume", "--model", other).error()
+    assert contents(run) == before
+
+
+def test_training_with_another_mask_is_no_resume(ila, learn, train, tmp_path, contents):
+    assert learn(tmp_path / "learned").code == 0
+    mask = LayerMask.load(tmp_path / "learned")
+    # Two masks that open as many layers of the same shapes.
+    kinds = [name for name in mask.scores if name.endswith("mlp.up_proj")]
+    for index, name in enumerate(kinds):
+        gates = {n: n == name for n in mask.scores}
+        LayerMask(mask.scores, gates).save(tmp_path / f"{index}.json")
+    run = tmp_path / "run"
+    assert train(run, "--mask", tmp_path / "0.json").code == 0
+    before = contents(run)
+    line = train(run, "--mask", tmp_path / "1.json", "--resume").error()
+    assert "differs in open" in line
+    assert "differs in open" in train(run, "--resume").error()
+    assert contents(run) == before
+    assert train(run, "--mask", tmp_path / "0.json", "--resume").code == 0
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_no_run_is_left_alone(kind, learn, train, tmp_path):
+    out = tmp_path / "mine"
+    precious = out / "thesis.txt" if kind == "folder" else out
+    precious.parent.mkdir(exist_ok=True)
+    precious.write_text("years of work")
+    for command in (learn, train):
+        for options in ((), ("--resume",)):
+            line = command(out, *options).error()
+            assert str(out) in line and "not the folder of a run" in line
+    assert precious.read_text() == "years of work"
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [precious.name]
+
+
+def test_an_empty_folder_is_free(learn, tmp_path):
+    out = tmp_path / "deep" / "er"
+    out.mkdir(parents=True)
+    assert learn(out).code == 0
+    assert learn(tmp_path / "new" / "one").code == 0
+
+
+def test_a_damaged_description_is_one_clear_line(learn, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "run.json").write_text('{"what": "le')
+    line = learn(out, "--resume").error()
+    assert "run.json is not JSON" in line
+
+
+def test_export_and_report_write_over_nothing(ila, train, tmp_path):
+    run, taken = tmp_path / "run", tmp_path / "taken"
+    assert train(run).code == 0
+    taken.mkdir()
+    (taken / "thesis.txt").write_text("years of work")
+    for merge in ((), ("--merge",)):
+        assert str(taken) in ila("export", run, "--out", taken, *merge).error()
+    assert [p.name for p in taken.iterdir()] == ["thesis.txt"]
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "taken"}
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--model", "/nowhere/model"), "'/nowhere/model' is a path, but nothing is there"),
+        (("--model", "nobody/nothing"), "'nobody/nothing' is not a local folder"),
+        (("--model", "{empty}"), "no config.json or .gguf file"),
+        (("--data", "/nowhere/rows.jsonl"), "/nowhere/rows.jsonl: no such file"),
+        (("--data", "{empty}"), "must be a file or a hub id"),
+        (("--data", "{tmp}/none.jsonl"), "none.jsonl: no rows in it"),
+        (("--data", "{tmp}/broken.jsonl"), "broken.jsonl, line 2, column 2: not JSON"),
+        (("--data", "{tmp}/mute.jsonl"), "all 11 were dropped, 11 without an answer"),
+        (("--data", "{tmp}/alien.jsonl"), "rows[0]"),
+        (("--data", "{tmp}/one.jsonl"), "held_out must leave rows on both sides"),
+        (("--max-length", "3"), "no answer token within max_length=3"),
+        (("--max-length", "1"), "max_length must be at least 2, got 1"),
+        (("--target-modules", "nothing_proj"), "nothing_proj"),
+        (("--target-modules", "q_proj,nothing_proj,"), None),
+        (("--rank", "0"), "rank must be ≥ 1, got 0"),
+        (("--rank", "-4"), "rank must be ≥ 1, got -4"),
+        (("--dropout", "1.0"), "dropout must be in [0, 1), got 1.0"),
+        (("--held-out", "1"), "held_out must be in [0, 1), got 1.0"),
+        (("--limit", "0"), "limit must be ≥ 1, got 0"),
+        (("--dtype", "int8"), "dtype must be one of"),
+        (("--split", "test"), "split must be 'train'"),
+        (("--batch-size", "0"), "batch_size must be an integer ≥ 1, got 0"),
+        (("--gradient-accumulation", "0"), "gradient_accumulation must be ≥ 1, got 0"),
+        (("--learning-rate", "0"), "learning_rate must be positive, got 0.0"),
+        (("--learning-rate", "nan"), "learning_rate must be positive, got nan"),
+        (("--save-every", "-1"), "save_every must be None or ≥ 1, got -1"),
+        (("--gguf-file", "a.gguf"), "gguf_file 'a.gguf' is not in folder"),
+    ],
+)
+@pytest.mark.parametrize("command", ["learn", "train"])
+def test_a_wrong_input_is_one_clear_line_and_no_folder(
+    command, options, expected, learn, train, tmp_path
+):
+    files = {
+        "none": "",
+        "broken": '{"prompt": "a", "completion": "b"}\n{x}\n',
+        "mute": '{"prompt": "a", "completion": ""}\n' * 12,
+        "alien": '{"colour": 3}\n' * 12,
+        "one": '{"prompt": "a", "completion": "b"}\n',
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    (tmp_path / "empty").mkdir()
+    filled = [text.format(empty=tmp_path / "empty", tmp=tmp_path) for text in options]
+    out = tmp_path / "out"
+    answer = (learn if command == "learn" else train)(out, *filled)
+    if expected is None:
+        assert answer.code == 0, "PEFT takes the names that exist"
+    else:
+        assert expected in answer.error() and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--top", "0"), "fraction must be in (0, 1], got 0.0"),
+        (("--top", "1.5"), "fraction must be in (0, 1], got 1.5"),
+        (("--top", "-0.3"), "fraction must be in (0, 1], got -0.3"),
+        (("--top", "nan"), "fraction must be in (0, 1], got nan"),
+        (("--freeze", "1"), "fraction must be in [0, 1), got 1.0"),
+        (("--freeze", "0.99"), "closes all 2"),
+        (("--top", "0.5", "--freeze", "0.5"), "exactly one of --top and --freeze"),
+        ((), "exactly one of --top and --freeze"),
+        (("--top", "0.5", "--out", "/nowhere/at/all.json"), "/nowhere/at"),
+    ],
+)
+def test_a_wrong_selection_is_one_clear_line(options, expected, ila, tmp_path, contents):
+    LayerMask({"a": 1.0, "b": 2.0}).save(tmp_path / "mask.json")
+    before = contents(tmp_path)
+    assert expected in ila("select", tmp_path, *options).error()
+    assert contents(tmp_path) == before
+
+
+def good():
+    return {
+        "format": "ila.layer_mask",
+        "version": 1,
+        "modules": {"a": {"score": 1.0, "open": True}},
+        "provenance": {},
+    }
+
+
+MASKS = {
+    "another model": (json.dumps(good()), "unknown here"),
+    "truncated": (json.dumps(good())[:40], "not JSON, or cut short"),
+    "empty": ("", "not JSON, or cut short"),
+    "no JSON": ("PK\x03\x04", "not JSON, or cut short"),
+    "another version": (json.dumps(good() | {"version": 2}), "expected version 1, got 2"),
+    "NaN": (json.dumps(good()).replace("1.0", "NaN"), "NaN is not a JSON number"),
+    "infinity": (json.dumps(good()).replace("1.0", "1e999"), "must be finite"),
+    "all closed": (json.dumps(good()).replace("true", "false"), "all 1 are closed"),
+    "other JSON": ('{"a": 1}', "expected an object with"),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_wrong_mask_is_one_clear_line_and_no_folder(kind, train, ila, tmp_path):
+    text, expected = MASKS[kind]
+    file = tmp_path / "mask.json"
+    file.write_text(text)
+    assert expected in train(tmp_path / "out", "--mask", file).error()
+    if kind != "another model":
+        assert expected in ila("select", file, "--top", "0.5").error()
+        assert expected in ila("compare", file, file).error()
+    assert {p.name for p in tmp_path.iterdir()} == {"mask.json"}
+
+
+def test_a_missing_mask_or_run_is_one_clear_line(ila, train, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    assert "no such mask file" in train(tmp_path / "out", "--mask", nowhere).error()
+    assert "no such mask file" in ila("select", nowhere, "--top", "0.5").error()
+    assert "no such file" in ila("report", nowhere, "--out", tmp_path / "report").error()
+    assert "has no run.json" in ila("export", nowhere, "--out", tmp_path / "e").error()
+    assert "at least two runs to compare, got 1" in ila("compare", nowhere).error()
+    assert not list(tmp_path.iterdir())
+
+
+def test_masks_over_other_layers_are_not_compared(ila, tmp_path):
+    LayerMask({"a": 1.0}).save(tmp_path / "a.json")
+    LayerMask({"b": 1.0}).save(tmp_path / "b.json")
+    line = ila(
+        "compare", tmp_path / "a.json", tmp_path / "b.json", "--json", tmp_path / "c"
+    ).error()
+    assert "same 1 modules" in line and not (tmp_path / "c").exists()
+
+
+def test_a_run_of_another_kind_or_unfinished_is_not_exported(
+    ila, learn, train, tmp_path, monkeypatch
+):
+    assert learn(tmp_path / "learned").code == 0
+    line = ila("export", tmp_path / "learned", "--out", tmp_path / "e").error()
+    assert "a run of `ila learn`, not of `ila train`" in line
+    break_off(monkeypatch, 3)
+    with pytest.raises(Killed):
+        train(tmp_path / "run")
+    line = ila("export", tmp_path / "run", "--out", tmp_path / "e").error()
+    assert "no adapter_model.safetensors" in line and "is it finished?" in line
+    assert (
+        "metrics.json: no such file" in ila("report", tmp_path / "run", "--out", tmp_path).error()
+    )
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_model_cut_short_is_one_clear_line(file, learn, tmp_path, tiny_model_folder):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in tiny_model_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[: len(content) // 2])
+    assert str(folder) in learn(tmp_path / "out", "--model", folder).error()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_cut_short_is_one_clear_line(ila, train, tmp_path):
+    run = tmp_path / "run"
+    assert train(run).code == 0
+    weights = run / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    line = ila("export", run, "--out", tmp_path / "merged", "--merge").error()
+    assert f"the adapter in {run} is damaged" in line
+    assert not (tmp_path / "merged").exists()
+    assert f"the adapter in {run} is damaged" in train(run, "--resume").error()
+
+
+def test_a_loss_that_is_not_finite_is_one_clear_line(train, tmp_path, monkeypatch):
+    original = Trainer.training_step
+    monkeypatch.setattr(Trainer, "training_step", lambda *a, **k: original(*a, **k) * float("nan"))
+    assert "the loss became nan at step 1" in train(tmp_path / "run").error()
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+# ---- a full disk
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_while_selecting_keeps_the_old_mask(ila, tmp_path, monkeypatch, contents):
+    LayerMask({"a": 1.0, "b": 2.0}).save(tmp_path / "mask.json")
+    assert ila("select", tmp_path, "--top", "0.5").code == 0
+    before = contents(tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left" in ila("select", tmp_path, "--top", "0.5").error()
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("merge", [(), ("--merge",)])
+def test_a_full_disk_while_exporting_leaves_nothing(merge, ila, train, tmp_path, monkeypatch):
+    assert train(tmp_path / "run").code == 0
+    monkeypatch.setattr(os, "fsync", full)
+    assert (
+        "No space left" in ila("export", tmp_path / "run", "--out", tmp_path / "e", *merge).error()
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])  # a checkpoint of either stage, the adapter between
+def test_a_full_disk_while_learning_can_be_resumed(call, learn, tmp_path, monkeypatch, contents):
+    assert learn(tmp_path / "whole").code == 0
+    calls, original = [], PeftModel.save_pretrained
+
+    def save(*args, **kwargs):
+        calls.append(1)
+        return full() if len(calls) == call else original(*args, **kwargs)
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", save)
+    assert "No space left" in learn(tmp_path / "run").error()
+    assert not (tmp_path / "run" / "mask.json").exists()
+    assert not [p for p in (tmp_path / "run").rglob("*") if p.name.startswith(".ila-tmp")]
+    assert learn(tmp_path / "run", "--resume").code == 0
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+# ---- safety and help
+
+
+def test_code_of_a_model_is_off_unless_the_option_is_given(learn, tmp_path):
+    assert learn(tmp_path / "run").code == 0
+    assert (
+        json.loads((tmp_path / "run" / "run.json").read_text())["inputs"]["trust_remote_code"]
+        is False
+    )
+
+
+@pytest.mark.parametrize(
+    "command", ["learn", "select", "train", "compare", "report", "export", "demo"]
+)
+def test_every_command_explains_itself(command, ila):
+    answer = ila(command, "--help")
+    assert answer.code == 0 and f"ila {command}" in answer.out
+
+
+@pytest.mark.parametrize("arguments", [("nonsense",), ("select",), ("learn", "--steps", "x")])
+def test_a_wrong_call_exits_with_2(arguments, ila):
+    assert ila(*arguments).code == 2
+
+
+def test_fresh_does_not_remove_what_is_no_demo(ila, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert (
+        "not the folder of a demo; it was left alone"
+        in ila("demo", "--fresh", "--out", tmp_path).error()
+    )
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert "steps must be ≥ 1, got 0" in ila("demo", "--steps", "0", "--out", tmp_path).error()

@@ -1,0 +1,596 @@
+"""Laws of the two stages: what is learned, from which gradients, and what is left behind."""
+
+import json
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.utils import load_peft_weights
+from transformers import Trainer, TrainerControl, TrainerState
+
+import ila
+from ila import stages
+from ila.data import Collator
+from ila.layer import MaskedLoraLinear
+from ila.mask import LayerMask
+from ila.model import masked_layers
+from ila.search import METHODS, SearchConfig, learn_mask
+from ila.stability import StopWhenStable
+
+
+def adapter(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if ".lora_" in n}
+
+
+def frozen(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if ".lora_" not in n}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def whole(rows):
+    return Collator(0)(rows)
+
+
+def loss_at(model, batch, gamma):
+    """Return the loss with every update scaled by gamma, by changing B: nothing under test."""
+    layers = masked_layers(model, "default").values()
+    kept = [layer.lora_B["default"].weight.detach().clone() for layer in layers]
+    with torch.no_grad():
+        for layer, b in zip(layers, kept, strict=True):
+            layer.lora_B["default"].weight.copy_(gamma * b)
+        loss = model(**batch)["loss"].item()
+        for layer, b in zip(layers, kept, strict=True):
+            layer.lora_B["default"].weight.copy_(b)
+    return loss
+
+
+def slopes_at(model, batch, gamma):
+    """Return -dL/dγ of every layer at one gamma, by autograd through B(γ) = γ B."""
+    layers = masked_layers(model, "default")
+    kept = {name: layer.lora_B["default"].weight.detach().clone() for name, layer in layers.items()}
+    found = {}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.lora_B["default"].weight.copy_(gamma * kept[name])
+    parameters = [layer.lora_B["default"].weight for layer in layers.values()]
+    grads = torch.autograd.grad(model(**batch)["loss"], parameters)
+    for (name, b), grad in zip(kept.items(), grads, strict=True):
+        found[name] = -(grad * b).sum().item()
+        with torch.no_grad():
+            layers[name].lora_B["default"].weight.copy_(b)
+    return found
+
+
+# ---- stage 1
+
+
+def test_stage_1_lowers_the_loss_and_moves_only_the_adapter(make_llama, rows, search):
+    model = make_llama(lora_dropout=0.0)
+    base, before = frozen(model), adapter(model)
+    mask = search(model, rows, stage1_steps=40, method="gate_gradient", learning_rate=2e-2)
+    stage1 = mask.provenance["stage1"]
+    assert stage1["steps"] == 40 and stage1["stopped"] == "budget"
+    assert stage1["last_loss"] < 0.8 * stage1["first_loss"]
+    assert same(base, frozen(model)) and not same(before, adapter(model))
+
+
+def test_gate_gradient_is_the_mean_of_minus_the_inner_product(make_toy, rows, search):
+    # By hand: the same steps with a plain loop over one fixed batch, AdamW and Trainer's schedule.
+    steps, rate = 4, 1e-2
+    mask = search(
+        make_toy(),
+        rows,
+        method="gate_gradient",
+        stage1_steps=steps,
+        learning_rate=rate,
+        batch_size=len(rows),
+        training_args={"max_grad_norm": 0.0},
+    )
+    model, batch = make_toy(), whole(rows)
+    layers = masked_layers(model, "default")
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0
+    )
+    total = dict.fromkeys(layers, 0.0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * (steps - step) / steps
+        model(**batch)["loss"].backward()
+        for name, layer in layers.items():
+            b = layer.lora_B["default"].weight
+            total[name] -= (b.grad * b.detach()).sum().item() / steps
+        optimizer.step()
+        optimizer.zero_grad()
+    # The batch's rows come in another order: float64 sums differ in the last bits.
+    assert mask.scores == pytest.approx(total, rel=1e-9, abs=1e-12)
+    assert mask.provenance["signals"]["gate_gradient"] == mask.scores
+    assert mask.provenance["stage2"] == {"steps": 0}
+
+
+def test_gate_gradient_at_one_step_is_the_slope_of_the_loss(make_toy, rows, search):
+    truth = slopes_at(make_toy(), whole(rows), 1.0)
+    mask = search(
+        make_toy(),
+        rows,
+        method="gate_gradient",
+        stage1_steps=1,
+        batch_size=len(rows),
+        training_args={"max_grad_norm": 0.0},
+    )
+    assert mask.scores == pytest.approx(truth, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_reports_the_free_signal_and_the_course(method, make_toy, rows, search):
+    model = make_toy()
+    mask = search(model, rows, method=method)
+    names = set(masked_layers(model, "default"))
+    provenance = mask.provenance
+    assert set(mask.scores) == names and set(mask.open) == names
+    assert set(provenance) == {"config", "stage1", "stage2", "signals", "spread"}
+    assert set(provenance["stage1"]) == {"steps", "stopped", "first_loss", "last_loss"}
+    assert set(provenance["signals"]["gate_gradient"]) == names
+    assert provenance["config"]["method"] == method
+    assert provenance["spread"] == mask.spread()
+    free = search(make_toy(), rows, method="gate_gradient").scores
+    assert provenance["signals"]["gate_gradient"] == free
+
+
+# ---- determinism
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_seed_decides_every_bit(method, make_llama, rows, search):
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(runs))  # what was drawn before the search must not matter
+        model = make_llama()
+        mask = search(model, rows, method=method, seed=seed, stage1_steps=4, stage2_steps=4)
+        runs.append((dict(mask.scores), adapter(model)))
+    (first, weights), (again, weights_again), (other, _) = runs
+    assert first == again and same(weights, weights_again)
+    assert first != other
+
+
+# ---- stage 2: gradients
+
+
+def test_the_score_gradient_is_that_of_the_loss(make_toy, rows):
+    model, batch = make_toy(), whole(rows)
+    layers = masked_layers(model, "default")
+
+    def loss():
+        return model(**batch)["loss"]
+
+    for s in (-2.0, 0.0, 4.0):
+        with stages.scored(model, layers, "default", s):
+            loss().backward()
+            for name, layer in layers.items():
+                score = layer.lora_score["default"]
+                assert score.shape == (1,) and score.dtype == torch.float64
+                step = 1e-5
+                with torch.no_grad():
+                    above = (score.add_(step), loss().item())[1]
+                    below = (score.sub_(2 * step), loss().item())[1]
+                    score.add_(step)
+                # Central differences: step² · L''' / 6 and rounding, eps · L / step.
+                bound = step**2 + 1e-15 / step
+                assert abs(score.grad.item() - (above - below) / (2 * step)) <= bound, name
+
+
+def test_the_score_gradient_is_the_gate_gradient_through_the_sigmoid(make_toy, rows):
+    # All gates at γ: dL/ds = γ (1 − γ) dL/dγ, and γ dL/dγ = ⟨dB, B⟩.
+    gamma = 0.3
+    model, batch = make_toy(), whole(rows)
+    layers = masked_layers(model, "default")
+    truth = slopes_at(model, batch, gamma)
+    with stages.scored(model, layers, "default", math.log(gamma / (1 - gamma))):
+        model(**batch)["loss"].backward()
+        found = {n: -layer.lora_score["default"].grad.item() for n, layer in layers.items()}
+    expected = {name: gamma * (1 - gamma) * slope for name, slope in truth.items()}
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-14)
+
+
+@pytest.mark.parametrize("method", ["ila", "path"])
+def test_in_stage_2_only_scores_get_gradients_and_nothing_else_moves(
+    method, make_llama, rows, search, monkeypatch
+):
+    seen = []
+    kept = {}
+
+    class Spy(stages.ScoreTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            if not seen:
+                kept.update(adapter(model))
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            with_grad = {n for n, p in model.named_parameters() if p.grad is not None}
+            seen.append((with_grad, {n for n, p in model.named_parameters() if p.requires_grad}))
+            return loss
+
+    monkeypatch.setattr(stages, "ScoreTrainer", Spy)
+    model = make_llama()
+    search(model, rows, method=method)
+    scores = {f"{name}.lora_score.default" for name in masked_layers(model, "default")}
+    assert seen == [(scores, scores)] * 7
+    assert same({n: p for n, p in kept.items() if ".lora_score." not in n}, adapter(model))
+
+
+def saved_shapes(model, batch):
+    shapes = []
+
+    def pack(tensor):
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch)["loss"].backward()
+    return shapes
+
+
+def test_in_stage_2_the_input_of_a_layer_is_not_saved(make_toy, rows):
+    # The input of `head`, the top layer, is needed by no other op's backward: 8 features wide.
+    model, batch = make_toy(target_modules=["head"]), whole(rows)
+    m, k, r = batch["input_ids"].numel(), 8, 3
+    layers = masked_layers(model, "default")
+    sizes = [math.prod(shape) for shape in saved_shapes(model, batch)]
+    assert sizes.count(m * k) == 1  # training wants it for dA
+    model.zero_grad()
+    with stages.scored(model, layers, "default", 4.0):
+        sizes = [math.prod(shape) for shape in saved_shapes(model, batch)]
+    assert sizes.count(m * k) == 0
+    assert sizes.count(m * r) >= 1  # t, which dγ is made of
+
+
+# ---- stage 2: the path method
+
+
+def test_path_scores_are_the_mean_slopes_and_add_up_to_the_loss_removed(make_toy, rows, search):
+    model, batch = make_toy(), whole(rows)
+    mask = search(model, rows, method="path", stage1_steps=6, stage2_steps=10, batch_size=len(rows))
+    # The adapter is now the one that was scored.
+    at_points = [slopes_at(model, batch, gamma) for gamma in stages.PATH_POINTS]
+    mean = {name: sum(p[name] for p in at_points) / len(at_points) for name in mask.scores}
+    assert mask.scores == pytest.approx(mean, rel=1e-9, abs=1e-12)
+
+    drop = loss_at(model, batch, 0.0) - loss_at(model, batch, 1.0)
+    fine = [sum(slopes_at(model, batch, (i + 0.5) / 50).values()) for i in range(50)]
+    # Midpoint rule with n points: |error| ≤ max|f''| / (24 n²); f'' from the fine grid.
+    second = max(abs(fine[i - 1] - 2 * fine[i] + fine[i + 1]) * 50**2 for i in range(1, 49))
+    assert abs(sum(fine) / 50 - drop) <= 1.5 * second / (24 * 50**2) + 1e-12
+    assert abs(sum(mask.scores.values()) - drop) <= 1.5 * second / (24 * 5**2) + 1e-12
+    assert abs(drop) > 10 * second / (24 * 5**2)  # or the bound would hold for anything
+
+
+# ---- what is left
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_search_leaves_the_model_as_it_found_it(method, make_llama, rows, search, trace):
+    model = make_llama()
+    for name, parameter in model.named_parameters():
+        if "layers.1.self_attn.v_proj.lora_A" in name:
+            parameter.requires_grad_(False)  # a flag of the user's
+    before, base = trace(model), frozen(model)
+    search(model, rows, method=method)
+    assert trace(model) == before and same(base, frozen(model))
+    assert not any("lora_score" in name for name in model.state_dict())
+    assert all(not layer.is_closed("default") for layer in masked_layers(model, "default").values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mixed_precision_is_taken_off_again(method, make_llama, rows, search, trace):
+    model = make_llama()
+    before = trace(model)
+    search(model, rows, method=method, training_args={"bf16": True, "use_cpu": True})
+    assert trace(model) == before
+    batch = whole(rows)
+    assert model(**batch).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("method", "step", "error"),  # of 8 steps in stage 1 and 7 in stage 2
+    [
+        ("ila", 3, RuntimeError("broken")),
+        ("ila", 9, RuntimeError("broken")),
+        ("ila", 12, KeyboardInterrupt()),
+        ("path", 9, KeyboardInterrupt()),
+        ("path", 12, RuntimeError("broken")),
+    ],
+)
+def test_an_exception_in_the_middle_leaves_a_clean_model(
+    method, step, error, make_toy, rows, search, trace, break_off
+):
+    model = make_toy()
+    before = trace(model)
+    break_off(Trainer, "training_step", step, error=error)
+    with pytest.raises(type(error)):
+        search(model, rows, method=method)
+    assert {**trace(model), "gradients": []} == before
+    assert not any("lora_score" in name for name in model.state_dict())
+    search(model, rows, method=method)  # and the model can be searched again
+
+
+def test_the_progress_bar_is_closed_when_training_fails(make_toy, rows, break_off, monkeypatch):
+    from ila import trainer
+
+    bars = []
+    original = trainer.ProgressBar.__init__
+    monkeypatch.setattr(
+        trainer.ProgressBar,
+        "__init__",
+        lambda bar, title: (bars.append(bar), original(bar, title))[0],
+    )
+    break_off(Trainer, "training_step", 2, error=RuntimeError("broken"))
+    with pytest.raises(RuntimeError, match="broken"):
+        learn_mask(make_toy(), rows, SearchConfig(stage1_steps=3, batch_size=2), progress=True)
+    assert len(bars) == 1 and bars[0].progress is None
+
+
+def test_the_saved_stage_1_adapter_is_plain_peft_under_any_name(
+    make_llama, rows, search, tmp_path, tiny_model_folder
+):
+    from transformers import LlamaForCausalLM
+
+    for name in ("default", "other"):
+        model = make_llama(adapter_name=name)
+        search(model, rows, output_dir=tmp_path / name)
+        folder = tmp_path / name / "adapter"
+        assert not any("score" in key for key in load_peft_weights(str(folder), device="cpu"))
+        plain = PeftModel.from_pretrained(
+            LlamaForCausalLM.from_pretrained(tiny_model_folder), str(folder)
+        )
+        batch = whole(rows)
+        with torch.no_grad():
+            expected, actual = model.eval()(**batch).logits, plain.eval()(**batch).logits
+        assert not any(isinstance(m, MaskedLoraLinear) for m in plain.modules())
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_output_dir_writes_nothing(make_toy, rows, search, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    search(make_toy(), rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- epsilon-stability
+
+
+def state_of(losses):
+    return TrainerState(log_history=[{"loss": x, "step": i + 1} for i, x in enumerate(losses)])
+
+
+@pytest.mark.parametrize(
+    ("losses", "epsilon", "window", "expected"),
+    [
+        ([1.0] * 4, 0.01, 2, True),
+        ([1.0] * 3, 0.01, 2, False),  # two whole windows are needed
+        ([1.0] * 4, 0.0, 2, False),  # 0 turns it off, even where nothing changes
+        ([9.0, 1.0, 1.0, 1.0, 1.0], 0.01, 2, True),  # only the last two windows count
+        ([1.0, 3.0, 3.0, 1.0], 0.01, 2, True),  # noise within a window averages out
+        ([1.0, 1.0, 2.0, 2.0], 1.0, 2, False),  # a difference of ε is not less than ε
+        ([2.0, 2.0, 1.0, 1.0], 1.0, 2, False),  # nor a fall of ε
+        ([1.0, 1.25], 0.5, 1, True),
+    ],
+)
+def test_stability_compares_the_last_two_windows(losses, epsilon, window, expected):
+    rule, control = StopWhenStable(epsilon, window), TrainerControl()
+    rule.on_log(None, state_of(losses), control)
+    assert rule.stable(state_of(losses)) is control.should_training_stop is expected
+
+
+def test_smoothed_is_the_mean_of_the_last_window():
+    assert StopWhenStable(0.1, 2).smoothed(state_of([9.0, 1.0, 2.0])) == 1.5
+    assert StopWhenStable(0.1, 5).smoothed(state_of([1.0, 2.0])) == 1.5
+
+
+def constant(model):
+    """Zero what the loss depends on: it becomes log(words), whatever the adapter."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "head" in name or "lora_B" in name:
+                parameter.zero_()
+    return model
+
+
+@pytest.mark.parametrize(("epsilon", "steps", "why"), [(1e-3, 4, "stable"), (0.0, 8, "budget")])
+def test_a_constant_loss_stops_stage_1_unless_epsilon_is_0(
+    epsilon, steps, why, make_toy, rows, search
+):
+    mask = search(
+        constant(make_toy()), rows, epsilon=epsilon, learning_rate=1e-12, method="gate_gradient"
+    )
+    stage1 = mask.provenance["stage1"]
+    assert (stage1["steps"], stage1["stopped"]) == (steps, why)
+    assert stage1["first_loss"] == pytest.approx(math.log(24)) == stage1["last_loss"]
+
+
+# ---- refusals
+
+
+def test_a_model_without_our_layers_is_refused(rows, tiny_model_folder, search):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    base = LlamaForCausalLM.from_pretrained(tiny_model_folder)
+    plain = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"no MaskedLoraLinear layer.*ila\.attach"):
+        search(plain, rows)
+    with pytest.raises(TypeError, match="PeftModel"):
+        search(base, rows)
+
+
+def test_closed_layers_are_refused(make_llama, rows, search):
+    model = make_llama()
+    names = list(masked_layers(model, "default"))
+    mask = LayerMask(dict.fromkeys(names, 0.0), {n: i != 3 for i, n in enumerate(names)})
+    ila.apply_mask(model, mask)
+    with pytest.raises(ValueError, match=f"{names[3]}.*closed"):
+        search(model, rows)
+    assert masked_layers(model, "default")[names[3]].is_closed("default")
+
+
+def test_dora_layers_are_refused(make_llama, rows, search):
+    with pytest.raises(ValueError, match=r"cannot be scored: LoRA variant Dora"):
+        search(make_llama(use_dora=True), rows)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error", "message"),
+    [
+        ([], ValueError, "at least one row, got none"),
+        (iter([]), TypeError, "must have a length"),
+        ([{"input_ids": [3, 4]}], ValueError, r"input_ids and labels, got \['input_ids'\]"),
+        ([[3, 4]], ValueError, "input_ids and labels, got list"),
+        ([{"text": "a"}], ValueError, r"got \['text'\]"),
+    ],
+)
+def test_wrong_data_is_refused(dataset, error, message, make_toy, search, trace, tmp_path):
+    model = make_toy()
+    before = trace(model)
+    with pytest.raises(error, match=message):
+        search(model, dataset, output_dir=tmp_path / "out")
+    assert trace(model) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_loss_that_is_not_finite_ends_the_search(
+    stage, make_toy, rows, search, trace, monkeypatch, tmp_path
+):
+    model = make_toy()
+    before, step_one = trace(model), Trainer.training_step
+    calls = []
+
+    def poisoned(self, *args, **kwargs):
+        calls.append(1)
+        loss = step_one(self, *args, **kwargs)
+        return loss * math.nan if len(calls) == (2 if stage == 1 else 10) else loss
+
+    monkeypatch.setattr(Trainer, "training_step", poisoned)
+    with pytest.raises(FloatingPointError, match="the loss became nan at step 2; try"):
+        search(model, rows, output_dir=tmp_path)
+    assert len(calls) == (2 if stage == 1 else 10)
+    assert {**trace(model), "gradients": []} == before
+    assert "NaN" not in (tmp_path / "log.jsonl").read_text()
+
+
+def test_rows_without_any_answer_end_in_a_clear_error(make_toy, search):
+    row = {"input_ids": [3, 4, 5], "labels": [-100, -100, -100]}
+    with pytest.raises(FloatingPointError, match="the loss became nan at step 1"):
+        search(make_toy(), [row] * 2)
+
+
+# ---- the folder
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"method": "path"}, "method"),
+        ({"stage1_steps": 9}, "stage1_steps"),
+        ({"seed": 1}, "seed"),
+        ({"score_init": 3.0, "batch_size": 3}, "score_init, batch_size"),
+        ({"training_args": {"weight_decay": 0.1}}, "training_args"),
+    ],
+)
+def test_a_folder_of_another_search_is_refused_by_the_field(
+    change, field, make_toy, rows, search, tmp_path
+):
+    search(make_toy(), rows, output_dir=tmp_path, stage1_steps=2, stage2_steps=1)
+    before = snapshot(tmp_path)
+    changed = {"stage1_steps": 2, "stage2_steps": 1} | change
+    with pytest.raises(ValueError, match="holds a search with other ") as caught:
+        search(make_toy(), rows, output_dir=tmp_path, resume=True, **changed)
+    assert set(str(caught.value).split(" with other ")[1].split(", ")) == set(field.split(", "))
+    with pytest.raises(ValueError, match="holds another search; give another folder, or resume it"):
+        search(make_toy(), rows, output_dir=tmp_path, **changed)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_folder_of_another_model_or_data_set_is_refused(make_toy, rows, search, tmp_path):
+    options = {"output_dir": tmp_path, "stage1_steps": 2, "stage2_steps": 1}
+    search(make_toy(), rows, **options)
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"with other layers$"):
+        search(make_toy(target_modules=["head"]), rows, resume=True, **options)
+    with pytest.raises(ValueError, match=r"with other rows$"):
+        search(make_toy(), rows[:-1], resume=True, **options)
+    assert snapshot(tmp_path) == before
+
+
+def test_resume_without_a_folder_is_refused(make_toy, rows, search):
+    with pytest.raises(ValueError, match="resume=True needs the output_dir"):
+        search(make_toy(), rows, resume=True)
+
+
+def snapshot(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# ---- the configuration
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "magic"},
+        {"method": "ILA"},
+        {"stage1_steps": 0},
+        {"stage1_steps": 2.0},
+        {"stage2_steps": -1},
+        {"stage2_steps": "3"},
+        {"batch_size": 0},
+        {"stability_window": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": -1e-3},
+        {"learning_rate": math.nan},
+        {"learning_rate": math.inf},
+        {"score_learning_rate": 0.0},
+        {"score_learning_rate": math.nan},
+        {"epsilon": -1e-9},
+        {"epsilon": math.nan},
+        {"epsilon": math.inf},
+        {"score_init": 30.0},
+        {"score_init": -30.0},
+        {"score_init": math.nan},
+        {"save_every": 0},
+        {"save_every": -5},
+    ],
+)
+def test_a_configuration_out_of_range_is_refused_by_name(change):
+    (name,) = change
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        SearchConfig(**change)
+
+
+def test_a_configuration_is_json_and_frozen():
+    config = SearchConfig(training_args={"bf16": True}, save_every=None, epsilon=0.0)
+    assert SearchConfig(**json.loads(json.dumps(config.as_dict()))) == config
+    with pytest.raises(AttributeError):
+        config.seed = 1
+
+
+@pytest.mark.parametrize(
+    "name", ["output_dir", "max_steps", "seed", "logging_steps", "logging_strategy", "disable_tqdm"]
+)
+def test_training_args_must_not_set_what_the_stages_decide(name, make_toy, rows, search, trace):
+    model = make_toy()
+    before = trace(model)
+    with pytest.raises(ValueError, match=rf"training_args must not set \['{name}'\]"):
+        search(model, rows, training_args={name: 1})
+    assert trace(model) == before
+
+
+def test_training_args_of_unknown_names_are_refused(make_toy, rows, search):
+    with pytest.raises(ValueError, match=r"does not know: \['batchsize', 'learningrate'\]"):
+        search(make_toy(), rows, training_args={"learningrate": 1, "batchsize": 1, "bf16": False})
+
+
+def test_training_args_that_json_cannot_hold_are_refused_before_training(
+    make_toy, rows, search, monkeypatch
+):
+    monkeypatch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        search(make_toy(), rows, training_args={"optim_args": object()})
