@@ -38,9 +38,7 @@ def run_example(name: str, monkeypatch: pytest.MonkeyPatch, **options: object) -
     runpy.run_path(str(REPOSITORY / "examples" / name), run_name="__main__")
 
 
-def assert_plain_adapter(
-    folder: Path, model: Path, layers: int, *, trained: bool = True
-) -> None:
+def assert_plain_adapter(folder: Path, model: Path, layers: int, *, trained: bool = True) -> None:
     tensors = load_file(folder / "adapter_model.safetensors")
     assert len(tensors) == 2 * layers
     moved = any(tensor.abs().sum() > 0 for key, tensor in tensors.items() if "lora_B" in key)
