@@ -97,6 +97,7 @@ def run_demo(out: Path, *, steps: int, fresh: bool, screen: Console) -> None:
         if not (out / "model" / "config.json").exists():
             raise ValueError(f"--out {out} is not the folder of a demo; it was left alone")
         shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
     model = out / "model"
     if not model.exists():
         _unpack_model(model, screen)
