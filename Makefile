@@ -9,6 +9,10 @@ PYTHON ?= python3
 TORCH ?= $(shell sed -n 's/^torch==/&/p' constraints.txt)
 ARGS ?=
 
+# OpenMP threads that wait by spinning slow each other down many times over when something else
+# uses the cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check

