@@ -60,7 +60,8 @@ class SearchConfig:
         seed: Of data order, dropout and everything else.
         save_every: Steps between checkpoints; None keeps none. Needs an ``output_dir``.
         training_args: Further ``transformers.TrainingArguments`` by name, e.g. ``bf16``,
-            ``gradient_accumulation_steps``; they win over the defaults.
+            ``gradient_accumulation_steps``; they win over the defaults of stage 1. In stage 2
+            they leave schedule, clipping and decay alone, which would change what is measured.
     """
 
     method: str = "ila"
@@ -308,11 +309,14 @@ def _train(
 ) -> Trainer:
     """Run one stage to its end, from its last complete checkpoint when resuming."""
     folder = work.folder / stage
+    extra = work.config.training_args
+    if stage == "stage2":
+        extra = {name: value for name, value in extra.items() if name not in settings}
     args = arguments(
         folder,
         steps=steps,
         save_every=work.save_every(),
-        extra=work.config.training_args,
+        extra=extra,
         per_device_train_batch_size=work.config.batch_size,
         seed=work.config.seed,
         **settings,

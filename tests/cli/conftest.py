@@ -14,8 +14,9 @@ from ila import cli
 
 
 @pytest.fixture(autouse=True)
-def quick():
-    """One thread and a short garbage collection; see the tests of the search."""
+def quick(monkeypatch):
+    """Take the CPU, one thread and a short garbage collection; see the tests of the search."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.freeze()

@@ -18,11 +18,14 @@ WORDS = 24
 
 
 @pytest.fixture(autouse=True)
-def quick():
-    """One thread: matrices of 16 by 16 gain nothing from more, and a busy machine loses ten times.
+def quick(monkeypatch):
+    """Run on the CPU, where the same sums give the same bits.
+
+    One thread: matrices of 16 by 16 gain nothing from more, and a busy machine loses ten times.
 
     Each training collects garbage, 0.3 s over the modules imported; frozen, they are left out.
     """
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.freeze()

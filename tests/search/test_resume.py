@@ -155,6 +155,29 @@ def test_a_search_killed_again_and_again_ends_the_same(
     check_each_step_once(folder)
 
 
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_after_resuming_stage_2_only_scores_require_grad(
+    name, make_llama, rows, search, break_off, killed, tmp_path, monkeypatch
+):
+    # Trainer loads and activates an adapter that is not called "default", and activating it makes
+    # it trainable: A and B would cost gradients, and x would be saved for them.
+    break_off(*STEP, 13)
+    with pytest.raises(killed):
+        search(make_llama(adapter_name=name), rows, output_dir=tmp_path)
+    seen, original = set(), Trainer.training_step
+
+    def training_step(self, model, *args, **kwargs):
+        loss = original(self, model, *args, **kwargs)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad or parameter.grad is not None:
+                seen.add(".lora_score." in name)
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    search(make_llama(adapter_name=name), rows, output_dir=tmp_path, resume=True)
+    assert seen == {True}
+
+
 def test_a_finished_search_resumed_gives_its_mask_again(make_llama, rows, search, tmp_path):
     model = make_llama()
     first = (search(model, rows, output_dir=tmp_path / "a"), model, tmp_path / "a")
@@ -382,7 +405,7 @@ def test_a_process_killed_resumes_to_the_same_bits(
     done = subprocess.run(
         [sys.executable, "-c", VICTIM, json.dumps(job)],
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=300,

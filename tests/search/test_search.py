@@ -264,6 +264,32 @@ def test_path_scores_are_the_mean_slopes_and_add_up_to_the_loss_removed(make_toy
     assert abs(drop) > 10 * second / (24 * 5**2)  # or the bound would hold for anything
 
 
+@pytest.mark.parametrize("method", ["ila", "path"])
+def test_training_args_do_not_clip_or_decay_the_scores(method, make_toy, rows, search, monkeypatch):
+    seen = []
+
+    class Spy(stages.ScoreTrainer):
+        def __init__(self, model, args, *more, **options):
+            seen.append(args)
+            super().__init__(model, args, *more, **options)
+
+    monkeypatch.setattr(stages, "ScoreTrainer", Spy)
+    model, batch = make_toy(), whole(rows)
+    user = {"max_grad_norm": 1e-6, "weight_decay": 0.5, "learning_rate": 0.1, "adam_beta1": 0.8}
+    user |= {"lr_scheduler_type": "cosine", "optim": "adamw_torch"}
+    mask = search(
+        model, rows, method=method, stage2_steps=5, batch_size=len(rows), training_args=user
+    )
+    (args,) = seen
+    assert args.max_grad_norm == 0.0 == args.weight_decay and args.adam_beta1 == 0.8
+    assert args.lr_scheduler_type == "constant"
+    assert args.learning_rate == (0.0 if method == "path" else 1e-2)
+    if method == "path":
+        at_points = [slopes_at(model, batch, gamma) for gamma in stages.PATH_POINTS]
+        mean = {name: sum(p[name] for p in at_points) / len(at_points) for name in mask.scores}
+        assert mask.scores == pytest.approx(mean, rel=1e-9, abs=1e-12)
+
+
 # ---- what is left
 
 
