@@ -90,6 +90,11 @@ class SearchConfig:
             raise ValueError(f"epsilon must be ≥ 0, got {self.epsilon!r}")
         if not abs(self.score_init) < 30.0:
             raise ValueError(f"score_init must be in (-30, 30), got {self.score_init!r}")
+        if self.method == "path" and self.stage2_steps < len(stages.PATH_POINTS):
+            raise ValueError(
+                f"stage2_steps must be ≥ {len(stages.PATH_POINTS)} for method 'path', one for each "
+                f"point of the path, got {self.stage2_steps}"
+            )
         if self.save_every is not None and self.save_every < 1:
             raise ValueError(f"save_every must be None or ≥ 1, got {self.save_every!r}")
 
@@ -143,8 +148,12 @@ def learn_mask(
     with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
         work = _Work(Path(folder), output_dir is not None, config, resume, progress)
         work.claim(adapter, layers, len(dataset))
-        stage1 = _stage1(peft_model, adapter, layers, dataset, collator, work)
-        scores, stage2 = _stage2(peft_model, adapter, layers, dataset, collator, work, stage1)
+        training = peft_model.training
+        try:
+            stage1 = _stage1(peft_model, adapter, layers, dataset, collator, work)
+            scores, stage2 = _stage2(peft_model, adapter, layers, dataset, collator, work, stage1)
+        finally:
+            peft_model.train(training)
     gate_gradient = stage1.pop("gate_gradient")
     provenance = {
         "config": config.as_dict(),
@@ -260,7 +269,8 @@ def _stage2(
         "title": f"Stage 2: {config.method}",
         "steps": config.stage2_steps,
         "weight_decay": 0.0,
-        "max_grad_norm": 0.0,
+        # Clips nothing, and makes Trainer undo fp16's loss scaling before gradients are read.
+        "max_grad_norm": 1e30,
         "lr_scheduler_type": "constant",
     }
     with stages.scored(peft_model, layers, adapter, config.score_init):

@@ -20,53 +20,64 @@ from ila.layer import MaskedLoraLinear
 
 
 class LayerMean(TrainerCallback):
-    """Mean over optimiser steps of one number per layer; resumable through checkpoints."""
+    """Mean over optimiser steps of one number per layer; resumable through checkpoints.
+
+    Steps may fall into several groups: the mean of each group then counts alike, however many steps
+    it had. Sums stay on the device of the first layer, in fp64.
+    """
 
     FILE = "layer_mean.json"
 
-    def __init__(self, layers: Mapping[str, MaskedLoraLinear], adapter: str):
+    def __init__(self, layers: Mapping[str, MaskedLoraLinear], adapter: str, groups: int = 1):
         self.layers, self.adapter = layers, adapter
-        self.total: torch.Tensor | None = None
-        self.count = 0
+        self.device = next(iter(layers.values())).lora_A[adapter].weight.device
+        self.totals = torch.zeros(groups, len(layers), dtype=torch.float64, device=self.device)
+        self.counts = [0] * groups
 
-    def values(self) -> torch.Tensor:
-        """One number per layer from the gradients of this step, shape (layers,)."""
+    def values(self) -> list[torch.Tensor]:
+        """One number per layer from the gradients of this step, one element each."""
         raise NotImplementedError
 
+    def group(self, step: int) -> int:
+        """The group of a step, by the number of steps before it."""
+        return 0
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        values = self.values()
-        self.total = values if self.total is None else self.total + values
-        self.count += 1
+        group = self.group(state.global_step)
+        values = [value.reshape(()).to(self.device, torch.float64) for value in self.values()]
+        self.totals[group] += torch.stack(values)
+        self.counts[group] += 1
 
     def mean(self) -> dict[str, float]:
         """Module name -> mean; empty before the first step."""
-        if self.total is None:
+        seen = [group for group, count in enumerate(self.counts) if count]
+        if not seen:
             return {}
-        return dict(zip(self.layers, (self.total / self.count).tolist(), strict=True))
+        means = torch.stack([self.totals[group] / self.counts[group] for group in seen]).mean(0)
+        return dict(zip(self.layers, means.tolist(), strict=True))
 
     def save(self, folder: Path) -> None:
         """Write the running sums beside a checkpoint."""
-        total = None if self.total is None else self.total.tolist()
-        write_json_atomic(folder / self.FILE, {"total": total, "count": self.count})
+        write_json_atomic(
+            folder / self.FILE, {"totals": self.totals.tolist(), "counts": self.counts}
+        )
 
     def load(self, folder: Path) -> None:
         """Read the running sums of a checkpoint."""
         saved = json.loads((folder / self.FILE).read_text(encoding="utf-8"))
-        self.count = saved["count"]
-        if saved["total"] is not None:
-            self.total = torch.tensor(saved["total"], dtype=torch.float64)
+        self.counts = saved["counts"]
+        self.totals = torch.tensor(saved["totals"], dtype=torch.float64, device=self.device)
 
 
 class GateGradient(LayerMean):
     """−⟨dB, B⟩ of each layer: the importance that stage 1 gives for free (after clipping)."""
 
-    def values(self) -> torch.Tensor:
+    def values(self) -> list[torch.Tensor]:
         products = []
         for layer in self.layers.values():
             b = layer.lora_B[self.adapter].weight
-            inner = b.new_zeros(()) if b.grad is None else (b.grad * b.detach()).sum()
-            products.append(-inner)
-        return torch.stack(products).to(device="cpu", dtype=torch.float64)
+            products.append(b.new_zeros(()) if b.grad is None else -(b.grad * b.detach()).sum())
+        return products
 
 
 class PathGradient(LayerMean):
@@ -79,18 +90,21 @@ class PathGradient(LayerMean):
     def __init__(
         self, layers: Mapping[str, MaskedLoraLinear], adapter: str, points: tuple[float, ...]
     ):
-        super().__init__(layers, adapter)
+        super().__init__(layers, adapter, groups=len(points))
         self.points = points
 
+    def group(self, step: int) -> int:
+        return step % len(self.points)
+
     def on_step_begin(self, args, state, control, **kwargs):
-        self.gamma = self.points[state.global_step % len(self.points)]
-        score = torch.logit(torch.tensor(self.gamma, dtype=torch.float64))
+        self.gamma = self.points[self.group(state.global_step)]
+        score = torch.logit(torch.tensor(self.gamma, dtype=torch.float64)).item()
         with torch.no_grad():
             for layer in self.layers.values():
-                layer.lora_score[self.adapter].fill_(score.item())
+                layer.lora_score[self.adapter].fill_(score)
 
-    def values(self) -> torch.Tensor:
-        grads = torch.cat([layer.lora_score[self.adapter].grad for layer in self.layers.values()])
+    def values(self) -> list[torch.Tensor]:
         # s = logit γ, so dL/dγ = dL/ds / (γ (1 − γ)).
         slope = self.gamma * (1.0 - self.gamma)
-        return -grads.to(device="cpu", dtype=torch.float64) / slope
+        scores = (layer.lora_score[self.adapter] for layer in self.layers.values())
+        return [score.grad.double() / -slope for score in scores]

@@ -117,6 +117,8 @@ def train(
             names = [n for n, p in peft_model.named_parameters() if p.requires_grad]
             mine = {"config": config.as_dict(), **counts, "rows": len(dataset), "trained": names}
             _claim(out, mine, resume)
+            for left_over in out.glob(".adapter-*"):  # of a run killed while it saved
+                shutil.rmtree(left_over)
             if resume and (out / "metrics.json").exists():
                 load_adapter(peft_model, adapter, out)
                 return json.loads((out / "metrics.json").read_text(encoding="utf-8"))

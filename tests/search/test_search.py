@@ -148,7 +148,7 @@ def test_a_seed_decides_every_bit(method, make_llama, rows, search):
     for seed in (1, 1, 2):
         torch.manual_seed(len(runs))  # what was drawn before the search must not matter
         model = make_llama()
-        mask = search(model, rows, method=method, seed=seed, stage1_steps=4, stage2_steps=4)
+        mask = search(model, rows, method=method, seed=seed, stage1_steps=4, stage2_steps=5)
         runs.append((dict(mask.scores), adapter(model)))
     (first, weights), (again, weights_again), (other, _) = runs
     assert first == again and same(weights, weights_again)
@@ -264,6 +264,19 @@ def test_path_scores_are_the_mean_slopes_and_add_up_to_the_loss_removed(make_toy
     assert abs(drop) > 10 * second / (24 * 5**2)  # or the bound would hold for anything
 
 
+def test_every_point_of_the_path_counts_alike_however_many_steps_it_had(make_toy, rows, search):
+    options = {"method": "path", "stage1_steps": 6, "batch_size": len(rows)}
+    even = search(make_toy(), rows, stage2_steps=5, **options).scores
+    uneven = search(make_toy(), rows, stage2_steps=7, **options).scores  # γ = 0.1 and 0.3 twice
+    # One batch holds all rows, so each point measures the same slope whenever it is visited.
+    assert uneven == pytest.approx(even, rel=1e-9)
+
+
+def test_path_needs_a_step_for_every_point():
+    with pytest.raises(ValueError, match="^stage2_steps must be ≥ 5 for method 'path'"):
+        SearchConfig(method="path", stage2_steps=4)
+
+
 @pytest.mark.parametrize("method", ["ila", "path"])
 def test_training_args_do_not_clip_or_decay_the_scores(method, make_toy, rows, search, monkeypatch):
     seen = []
@@ -281,7 +294,7 @@ def test_training_args_do_not_clip_or_decay_the_scores(method, make_toy, rows, s
         model, rows, method=method, stage2_steps=5, batch_size=len(rows), training_args=user
     )
     (args,) = seen
-    assert args.max_grad_norm == 0.0 == args.weight_decay and args.adam_beta1 == 0.8
+    assert args.max_grad_norm == 1e30 and args.weight_decay == 0.0 and args.adam_beta1 == 0.8
     assert args.lr_scheduler_type == "constant"
     assert args.learning_rate == (0.0 if method == "path" else 1e-2)
     if method == "path":
@@ -524,9 +537,9 @@ def test_rows_without_any_answer_end_in_a_clear_error(make_toy, search):
 def test_a_folder_of_another_search_is_refused_by_the_field(
     change, field, make_toy, rows, search, tmp_path
 ):
-    search(make_toy(), rows, output_dir=tmp_path, stage1_steps=2, stage2_steps=1)
+    search(make_toy(), rows, output_dir=tmp_path, stage1_steps=2, stage2_steps=5)
     before = snapshot(tmp_path)
-    changed = {"stage1_steps": 2, "stage2_steps": 1} | change
+    changed = {"stage1_steps": 2, "stage2_steps": 5} | change
     with pytest.raises(ValueError, match="holds a search with other ") as caught:
         search(make_toy(), rows, output_dir=tmp_path, resume=True, **changed)
     assert set(str(caught.value).split(" with other ")[1].split(", ")) == set(field.split(", "))
