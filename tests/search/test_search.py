@@ -273,7 +273,7 @@ def test_every_point_of_the_path_counts_alike_however_many_steps_it_had(make_toy
 
 
 def test_path_needs_a_step_for_every_point():
-    with pytest.raises(ValueError, match="^stage2_steps must be ≥ 5 for method 'path'"):
+    with pytest.raises(ValueError, match=r"^stage2_steps must be ≥ 5 for method 'path'"):
         SearchConfig(method="path", stage2_steps=4)
 
 
