@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ def learn(
     config = replace(config, seed=inputs.seed)
     prepared = prepare(inputs, progress=progress)
     claim_folder(out, prepared.description, resume, "learn")
+    if resume and (out / "mask.json").is_file():
+        mask = LayerMask.load(out)
+        if _thawed(mask.provenance["search"]["config"]) == _thawed(config.as_dict()):
+            return mask, str(prepared.summary)  # finished; with another config, learn_mask objects
     size, collator = config.batch_size, prepared.collator
     held_out = prepared.held_out
     before = held_out_loss(prepared.model, held_out, collator, size) if held_out else None
@@ -58,6 +63,10 @@ def learn(
         for stage in ("stage1", "stage2"):
             shutil.rmtree(out / stage, ignore_errors=True)
     return mask, str(prepared.summary)
+
+
+def _thawed(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {**config, "training_args": dict(config["training_args"])}
 
 
 def select(

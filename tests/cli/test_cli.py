@@ -50,9 +50,12 @@ def test_the_main_path(ila, learn, train, tmp_path, tiny_model_folder):
         assert (run / "heatmap.png").read_bytes().startswith(PNG)
         PeftModel.from_pretrained(base_of(tiny_model_folder), str(run / "adapter"))
         log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        for stage in ("stage1", "stage2"):
+        for stage, steps in (("stage1", 4), ("stage2", 5)):
             losses = [e["step"] for e in log if e["stage"] == stage and "loss" in e]
-            assert losses == [1, 2, 3, 4]
+            assert losses == list(range(1, steps + 1))
+    written = (first / "mask.json").stat().st_mtime_ns
+    assert learn(first, "--resume").code == 0  # finished: nothing is run or written again
+    assert (first / "mask.json").stat().st_mtime_ns == written
     mask = LayerMask.load(first)
     assert len(mask.open) == 14
     assert mask.provenance["search"]["config"]["method"] == "ila"
@@ -208,7 +211,7 @@ def test_a_run_is_not_overwritten(learn, train, tmp_path, contents):
     for options, field in (
         (("--rank", "3"), "inputs.rank"),
         (("--seed", "1"), "inputs.seed"),
-        (("--stage2-steps", "5"), "stage2_steps"),
+        (("--stage2-steps", "6"), "stage2_steps"),
         (("--method", "path"), "method"),
         (("--limit", "8"), "data.fingerprint"),
     ):
