@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--train-on", action="append", metavar="NAME")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--method", default="ila")
+    parser.add_argument("--method", default="path")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--stage2-steps", type=int, default=80)
     parser.add_argument("--limit", type=int, default=1000)

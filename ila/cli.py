@@ -45,7 +45,7 @@ def learn(
     model: Model,
     data: Data,
     out: Out,
-    method: Annotated[str, typer.Option(help="ila, path or gate_gradient.")] = "ila",
+    method: Annotated[str, typer.Option(help="path, ila or gate_gradient.")] = "path",
     stage1_steps: Annotated[int, typer.Option(help="Budget of LoRA training.")] = 400,
     epsilon: Annotated[float, typer.Option(help="Stage 1 ends at ε-stability; 0: never.")] = 0.01,
     stability_window: Annotated[int, typer.Option(help="Steps the loss is averaged over.")] = 50,

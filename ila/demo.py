@@ -86,10 +86,10 @@ def run_demo(out: Path, *, steps: int, fresh: bool, screen: Console) -> None:
 
     Raises:
         FileNotFoundError: If the demo's model or data is not installed.
-        ValueError: If ``steps`` is below 1, or ``--fresh`` would remove what is no demo.
+        ValueError: If ``steps`` is below 5, or ``--fresh`` would remove what is no demo.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be ≥ 1, got {steps}")
+    if steps < 5:  # one for each point of the search's path
+        raise ValueError(f"steps must be ≥ 5, got {steps}")
     missing = [name for name in DATA if not (EXAMPLES / f"{name}.jsonl").is_file()]
     if missing:
         raise FileNotFoundError(f"{EXAMPLES} has no {missing}: run the demo from a clone")

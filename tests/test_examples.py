@@ -57,7 +57,7 @@ def test_trainer_example_trains_the_best_30_percent(
 ):
     out = tmp_path / "out"
     run_example(
-        "train_with_trainer.py", monkeypatch, model=tiny_model_folder, data=data, out=out, steps=4
+        "train_with_trainer.py", monkeypatch, model=tiny_model_folder, data=data, out=out, steps=5
     )
     assert "4 of 14 layers open" in capsys.readouterr().out
     assert_plain_adapter(out, tiny_model_folder, 4)
@@ -89,7 +89,7 @@ def test_readme_python_runs(tiny_model_folder, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
     dataset, _ = encode(rows, AutoTokenizer.from_pretrained(tiny_model_folder))
-    quick = ila.SearchConfig(stage1_steps=3, stage2_steps=3, batch_size=2)
+    quick = ila.SearchConfig(stage1_steps=3, stage2_steps=5, batch_size=2)
     short = functools.partial(ila.learn_mask, config=quick, progress=False)
     monkeypatch.setattr(ila, "learn_mask", short)
     base_model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)

@@ -81,7 +81,10 @@ def source(tiny_model_folder, data) -> tuple[str, ...]:
     return ("--model", str(tiny_model_folder), "--data", str(data), "--rank", "2")
 
 
-LEARN = ("--stage1-steps", "4", "--stage2-steps", "5", "--batch-size", "2", "--save-every", "2")
+LEARN = (
+    *("--method", "ila", "--stage1-steps", "4", "--stage2-steps", "5"),
+    *("--batch-size", "2", "--save-every", "2"),
+)
 TRAIN = ("--steps", "4", "--batch-size", "2", "--save-every", "2", "--learning-rate", "0.01")
 
 

@@ -125,7 +125,7 @@ def test_the_command_runs_in_a_process_of_its_own(source, tmp_path):
         return done
 
     run = tmp_path / "run"
-    steps = ("--stage1-steps", "2", "--stage2-steps", "2", "--batch-size", "2")
+    steps = ("--stage1-steps", "2", "--stage2-steps", "5", "--batch-size", "2")
     done = shell("learn", *source, *steps, "--out", run)
     assert done.returncode == 0, done.stderr
     assert (run / "mask.json").is_file() and "Traceback" not in done.stderr
@@ -136,7 +136,7 @@ def test_the_command_runs_in_a_process_of_its_own(source, tmp_path):
 
 def test_the_small_trained_model_takes_the_main_path_too(ila, stories260k, data, tmp_path):
     options = ("--model", stories260k, "--data", data, "--batch-size", "2", "--rank", "2")
-    steps = ("--stage1-steps", "2", "--stage2-steps", "2", "--save-every", "0")
+    steps = ("--stage1-steps", "2", "--stage2-steps", "5", "--save-every", "0")
     assert ila("learn", *options, *steps, "--out", tmp_path / "a").code == 0
     assert len(LayerMask.load(tmp_path / "a")) == 7 * 5
     assert ila("select", tmp_path / "a", "--top", "0.2", "--out", tmp_path / "m.json").code == 0
@@ -551,4 +551,4 @@ def test_fresh_does_not_remove_what_is_no_demo(ila, tmp_path):
         in ila("demo", "--fresh", "--out", tmp_path).error()
     )
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
-    assert "steps must be ≥ 1, got 0" in ila("demo", "--steps", "0", "--out", tmp_path).error()
+    assert "steps must be ≥ 5, got 0" in ila("demo", "--steps", "0", "--out", tmp_path).error()

