@@ -208,7 +208,7 @@ def export(
 @app.command()
 def demo(
     out: Out = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(help="Steps of each training.")] = 60,
+    steps: Annotated[int, typer.Option(help="Steps of each stage and training.")] = 30,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove what --out holds first.")] = False,
 ) -> None:
     """Run the whole path on SmolLM2-135M and three small instruction sets."""
