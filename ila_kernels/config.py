@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Literal
 
 Impl = Literal["auto", "triton", "eager", "reference"]
@@ -24,20 +25,31 @@ def resolve_impl(impl: str, device_type: str) -> tuple[str, str]:
 
     Raises:
         ValueError: If ``impl`` is not one of the four words.
-        RuntimeError: If ``impl="triton"``: this version ships no Triton kernels.
+        RuntimeError: If ``impl="triton"`` cannot run here; the message says what is missing.
 
     >>> resolve_impl("auto", "cpu")
     ('eager', 'auto: library GEMM + addmm; no fused kernel for device type cpu')
     >>> resolve_impl("reference", "cuda")
     ('reference', 'asked for')
     """
+    if impl == "auto" and device_type == "cuda":
+        return (
+            "eager",
+            "auto: library GEMM + addmm; no measurement yet of the fused kernels on cuda",
+        )
     if impl == "auto":
         return "eager", f"auto: library GEMM + addmm; no fused kernel for device type {device_type}"
     if impl == "triton":
-        raise RuntimeError(
-            "impl='triton' was asked for, but this version has no Triton kernels; "
-            "use impl='auto' or impl='eager'"
-        )
+        if device_type != "cuda":
+            raise RuntimeError(
+                "impl='triton' was asked for, but it needs a CUDA or ROCm GPU and the tensors are "
+                f"on {device_type}; use impl='auto' or impl='eager'"
+            )
+        if find_spec("triton") is None:
+            raise RuntimeError(
+                "impl='triton' was asked for, but triton is not installed; "
+                "use impl='auto' or impl='eager'"
+            )
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     return impl, "asked for"
