@@ -20,17 +20,25 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PINS := $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test test-emulated report check bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the verbs
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(VENV)/.demo ## train, search, select and compare on a small model, on this machine
 	$(BIN)/ila demo $(ARGS)
 
 test: $(VENV)/.test ## run the tests and the doctests
 	$(BIN)/python -m pytest $(ARGS)
+
+# OMP: the emulator runs one program of a kernel after the other, and torch's threads only wait.
+test-emulated: $(VENV)/.ttsem ## run the GPU tests of the kernels on this CPU, every access checked
+	OMP_NUM_THREADS=1 $(BIN)/python -m ttsem.sanitize pytest -p no:cacheprovider \
+		$(wildcard tests/kernels/test_triton_*.py) $(ARGS)
+
+report: $(VENV)/.test ## compile every kernel for every target, no GPU needed; make report ARGS="-j 4"
+	$(BIN)/python -m benchmarks.compile_report $(ARGS)
 
 check: $(VENV)/.check ## lint, formatting, import order: nothing that needs torch
 	$(BIN)/ruff check .
@@ -72,4 +80,9 @@ $(VENV)/.demo: $(VENV)/.torch setup.py
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) -c $(PINS) --no-build-isolation -e ".[test,triton]"
+	touch $@
+
+# It asks for Python 3.12 and runs on 3.11; without dependencies, for it would choose another torch.
+$(VENV)/.ttsem: $(VENV)/.test constraints.txt
+	$(PIP) --ignore-requires-python --no-deps "$$(sed -n 's/^ttsem==/&/p' constraints.txt)"
 	touch $@

@@ -45,6 +45,8 @@ def masked_lora_linear(
         dropout_p: Probability in [0, 1) of dropping an element of x on the low-rank branch;
             applied whenever it is positive.
         impl: ``"auto"`` may choose; ``"eager"``, ``"triton"``, ``"reference"`` run or raise.
+            ``"triton"`` takes bf16, fp16 and fp32 on a CUDA or ROCm GPU, and checks itself there
+            against the reference on first use; its dropout mask for a seed is not eager's.
         seed: int64 CPU tensor of shape (1,) that fixes the dropout mask; drawn from torch's
             default generator if ``None``.
 
@@ -71,6 +73,7 @@ def masked_lora_linear(
         x, weight, bias = (_rounded(t, dtype) for t in (x, weight, bias))
     check_linear(x, weight, lora_a, lora_b, gate, bias, scale)
     chosen, _ = resolve_impl(impl, x.device.type)
+    _check_kernels(chosen, x)
     seed = _seeds(dropout_p, seed, 1)
     x2d = _flat(x)
     if chosen == "reference":
@@ -82,9 +85,10 @@ def masked_lora_linear(
         )
     else:
         arguments = (x2d, weight, lora_a, lora_b, gate, bias, seed, float(scale), float(dropout_p))
+        arguments += (chosen,)
         if torch.compiler.is_compiling():
             y, _ = torch.ops.ila.masked_lora_linear(*arguments)
-        elif gate is None and seed is None and eager.is_short(x2d):
+        elif chosen == "eager" and gate is None and seed is None and eager.is_short(x2d):
             y = eager.short_forward(x2d, weight, lora_a, lora_b, bias, scale)
         else:
             y = ops.MaskedLoraLinearFunction.apply(*arguments)
@@ -147,10 +151,13 @@ def masked_lora_linear_group(
         weights, biases = ([_rounded(t, dtype) for t in column] for column in (weights, biases))
     check_group(x, weights, lora_as, lora_bs, gates, biases, scales)
     chosen, _ = resolve_impl(impl, x.device.type)
+    _check_kernels(chosen, x)
     seeds = _seeds(dropout_p, seed, count)
     x2d = _flat(x)
     scales, columns = [float(s) for s in scales], (weights, lora_as, lora_bs, gates, biases)
-    if chosen != "reference" and torch.compiler.is_compiling():
+    if chosen == "triton":
+        ys = _member_by_member(x2d, columns, seeds, scales, float(dropout_p))
+    elif chosen != "reference" and torch.compiler.is_compiling():
         lists = [[ops.absent(x2d) if t is None else t for t in column] for column in columns]
         ys = torch.ops.ila.masked_lora_linear_group(x2d, *lists, seeds, scales, float(dropout_p))
         ys = ys[:count]
@@ -173,6 +180,32 @@ def _reference_group(x, columns, scales, dropout_p) -> list[Tensor]:
         keep = None if seed is None else keep_mask(seed, *x.shape, dropout_p, x.device)
         ys.append(reference.masked_lora_linear(x, w, a, b, gate, bias, scale, keep, dropout_p))
     return ys
+
+
+def _member_by_member(x, columns, seeds, scales, dropout_p) -> list[Tensor]:
+    # The group has no kernels of its own yet: autograd adds the members' dx.
+    ys = []
+    for i, (w, a, b, gate, bias) in enumerate(zip(*columns, strict=True)):
+        if a is None:
+            ys.append(torch.nn.functional.linear(x, w, bias))
+            continue
+        seed = None if seeds is None else seeds[i : i + 1]
+        arguments = (x, w, a, b, gate, bias, seed, scales[i], dropout_p, "triton")
+        if torch.compiler.is_compiling():
+            ys.append(torch.ops.ila.masked_lora_linear(*arguments)[0])
+        else:
+            ys.append(ops.MaskedLoraLinearFunction.apply(*arguments))
+    return ys
+
+
+def _check_kernels(chosen: str, x: Tensor) -> None:
+    """Raise unless the Triton kernels, if they were chosen, compute in this dtype and compute."""
+    if chosen != "triton" or torch.compiler.is_compiling():
+        return
+    from ila_kernels.kernels import linear, selfcheck
+
+    linear.check_dtype(x.dtype)
+    selfcheck.ensure(x.device)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -18,10 +18,21 @@ from ila_kernels.eager import Needs
 from ila_kernels.group import Member
 
 
+def _path(impl: str):
+    """Return the module whose ``forward`` and ``backward`` run; Triton is imported here at last."""
+    if impl == "eager":
+        return eager
+    if impl == "triton":
+        from ila_kernels.kernels import linear
+
+        return linear
+    raise ValueError(f"impl must be 'eager' or 'triton' here, got {impl!r}")
+
+
 def _save(ctx, inputs, t) -> None:
-    x, weight, lora_a, lora_b, gate, _bias, seed, scale, dropout_p = inputs
+    x, weight, lora_a, lora_b, gate, _bias, seed, scale, dropout_p, impl = inputs
     needs = Needs(*ctx.needs_input_grad[:6])
-    ctx.needs, ctx.scale, ctx.dropout_p = needs, scale, dropout_p
+    ctx.needs, ctx.scale, ctx.dropout_p, ctx.impl = needs, scale, dropout_p, impl
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         x if needs.saves_x else None,
@@ -47,11 +58,11 @@ def _refuse_create_graph() -> None:
 def _backward(ctx, dy, _dt=None):
     _refuse_create_graph()
     if dy is None:
-        return (None,) * 9
-    grads = eager.backward(
+        return (None,) * 10
+    grads = _path(ctx.impl).backward(
         dy, *ctx.saved_tensors, scale=ctx.scale, dropout_p=ctx.dropout_p, needs=ctx.needs
     )
-    return (*grads, None, None, None)
+    return (*grads, None, None, None, None)
 
 
 class MaskedLoraLinearFunction(torch.autograd.Function):
@@ -59,8 +70,8 @@ class MaskedLoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        """Run ``eager.forward`` and keep what backward will read."""
-        y, t = eager.forward(*inputs)
+        """Run the forward of ``impl``, the last input, and keep what backward will read."""
+        y, t = _path(inputs[-1]).forward(*inputs[:-1])
         _save(ctx, inputs, t)
         return y
 
@@ -78,13 +89,15 @@ def masked_lora_linear(
     seed: Tensor | None,
     scale: float,
     dropout_p: float,
+    impl: str = "eager",
 ) -> tuple[Tensor, Tensor]:
     """x (M, K), W (N, K), A (R, K), B (N, R) -> y (M, N), t (M, R); t is not differentiable."""
-    return eager.forward(x, weight, lora_a, lora_b, gate, bias, seed, scale, dropout_p)
+    inputs = (x, weight, lora_a, lora_b, gate, bias, seed, scale, dropout_p)
+    return _path(impl).forward(*inputs)
 
 
 @masked_lora_linear.register_fake
-def _(x, weight, lora_a, lora_b, gate, bias, seed, scale, dropout_p):
+def _(x, weight, lora_a, lora_b, gate, bias, seed, scale, dropout_p, impl="eager"):
     t = x.new_empty(x.shape[0], lora_a.shape[0], dtype=eager.thin_dtype(x))
     return x.new_empty(x.shape[0], weight.shape[0]), t
 

@@ -1,0 +1,64 @@
+"""A device proves itself before it is trusted: a tiny problem against ``reference``, once.
+
+On a GPU or driver that Triton does not really support, kernels have been seen to write nothing
+and raise nothing (unslothai/unsloth#11614). Training on that is worse than an error.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ila_kernels import reference
+from ila_kernels.eager import Needs
+from ila_kernels.kernels import linear
+
+_passed: set[torch.device] = set()
+
+M, K, N, R = 37, 48, 40, 4
+SCALE = 0.5
+
+
+def ensure(device: torch.device) -> None:
+    """Check a device the first time it is met; waits for it then, and never again.
+
+    Raises:
+        RuntimeError: If a result of the kernels is not that of the reference.
+    """
+    if device in _passed:
+        return
+    check(device)
+    _passed.add(device)
+
+
+def _inputs(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((M, K), (N, K), (R, K), (N, R), (1,), (M, N))
+    return [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
+
+
+@torch.no_grad()
+def check(device: torch.device) -> None:
+    """Compare y and every gradient of an odd-sized fp32 and fp16 problem with the reference."""
+    # Not bfloat16: the oldest GPUs that Triton supports do not have it.
+    for dtype in (torch.float32, torch.float16):
+        x, w, a, b, gate, dy = _inputs(device, dtype)
+        y, t = linear.forward(x, w, a, b, gate, None, None, SCALE, 0.0)
+        needs = Needs(x=True, weight=False, lora_a=True, lora_b=True, gate=True, bias=False)
+        grads = linear.backward(dy, x, w, a, b, gate, t, None, SCALE, 0.0, needs)
+        leaves = [v.cpu().double().requires_grad_() for v in (x, w, a, b, gate)]
+        with torch.enable_grad():
+            expected = reference.masked_lora_linear(*leaves, scale=SCALE)
+            wanted = torch.autograd.grad(expected, leaves, dy.cpu().double())
+        names = ("y", "dx", "dA", "dB", "dγ")
+        got = (y, grads.x, grads.lora_a, grads.lora_b, grads.gate)
+        exact = (expected.detach(), wanted[0], *wanted[2:])
+        for name, ours, right in zip(names, got, exact, strict=True):
+            # Coarse: it tells work from no work, and the tests tell right from nearly right.
+            error = (ours.cpu().double() - right).abs().max() / right.abs().max()
+            if not error < 16 * torch.finfo(torch.float16).eps:
+                raise RuntimeError(
+                    f"the Triton kernels compute wrong results on {device}: {name} of a small "
+                    f"{dtype} problem is off by {error:.2g} of its size; use impl='eager' there "
+                    "and report the GPU, its driver and the version of Triton"
+                )
