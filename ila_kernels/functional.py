@@ -73,7 +73,6 @@ def masked_lora_linear(
         x, weight, bias = (_rounded(t, dtype) for t in (x, weight, bias))
     check_linear(x, weight, lora_a, lora_b, gate, bias, scale)
     chosen, _ = resolve_impl(impl, x.device.type)
-    _check_kernels(chosen, x)
     seed = _seeds(dropout_p, seed, 1)
     x2d = _flat(x)
     if chosen == "reference":
@@ -151,7 +150,6 @@ def masked_lora_linear_group(
         weights, biases = ([_rounded(t, dtype) for t in column] for column in (weights, biases))
     check_group(x, weights, lora_as, lora_bs, gates, biases, scales)
     chosen, _ = resolve_impl(impl, x.device.type)
-    _check_kernels(chosen, x)
     seeds = _seeds(dropout_p, seed, count)
     x2d = _flat(x)
     scales, columns = [float(s) for s in scales], (weights, lora_as, lora_bs, gates, biases)
@@ -196,16 +194,6 @@ def _member_by_member(x, columns, seeds, scales, dropout_p) -> list[Tensor]:
         else:
             ys.append(ops.MaskedLoraLinearFunction.apply(*arguments))
     return ys
-
-
-def _check_kernels(chosen: str, x: Tensor) -> None:
-    """Raise unless the Triton kernels, if they were chosen, compute in this dtype and compute."""
-    if chosen != "triton" or torch.compiler.is_compiling():
-        return
-    from ila_kernels.kernels import linear, selfcheck
-
-    linear.check_dtype(x.dtype)
-    selfcheck.ensure(x.device)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -29,6 +29,16 @@ def _path(impl: str):
     raise ValueError(f"impl must be 'eager' or 'triton' here, got {impl!r}")
 
 
+def _forward(impl: str, inputs: tuple) -> tuple[Tensor, Tensor]:
+    path = _path(impl)
+    if impl == "triton":
+        from ila_kernels.kernels import selfcheck
+
+        # Not at the public function: a compiled graph does not come by there.
+        selfcheck.ensure(inputs[0].device)
+    return path.forward(*inputs)
+
+
 def _save(ctx, inputs, t) -> None:
     x, weight, lora_a, lora_b, gate, _bias, seed, scale, dropout_p, impl = inputs
     needs = Needs(*ctx.needs_input_grad[:6])
@@ -71,7 +81,7 @@ class MaskedLoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         """Run the forward of ``impl``, the last input, and keep what backward will read."""
-        y, t = _path(inputs[-1]).forward(*inputs[:-1])
+        y, t = _forward(inputs[-1], inputs[:-1])
         _save(ctx, inputs, t)
         return y
 
@@ -93,7 +103,7 @@ def masked_lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """x (M, K), W (N, K), A (R, K), B (N, R) -> y (M, N), t (M, R); t is not differentiable."""
     inputs = (x, weight, lora_a, lora_b, gate, bias, seed, scale, dropout_p)
-    return _path(impl).forward(*inputs)
+    return _forward(impl, inputs)
 
 
 @masked_lora_linear.register_fake

@@ -61,8 +61,8 @@ def _lowrank_gemm(
             factor = scale * gate
             rank = tl.where(gate == 0.0, 0, R)
         update = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if DROPOUT else acc
-        # Not pipelined: its buffers would come on top of those of the K loop, which sm_90's dx then
-        # paid with 108 instructions for 102.
+        # Not pipelined: its buffers came on top of those of the K loop. At R = 64 on sm_90 that
+        # was 128 KiB for 96, and one block on a multiprocessor for two.
         for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
             r = r0 + tl.arange(0, BLOCK_R)
             u = u_ptr + m[:, None] * u_m + r[None, :] * u_r
