@@ -43,13 +43,24 @@ _SHARDED = Route(PEFT, "a weight is sharded (DTensor)")
 
 
 def _has_hooks(module: nn.Module) -> bool:
+    own = module.__dict__
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__  # how accelerate hooks a module
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own  # how accelerate hooks a module
     )
+
+
+def _weight(module: nn.Linear) -> torch.Tensor:
+    # Where a sharding wrapper keeps the parameter elsewhere, the attribute still answers.
+    weight = module._parameters.get("weight")
+    return module.weight if weight is None else weight
+
+
+def _is_sharded(weight: torch.Tensor) -> bool:
+    return type(weight) is not nn.Parameter and hasattr(weight, "placements")
 
 
 def _move(value: nn.Module | torch.Tensor, device: torch.device) -> None:
@@ -189,7 +200,7 @@ class MaskedLoraLinear(Linear):
             return _ADAPTER_TYPE
         if _has_hooks(base) or _has_hooks(a) or _has_hooks(b) or _has_hooks(dropout):
             return _HOOKS
-        if hasattr(base.weight, "placements") or hasattr(a.weight, "placements"):
+        if _is_sharded(_weight(base)) or _is_sharded(_weight(a)):
             return _SHARDED
         return Route(FUSED, _PLAIN, adapter)
 
@@ -220,11 +231,11 @@ class MaskedLoraLinear(Linear):
         base, a, b, dropout = self._parts(adapter)
         return masked_lora_linear(
             x,
-            base.weight,
-            a.weight,
-            b.weight,
+            _weight(base),
+            _weight(a),
+            _weight(b),
             self.gate(adapter),
-            bias=base.bias,
+            bias=base._parameters["bias"] if "bias" in base._parameters else base.bias,
             scale=self.scaling[adapter],
             dropout_p=dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
         )
