@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ila.files import write_folder_atomic
+from ila.files import write_folder_atomic, write_json_atomic
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "data"
 DATA = ("arithmetic", "polite", "extraction")
@@ -93,11 +93,7 @@ def run_demo(out: Path, *, steps: int, fresh: bool, screen: Console) -> None:
     missing = [name for name in DATA if not (EXAMPLES / f"{name}.jsonl").is_file()]
     if missing:
         raise FileNotFoundError(f"{EXAMPLES} has no {missing}: run the demo from a clone")
-    if fresh and out.exists():
-        if not (out / "model" / "config.json").exists():
-            raise ValueError(f"--out {out} is not the folder of a demo; it was left alone")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    _claim(out, fresh)
     model = out / "model"
     if not model.exists():
         _unpack_model(model, screen)
@@ -113,6 +109,23 @@ def run_demo(out: Path, *, steps: int, fresh: bool, screen: Console) -> None:
     )
     run_plan(plan, screen)
     screen.print(f"\nMasks, heat maps, adapters and the report are in {out}")
+
+
+def _claim(out: Path, fresh: bool) -> None:
+    """Make ``out`` the demo's; ``fresh`` removes what a demo makes there and nothing else."""
+    marker = out / "demo.json"
+    if not marker.is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"--out {out} is not the folder of a demo; it was left alone")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(marker, {"made_by": "ila demo"})
+    elif fresh:
+        (out / "compare.json").unlink(missing_ok=True)
+        folders = ["model", *(f"learn-{name}" for name in DATA)]
+        for name in DATA:
+            folders += [f"{name}-all-layers", f"{name}-top-30-percent", f"report-{name}"]
+        for folder in folders:
+            shutil.rmtree(out / folder, ignore_errors=True)
 
 
 def _unpack_model(folder: Path, screen: Console) -> None:

