@@ -21,6 +21,7 @@ from ila.data import Collator, DataSummary, encode, pad_token_id
 from ila.files import write_json_atomic
 from ila.loading import find_source, identity, load_model, load_tokenizer
 from ila.model import attach
+from ila.ranks import on_main_process
 from ila.rows import fingerprint, load_rows, split_rows
 
 _PACKAGES = ("ila-kernels", "torch", "transformers", "peft", "accelerate")
@@ -141,6 +142,10 @@ def claim_folder(out: Path, description: Mapping[str, Any], resume: bool, what: 
         ValueError: If the folder holds another run, or one that was not asked to be resumed, or
             anything that is no run at all.
     """
+    on_main_process(lambda: _claim(out, description, resume, what))
+
+
+def _claim(out: Path, description: Mapping[str, Any], resume: bool, what: str) -> None:
     marker = out / "run.json"
     mine = json.loads(json.dumps({"what": what, **description}))
     if marker.exists():
@@ -160,8 +165,6 @@ def claim_folder(out: Path, description: Mapping[str, Any], resume: bool, what: 
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists and is not the folder of a run; give another")
-    if not PartialState().is_main_process:
-        return
     out.mkdir(parents=True, exist_ok=True)
     write_json_atomic(marker, mine)
 

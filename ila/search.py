@@ -24,6 +24,7 @@ from ila.files import write_folder_atomic, write_json_atomic
 from ila.layer import FUSED, MaskedLoraLinear
 from ila.mask import LayerMask
 from ila.model import masked_layers, single_adapter
+from ila.ranks import on_main_process
 from ila.signals import GateGradient, LayerMean, PathGradient
 from ila.stability import StopWhenStable
 from ila.trainer import (
@@ -147,7 +148,7 @@ def learn_mask(
         raise ValueError("resume=True needs the output_dir of the search to go on with")
     with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
         work = _Work(Path(folder), output_dir is not None, config, resume, progress)
-        work.claim(adapter, layers, len(dataset))
+        on_main_process(lambda: work.claim(adapter, layers, len(dataset)))
         training = peft_model.training
         try:
             stage1 = _stage1(peft_model, adapter, layers, dataset, collator, work)

@@ -19,6 +19,7 @@ from ila.files import write_json_atomic
 from ila.layer import MaskedLoraLinear
 from ila.memory import peak_bytes, reset_peak
 from ila.model import masked_layers, single_adapter
+from ila.ranks import on_main_process
 from ila.trainer import (
     LogFile,
     StepTimer,
@@ -116,9 +117,7 @@ def train(
         if output_dir is not None:
             names = [n for n, p in peft_model.named_parameters() if p.requires_grad]
             mine = {"config": config.as_dict(), **counts, "rows": len(dataset), "trained": names}
-            _claim(out, mine, resume)
-            for left_over in out.glob(".adapter-*"):  # of a run killed while it saved
-                shutil.rmtree(left_over)
+            on_main_process(lambda: _claim(out, mine, resume))
             if resume and (out / "metrics.json").exists():
                 load_adapter(peft_model, adapter, out)
                 return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
@@ -196,6 +195,8 @@ def _claim(out: Path, mine: Mapping[str, Any], resume: bool) -> None:
         return
     if not resume:
         raise ValueError(f"output_dir {str(out)!r} holds another run; give another, or resume it")
+    for left_over in out.glob(".adapter-*"):  # of a run killed while it saved
+        shutil.rmtree(left_over)
     found = json.loads(marker.read_text(encoding="utf-8"))
     differs = [k for k in mine["config"] if found["config"].get(k) != mine["config"][k]]
     differs += [k for k in mine if k != "config" and found.get(k) != mine[k]]

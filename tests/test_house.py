@@ -46,6 +46,7 @@ STOREYS = {
         "checkpointing",
         "checkpoint",
         "memory",
+        "ranks",
         "trainer",
         "signals",
         "stability",

@@ -1,0 +1,76 @@
+"""Two processes share one output folder: one of them owns it, and both end the same way."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LEARN_AND_TRAIN = """
+import sys, time
+import os
+from pathlib import Path
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, set_seed
+import ila
+from ila.train import TrainConfig, train
+
+folder, out = sys.argv[1], Path(sys.argv[2])
+time.sleep(int(os.environ["RANK"]))  # the second process comes when the first has begun
+set_seed(0)
+base = AutoModelForCausalLM.from_pretrained(folder)
+lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+model = ila.attach(base, lora)
+rows = [{"input_ids": [1, 6 + i, 9, 2], "labels": [-100, 6 + i, 9, 2]} for i in range(8)]
+search = ila.SearchConfig(stage1_steps=2, stage2_steps=5, batch_size=2, save_every=None)
+mask = ila.learn_mask(model, rows, search, output_dir=out / "search", progress=False)
+(out / f"scores-{os.environ['RANK']}.json").write_text(str(dict(mask.scores)))
+ila.apply_mask(model, mask.top(0.5))
+config = TrainConfig(steps=2, batch_size=2, save_every=None)
+train(model, rows, config, held_out=rows, output_dir=out / "train", progress=False)
+try:
+    train(model, rows, config, output_dir=out / "train", progress=False)
+except ValueError as error:
+    assert "holds another run" in str(error)
+else:
+    raise AssertionError("a folder in use was taken")
+"""
+
+
+def test_two_processes_search_and_train_into_one_folder(tiny_model_folder, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    shared |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    command = [sys.executable, "-c", LEARN_AND_TRAIN, str(tiny_model_folder), str(tmp_path)]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    deadline = time.monotonic() + 180
+    try:
+        for process in processes:
+            said, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            assert process.returncode == 0, said
+    finally:
+        for process in processes:
+            process.kill()
+    scores = [(tmp_path / f"scores-{rank}.json").read_text() for rank in range(2)]
+    assert scores[0] == scores[1]
+    metrics = json.loads((tmp_path / "train" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["steps"] == 2
