@@ -4,7 +4,8 @@
 
 For every set: a mask, stage 1's effect on held-out loss, the spread of the scores; training all
 layers and the selected share at equal steps; between the sets: Jaccard beside chance and Spearman.
-Finished steps are kept in ``--work``, so an interrupted run goes on.
+Finished steps are kept in ``--work``, so that an interrupted run goes on; a folder that was begun
+with other options is refused.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import json
 import platform
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from ila.demo import Plan, run_plan
 from ila.files import write_json_atomic
 from ila.mask import LayerMask
-from ila.pipeline import versions
 
 
 def main() -> None:
@@ -59,15 +60,38 @@ def main() -> None:
             *("--learning-rate", str(options.learning_rate), "--seed", str(options.seed)),
         ],
     )
+    same = {k: v for k, v in vars(options).items() if k not in ("work", "json")}
+    claim(options.work, json.loads(json.dumps(same)))
     run_plan(plan, Console())
     write_json_atomic(options.json, collect(plan, vars(options)))
 
 
+def claim(work: Path, options: dict) -> None:
+    """Refuse to mix runs: finished steps are not run again, whatever the options say."""
+    marker = work / "options.json"
+    if not marker.exists():
+        if work.exists() and any(work.iterdir()):
+            raise SystemExit(f"--work {work} holds something else")
+        work.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(marker, options)
+    elif json.loads(marker.read_text(encoding="utf-8")) != options:
+        raise SystemExit(f"--work {work} was begun with other options")
+
+
 def collect(plan: Plan, options: dict) -> dict:
     """Gather the results of a finished plan; absolute paths are reduced to names."""
-    learned = {}
+    learned, environment = {}, {}
     for name in plan.data:
-        provenance = LayerMask.load(plan.out / f"learn-{name}").provenance
+        mask = LayerMask.load(plan.out / f"learn-{name}")
+        provenance = mask.provenance
+        environment = {
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "versions": dict(provenance["versions"]),
+            "layers": len(mask),
+            "dtype": provenance["model"]["dtype"],
+            "rank": provenance["inputs"]["rank"],
+        }
         search = provenance["search"]
         learned[name] = {
             "held_out_loss": dict(provenance["held_out_loss"]),
@@ -85,7 +109,7 @@ def collect(plan: Plan, options: dict) -> dict:
     names = {"model": Path(options["model"]).name, "data": list(plan.data)}
     kept = {k: v for k, v in options.items() if k not in ("work", "json", "model", "data")}
     return {
-        "environment": {"machine": platform.machine(), "versions": versions()},
+        "environment": environment,
         "options": {**kept, **names},
         "learned": learned,
         "agreement": json.loads(compare.read_text("utf-8")) if compare.exists() else [],

@@ -57,13 +57,14 @@ def trainings(method: str, result: Mapping[str, Any]) -> list[list[str]]:
     """Rows of the training table: one per run."""
     rows = []
     for name, run in result["trained"].items():
-        memory = run["peak_memory_bytes"]
+        memory, time = run["peak_memory_bytes"], run["step_time_ms"]
         rows.append(
             [
-                f"{name} (mask: `{method}`)" if run["fraction_open"] < 1 else name,
+                f"`{method}`, {name}",
                 f"{run['open_modules']} of {run['total_modules']}",
                 f"{run['trainable_parameters'] / 1e6:.2f} M",
                 f"{run['held_out_loss_before']:.3f} → {run['held_out_loss']:.3f}",
+                f"{time['median'] / 1e3:.2f} s ({time['p10'] / 1e3:.2f}–{time['p90'] / 1e3:.2f})",
                 "not measured" if memory is None else f"{memory / 2**30:.2f} GiB",
             ]
         )
@@ -73,7 +74,7 @@ def trainings(method: str, result: Mapping[str, Any]) -> list[list[str]]:
 def speeds(result: Mapping[str, Any]) -> list[list[str]]:
     """Rows of the step-time table: one per contestant."""
     return [
-        [name, f"{row['times_faster_than_peft']:.2f}", f"{row['p10']:.2f}–{row['p90']:.2f}"]
+        [name, f"{row['speed_relative_to_peft']:.2f}", f"{row['p10']:.2f}–{row['p90']:.2f}"]
         for name, row in result["rows"].items()
     ]
 
@@ -84,14 +85,17 @@ def render() -> str:
     real = {k.removeprefix("real-data-"): v for k, v in found.items() if k.startswith("real-data-")}
     parts = []
     if real:
-        options = next(iter(real.values()))["options"]
-        training = {row[0]: row for m, r in real.items() for row in trainings(m, r)}
+        first = next(iter(real.values()))
+        options, where = first["options"], first["environment"]
+        held = {name: row["held_out_loss"]["rows"] for name, row in first["learned"].items()}
+        training = [row for m, r in real.items() for row in trainings(m, r)]
         parts += [
-            f"SmolLM2-135M-Instruct (210 layers), bf16 with fp32 adapters, rank 8, "
-            f"{options['limit']} rows a set of which {options['held_out']:.0%} are held out, "
-            f"{options['steps']} steps of {options['batch_size']} rows in each stage and training, "
-            "one seed, 2 CPU cores (`python -m benchmarks.real_data`). Held-out loss in nats per "
-            "answer token.",
+            f"{options['model']}, {where['layers']} layers, {where['dtype']} with fp32 adapters of "
+            f"rank {where['rank']}; {options['limit']} rows a set, cut at {options['max_length']} "
+            f"tokens, of which {min(held.values())} are held out; {options['steps']} steps of "
+            f"{options['batch_size']} rows in stage 1 and in training, {options['stage2_steps']} "
+            f"in stage 2; seed {options['seed']}; {where['threads']} CPU threads "
+            "(`python -m benchmarks.real_data --help`). Held-out loss in nats per answer token.",
             "**The search.** Held-out loss over stage 1, and the spread of the scores.",
             table(
                 ["method, data", "held-out loss", "scores", "standard deviation"],
@@ -103,17 +107,20 @@ def render() -> str:
                 ["method, pair", "ρ", "10 %", "30 %", "75 %"],
                 [row for m, r in real.items() for row in agreements(m, r)],
             ),
-            "**Training from scratch, equal steps.**",
+            "**Training from scratch, equal steps.** Time of a step with its p10–p90; the runs "
+            "came one after another, so small differences in time say nothing.",
             table(
-                ["run", "layers open", "parameters", "held-out loss", "peak memory"],
-                list(training.values()),
+                ["run", "layers open", "parameters", "held-out loss", "step", "peak memory"],
+                training,
             ),
         ]
     if "step-time" in found:
         options = found["step-time"]["options"]
+        threads = found["step-time"]["environment"]["threads"]
         parts += [
             f"**Time of a training step**, forward and backward, {options['rows']}×"
-            f"{options['tokens']} tokens, 2 CPU cores, {options['rounds']} interleaved rounds "
+            f"{options['tokens']} tokens, {threads} CPU threads, "
+            f"{options['rounds']} interleaved rounds "
             "(`python -m benchmarks.step_time`): how many times as fast as PEFT with all layers.",
             table(["", "times as fast", "p10–p90"], speeds(found["step-time"])),
         ]

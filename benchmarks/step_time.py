@@ -3,8 +3,8 @@
     python -m benchmarks.step_time --model FOLDER --mask run/mask-top-0.3.json --json FILE
 
 All contestants hold the same weights and see the same batch in turn; the losses of all-open models
-are compared before anything is timed. Ratios are medians over rounds of time / time of PEFT in the
-same round; `frozen` (forward and backward to the input, no adapter) is the floor.
+are compared before anything is timed. Speeds are medians over rounds of PEFT's time / time in
+the same round; `frozen` (forward and backward to the input, no adapter) is the floor.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def measure(models: dict[str, nn.Module], ids: torch.Tensor, rounds: int) -> dic
         speed = sorted(p / v for p, v in zip(times["peft"], values, strict=True))
         rows[name] = {
             "median_ms": statistics.median(values),
-            "times_faster_than_peft": statistics.median(speed),
+            "speed_relative_to_peft": statistics.median(speed),
             "p10": speed[len(speed) // 10],
             "p90": speed[-1 - len(speed) // 10],
         }
@@ -110,7 +110,7 @@ def main() -> None:
     rows = measure(contestants(base, mask, options.rank), ids, options.rounds)
     for name, row in rows.items():
         print(
-            f"{name:20} {row['median_ms']:9.1f} ms  {row['times_faster_than_peft']:.2f} x as fast "
+            f"{name:20} {row['median_ms']:9.1f} ms  {row['speed_relative_to_peft']:.2f} x as fast "
             f"as PEFT [{row['p10']:.2f}-{row['p90']:.2f}]"
         )
     environment = {"machine": platform.machine(), "threads": torch.get_num_threads()}

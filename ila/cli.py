@@ -72,13 +72,9 @@ def learn(
 ) -> None:
     """Learn how much each linear layer matters for a data set."""
     from ila import commands
-    from ila.pipeline import Inputs
     from ila.search import SearchConfig
 
-    inputs = Inputs(
-        model, data, gguf_file, split, limit, held_out, max_length, dtype, rank, alpha, dropout,
-        target_modules, seed, trust_remote_code,
-    )  # fmt: skip
+    inputs = _inputs(locals())
     config = SearchConfig(
         method=method,
         stage1_steps=stage1_steps,
@@ -139,14 +135,10 @@ def train(
 ) -> None:
     """Train the open layers of a mask into a plain PEFT adapter."""
     from ila import commands
-    from ila.pipeline import Inputs
     from ila.report import runs_table
     from ila.train import TrainConfig
 
-    inputs = Inputs(
-        model, data, gguf_file, split, limit, held_out, max_length, dtype, rank, alpha, dropout,
-        target_modules, seed, trust_remote_code,
-    )  # fmt: skip
+    inputs = _inputs(locals())
     config = TrainConfig(
         steps=steps,
         learning_rate=learning_rate,
@@ -215,6 +207,13 @@ def demo(
     from ila.demo import run_demo
 
     run_demo(out, steps=steps, fresh=fresh, screen=screen)
+
+
+def _inputs(options: dict[str, Any]) -> Any:
+    """The options that `learn` and `train` share, by their names."""
+    from ila.pipeline import Inputs
+
+    return Inputs(**{name: options[name] for name in Inputs.__dataclass_fields__})
 
 
 def _accumulation(steps: int) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from ila.figures import heatmap, runs_figure
 from ila.files import write_folder_atomic, write_json_atomic, write_text_atomic
 from ila.loading import find_source, load_model, load_tokenizer
-from ila.mask import LayerMask
+from ila.mask import LayerMask, thawed
 from ila.model import apply_mask
 from ila.pipeline import Inputs, claim_folder, prepare, read_run
 from ila.report import runs_markdown
@@ -38,7 +38,7 @@ def learn(
     claim_folder(out, prepared.description, resume, "learn")
     if resume and (out / "mask.json").is_file():
         mask = LayerMask.load(out)
-        if _thawed(mask.provenance["search"]["config"]) == _thawed(config.as_dict()):
+        if thawed(mask.provenance["search"]["config"]) == json.loads(json.dumps(config.as_dict())):
             return mask, str(prepared.summary)  # finished; with another config, learn_mask objects
     size, collator = config.batch_size, prepared.collator
     held_out = prepared.held_out
@@ -63,10 +63,6 @@ def learn(
         for stage in ("stage1", "stage2"):
             shutil.rmtree(out / stage, ignore_errors=True)
     return mask, str(prepared.summary)
-
-
-def _thawed(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {**config, "training_args": dict(config["training_args"])}
 
 
 def select(

@@ -69,7 +69,7 @@ class LayerMask:
     def __reduce__(
         self,
     ) -> tuple[Any, ...]:  # mapping proxies can be neither pickled nor deep-copied
-        return type(self), (dict(self.scores), dict(self.gates), _thawed(self.provenance))
+        return type(self), (dict(self.scores), dict(self.gates), thawed(self.provenance))
 
     @property
     def open(self) -> tuple[str, ...]:
@@ -211,7 +211,7 @@ class LayerMask:
         """
         modules = {n: {"score": s, "open": self.gates[n]} for n, s in self.scores.items()}
         document = {"format": FORMAT, "version": VERSION, "modules": modules}
-        write_json_atomic(_file_of(path), document | {"provenance": _thawed(self.provenance)})
+        write_json_atomic(_file_of(path), document | {"provenance": thawed(self.provenance)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "LayerMask":
@@ -373,10 +373,11 @@ def _frozen(value: Any, where: str) -> Any:
     return value
 
 
-def _thawed(value: Any) -> Any:
+def thawed(value: Any) -> Any:
+    """Plain dicts and lists of what `provenance` holds frozen."""
     if isinstance(value, Mapping):
-        return {key: _thawed(item) for key, item in value.items()}
-    return [_thawed(item) for item in value] if isinstance(value, tuple) else value
+        return {key: thawed(item) for key, item in value.items()}
+    return [thawed(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _fields_of(document: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The only code that edits a model: ``attach``, ``convert``, ``restore``, ``apply_mask``.
 
-Every edit is undone by ``restore`` and returns what it changed. All checks come before the first
-change, so an error leaves the model as it was.
+Every edit returns what it changed, an error leaves the model as it was, and ``restore`` gives back
+PEFT's own layers with every adapter open.
 """
 
 from __future__ import annotations

@@ -23,8 +23,9 @@ from ila.loading import find_source, identity, load_model, load_tokenizer
 from ila.model import attach
 from ila.ranks import on_main_process
 from ila.rows import fingerprint, load_rows, split_rows
+from ila_kernels._version import __version__
 
-_PACKAGES = ("ila-kernels", "torch", "transformers", "peft", "accelerate")
+_PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    return found
+    return {**found, "ila-kernels": __version__}
 
 
 def claim_folder(out: Path, description: Mapping[str, Any], resume: bool, what: str) -> None:

@@ -50,7 +50,7 @@ def arguments(
     Raises:
         ValueError: If ``extra`` holds a name that the stage decides itself, or an unknown one.
     """
-    clash = sorted(set(extra) & {*_OWN, *(() if "seed" not in own else ("seed",))})
+    clash = sorted(set(extra) & set(_OWN))
     if clash:
         raise ValueError(f"training_args must not set {clash}: the configuration has its own field")
     unknown = sorted(set(extra) - set(TrainingArguments.__dataclass_fields__))

@@ -78,7 +78,7 @@ GEMM_16BIT: dict[str, Tile] = {
     "sm_100": Tile(128, 128, 64, 0, warps=8, stages=3),
 }
 # For every other GPU, and where M or N would leave most of a larger block empty: 24 KiB of shared
-# memory in flight, a quarter of the least that any target allows.
+# memory in flight, within what every target allows.
 GEMM_SAFE = Tile(64, 64, 32, 0, warps=4, stages=3)
 # IEEE fp32 products run on the ordinary units, whose operands live in registers.
 # 64 x 64 and 64 x 32 spilled in the forward on sm_90; this one on none of the five targets.
@@ -120,14 +120,14 @@ def gemm_tile(
     return replace(tile, r=rank_block(r, tile.k))
 
 
-def shrink_tile(r: int, element_bytes: int, target: str) -> Tile:
-    """Tile of t (M, R) = x̂ Aᵀ: 64 rows, so that few thousand tokens already fill a GPU."""
+def shrink_tile(r: int, element_bytes: int) -> Tile:
+    """Tile of t (M, R) = x̂ Aᵀ: few rows, so that few thousand tokens already fill a GPU."""
     if element_bytes == 4:
         return Tile(32, 1, 32, rank_block(r, 32), warps=4, stages=2)
     return Tile(64, 1, 64, rank_block(r, 64), warps=4, stages=2)
 
 
-def grad_tile(r: int, element_bytes: int, target: str) -> Tile:
+def grad_tile(r: int, element_bytes: int) -> Tile:
     """Tile of the gradients that sum over M: the result's block stays in registers meanwhile.
 
     Wider blocks of N mean fewer shares of u to write and add: M·R·4·(N/BLOCK_N) bytes.

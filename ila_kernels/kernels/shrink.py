@@ -47,7 +47,7 @@ def launch(
 ) -> Launch:
     """Describe the launch that writes t (M, R)."""
     (m, k), r = x.shape, a.shape[0]
-    tile = shrink_tile(r, x.element_size(), target)
+    tile = shrink_tile(r, x.element_size())
     arguments = {
         "x_ptr": x, "a_ptr": a, "t_ptr": t, "M": m, "K": k, "R": r,
         "factor": 1.0 / (1.0 - dropout_p), "seed": seed or 0, "threshold": threshold(dropout_p),
