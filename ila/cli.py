@@ -257,6 +257,9 @@ def main() -> None:
         if done.code == 130:  # typer's answer to Ctrl-C, given without a word
             Console(stderr=True).print("interrupted; the same command with --resume goes on")
         raise
+    finally:
+        if "ila.ranks" in sys.modules:
+            sys.modules["ila.ranks"].leave_process_group()
 
 
 def _plain(error: Exception) -> str:

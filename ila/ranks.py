@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
@@ -25,3 +26,12 @@ def on_main_process(action: Callable[[], None]) -> None:
         broadcast_object_list(failure, from_process=0)
     if failure[0] is not None:
         raise failure[0]
+
+
+def leave_process_group() -> None:
+    """End the process group, if there is one: a script's last act on every process.
+
+    A process that exits without it can abort while its communication threads are torn down.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -11,6 +11,12 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +67,57 @@ def stories260k(shared_dir: Path) -> Path:
     if not (path / "model.safetensors").is_file():
         pytest.skip("no shared/models/stories260K")
     return path
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
+    """Run a Python script on two CPU processes that train as one; fail with what both of them said.
+
+    The script gets the remaining arguments as ``sys.argv[1:]`` and ends with
+    ``ila.ranks.leave_process_group()``, as every distributed script should.
+    """
+
+    def launch(script: str, *arguments: object, timeout: float = 240.0) -> list[str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": "2",
+            "ACCELERATE_USE_CPU": "true",  # what `accelerate launch --cpu` sets
+        }
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        with ExitStack() as stack:
+            ranks = []
+            for rank in range(2):
+                said = stack.enter_context((tmp_path / f"rank-{rank}.log").open("w+"))
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                process = subprocess.Popen(
+                    command, env=shared | own, stdout=said, stderr=subprocess.STDOUT
+                )
+                stack.callback(process.wait)
+                stack.callback(process.kill)
+                ranks.append((process, said))
+            deadline = time.monotonic() + timeout
+            while any(process.poll() is None for process, _ in ranks):
+                failed = any(process.poll() not in (None, 0) for process, _ in ranks)
+                if failed or time.monotonic() > deadline:
+                    time.sleep(1.0)  # the other one may still say why
+                    break
+                time.sleep(0.05)
+            codes = [process.poll() for process, _ in ranks]
+            texts = []
+            for _, said in ranks:
+                said.seek(0)
+                texts.append(said.read())
+            assert codes == [0, 0], f"exit codes {codes} (None: still running)\n" + "\n".join(texts)
+        return texts
+
+    return launch
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,14 @@
 """Two processes share one output folder: one of them owns it, and both end the same way."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-LEARN_AND_TRAIN = """
-import sys, time
-import os
+SEARCH_AND_TRAIN = """
+import os, sys, time
 from pathlib import Path
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, set_seed
 import ila
+from ila.ranks import leave_process_group
 from ila.train import TrainConfig, train
 
 folder, out = sys.argv[1], Path(sys.argv[2])
@@ -37,39 +30,12 @@ except ValueError as error:
     assert "holds another run" in str(error)
 else:
     raise AssertionError("a folder in use was taken")
+leave_process_group()
 """
 
 
-def test_two_processes_search_and_train_into_one_folder(tiny_model_folder, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    shared |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": "2",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    command = [sys.executable, "-c", LEARN_AND_TRAIN, str(tiny_model_folder), str(tmp_path)]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    deadline = time.monotonic() + 180
-    try:
-        for process in processes:
-            said, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-            assert process.returncode == 0, said
-    finally:
-        for process in processes:
-            process.kill()
+def test_two_processes_search_and_train_into_one_folder(tiny_model_folder, tmp_path, run_ranks):
+    run_ranks(SEARCH_AND_TRAIN, tiny_model_folder, tmp_path)
     scores = [(tmp_path / f"scores-{rank}.json").read_text() for rank in range(2)]
     assert scores[0] == scores[1]
     metrics = json.loads((tmp_path / "train" / "metrics.json").read_text(encoding="utf-8"))
