@@ -183,14 +183,21 @@ def instructions(assembly: Iterable[str]) -> tuple[list[str], dict[str, int]]:
 
 
 def main_loop(assembly: Iterable[str]) -> list[str]:
-    """Return the loop that has the most tensor-core instructions, else FMAs, else instructions."""
+    """Return the innermost loop with the most tensor-core instructions, or FMAs if none has any.
+
+    Innermost: a loop over tiles holds the loop over K and all that is around it. Of equals the
+    first: where a step over R is as long as one over K, the loop over R comes second.
+    """
     found, labels = instructions(assembly)
-    loops = []
+    spans = []
     for i, text in enumerate(found):
         branch = BRANCH.search(text)
         if branch and labels.get(branch[1], i + 1) <= i:
-            loops.append(found[labels[branch[1]] : i + 1])
-    return max(loops, key=lambda loop: (count(TENSOR_CORE, loop), count(FMA, loop)), default=[])
+            spans.append((labels[branch[1]], i + 1))
+    inner = [a for a in spans if not any(a[0] <= b[0] and b[1] <= a[1] and a != b for b in spans)]
+    loops = [found[first:last] for first, last in sorted(inner)]
+    pattern = TENSOR_CORE if any(count(TENSOR_CORE, loop) for loop in loops) else FMA
+    return max(loops, key=lambda loop: count(pattern, loop), default=[])
 
 
 def count(pattern: re.Pattern, texts: Iterable[str]) -> int:

@@ -59,6 +59,28 @@ def test_the_main_loop_is_read_from_sass():
     assert compile_report.count(compile_report.SPILL, found) == 1
 
 
+NESTED = """
+.L_tiles:
+    IMAD R1, R1, R2, R3 ;
+.L_k:
+    HMMA.16816.F32 R4, R8, R12, R4 ;
+    IADD3 R1, R1, R2, R3 ;
+    @P0 BRA `(.L_k) ;
+.L_r:
+    HMMA.16816.F32 R4, R8, R12, R4 ;
+    FFMA R1, R1, R2, R3 ;
+    FFMA R1, R1, R2, R3 ;
+    @P0 BRA `(.L_r) ;
+    @P1 BRA `(.L_tiles) ;
+"""
+
+
+def test_the_main_loop_is_innermost_and_of_equals_the_first():
+    # By FMAs the loop over R passed for the loop over K on gfx942, and its length for that one's.
+    loop = compile_report.main_loop(NESTED.splitlines())
+    assert [text.split()[0] for text in loop] == ["HMMA.16816.F32", "IADD3", "@P0"]
+
+
 def test_the_report_covers_every_kernel_dtype_rank_and_target():
     cases = list(compile_report.cases())
     assert len(cases) == len(set(cases)) == 8 * 3 * 4 * 5
