@@ -2,12 +2,14 @@
 
     python -m benchmarks.compile_report                                 the whole table
     python -m benchmarks.compile_report --target sm_90 --kernel dx      a part of it
-    python -m benchmarks.compile_report --json FILE                     {"rows": [...]}
+    python -m benchmarks.compile_report --json FILE                     write {"rows": [...], ...}
 
 A row is one launch as the library would make it at M = 8192, K = N = 4096 with fp32 adapters,
 a gate and a bias. ``loop_instructions`` is the length of the main loop: of all the loops in the
 machine code the one with the most tensor-core instructions (or FMAs, where fp32 uses none). For the
-GEMM, ``plain_loop_instructions`` is that of the same kernel with the low-rank part compiled out.
+GEMM, ``plain_loop_instructions`` is that of the same kernel with the low-rank part compiled out;
+``+tma`` is its persistent form, and ``tma_loads`` counts the instructions that load a descriptor's
+block.
 ``spills`` counts instructions that move registers to or from local memory. ``occupancy`` is the
 share of a multiprocessor's warps that registers and shared memory let in.
 """
@@ -30,19 +32,26 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ila_kernels.config import GEMM_PERSISTENT, SHARED_LIMIT_BYTES
 from ila_kernels.kernels import grad_a, grad_out, lowrank_gemm, partials, shrink
 from ila_kernels.kernels.launch import Launch
 
 M, K, N = 8192, 4096, 4096
 RANKS = (8, 16, 64, 256)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Compared with the plain GEMM; with dropout the tile is another one than that has.
+MARKED = ("forward", "dx", "forward+tma", "dx+tma")
 KERNELS = (
     "shrink",
     "shrink+dropout",
     "forward",
     "dx",
     "dx+dropout",
+    "forward+tma",
+    "dx+tma",
+    "dx+dropout+tma",
     "grad_out",
     "grad_a+dropout",
     "sum_partials",
@@ -54,19 +63,18 @@ class Limits:
     """A target and what one of its multiprocessors has."""
 
     gpu: GPUTarget
-    shared_per_block: int
     shared_per_sm: int
     registers: int
     warps: int
 
 
 TARGETS = {
-    "sm_80": Limits(GPUTarget("cuda", 80, 32), 163 * 1024, 164 * 1024, 65536, 64),
-    "sm_90": Limits(GPUTarget("cuda", 90, 32), 227 * 1024, 228 * 1024, 65536, 64),
-    "sm_100": Limits(GPUTarget("cuda", 100, 32), 227 * 1024, 228 * 1024, 65536, 64),
-    "sm_120": Limits(GPUTarget("cuda", 120, 32), 99 * 1024, 100 * 1024, 65536, 48),
+    "sm_80": Limits(GPUTarget("cuda", 80, 32), 164 * 1024, 65536, 64),
+    "sm_90": Limits(GPUTarget("cuda", 90, 32), 228 * 1024, 65536, 64),
+    "sm_100": Limits(GPUTarget("cuda", 100, 32), 228 * 1024, 65536, 64),
+    "sm_120": Limits(GPUTarget("cuda", 120, 32), 100 * 1024, 65536, 48),
     # 4 SIMDs of 512 registers a lane and 8 waves each.
-    "gfx942": Limits(GPUTarget("hip", "gfx942", 64), 64 * 1024, 64 * 1024, 4 * 512 * 64, 32),
+    "gfx942": Limits(GPUTarget("hip", "gfx942", 64), 64 * 1024, 4 * 512 * 64, 32),
 }
 
 
@@ -84,6 +92,7 @@ class Row:
     shared_bytes: int
     shared_limit_bytes: int
     tensor_core_instructions: int
+    tma_loads: int
     loop_instructions: int
     plain_tensor_core_instructions: int | None
     plain_loop_instructions: int | None
@@ -101,20 +110,20 @@ def make_launch(
     wide = torch.float32
     x, dy, w, thin = empty(M, K), empty(M, N), empty(N, K), empty(M, r)
     a, b, gate = empty(r, K, dtype=wide), empty(N, r, dtype=wide), empty(1, dtype=wide)
-    name, _, dropout = kernel.partition("+")
-    seed, p = (2**40, 0.1) if dropout else (None, 0.0)
+    name, *options = kernel.split("+")
+    seed, p = (2**40, 0.1) if "dropout" in options else (None, 0.0)
     if name == "shrink":
         return shrink.launch(x, a, thin, seed, p, target)
     if name in ("forward", "dx"):
         update = (thin, b.t()) if name == "forward" else (thin, a)
         u, v = (None, None) if plain else update
         gate = None if plain else gate
+        # Any number of programs: it is an argument of the launch and not of the kernel.
+        form = {"target": target, "programs": 1 if "tma" in options else None}
         if name == "forward":
-            bias = empty(N)
-            return lowrank_gemm.launch(
-                x, w.t(), u, v, empty(M, N), 2.0, gate, bias, None, 0, target
-            )
-        return lowrank_gemm.launch(dy, w, u, v, empty(M, K), 2.0, gate, None, seed, p, target)
+            bias, y = empty(N), empty(M, N)
+            return lowrank_gemm.launch(x, w.t(), u, v, y, 2.0, gate, bias, None, 0, **form)
+        return lowrank_gemm.launch(dy, w, u, v, empty(M, K), 2.0, gate, None, seed, p, **form)
     if name == "grad_out":
         return grad_out.launch(dy, b, thin, *grad_out.shares(dy, r, target), target)
     if name == "grad_a":
@@ -125,7 +134,7 @@ def make_launch(
     raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
 
 
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+SCALARS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def compiled(launch: Launch, gpu: GPUTarget) -> triton.compiler.CompiledKernel:
@@ -141,8 +150,12 @@ def compiled(launch: Launch, gpu: GPUTarget) -> triton.compiler.CompiledKernel:
         ):
             signature[name], constants[name] = "constexpr", value
             continue
+        if isinstance(value, TensorDescriptor):
+            block = list(value.block_shape)
+            signature[name] = f"tensordesc<{SCALARS[value.base.dtype]}{block}>"
+            continue
         if isinstance(value, Tensor):
-            signature[name] = POINTERS[value.dtype]
+            signature[name] = "*" + SCALARS[value.dtype]
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
@@ -164,6 +177,7 @@ def compiled(launch: Launch, gpu: GPUTarget) -> triton.compiler.CompiledKernel:
 
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|QMMA|OMMA|v_s?mfma\w*|v_wmma\w*)\b")
 FMA = re.compile(r"\b(FFMA2?|v_(?:pk_)?fma\w*)\b")
+TMA_LOAD = re.compile(r"\bUTMALDG\b")
 SPILL = re.compile(r"\b(STL|LDL|scratch_(?:load|store)\w*)\b")
 LABEL = re.compile(r"^(\.L\w+):")
 BRANCH = re.compile(r"\b(?:BRA|s_c?branch\w*)\b.*?(\.L\w+)")
@@ -237,10 +251,10 @@ def report_row(kernel: str, dtype: str, r: int, target: str) -> Row:
     binary = compiled(launch, limits.gpu)
     assembly, registers = disassembled(binary)
     plain: list[str] | None = None
-    if kernel in ("forward", "dx"):
+    if kernel in MARKED:
         bare = make_launch(kernel, DTYPES[dtype], r, target, plain=True)
         plain = main_loop(disassembled(compiled(bare, limits.gpu))[0])
-    loop, t = main_loop(assembly), launch.tile
+    found, loop, t = instructions(assembly)[0], main_loop(assembly), launch.tile
     return Row(
         kernel=kernel,
         dtype=dtype,
@@ -248,10 +262,11 @@ def report_row(kernel: str, dtype: str, r: int, target: str) -> Row:
         tile=f"{t.m}x{t.n}x{t.k} R{t.r} {t.warps}w {t.stages}s",
         target=target,
         registers=registers,
-        spills=count(SPILL, instructions(assembly)[0]),
+        spills=count(SPILL, found),
         shared_bytes=binary.metadata.shared,
-        shared_limit_bytes=limits.shared_per_block,
+        shared_limit_bytes=SHARED_LIMIT_BYTES[target],
         tensor_core_instructions=count(TENSOR_CORE, loop),
+        tma_loads=count(TMA_LOAD, found),
         loop_instructions=len(loop),
         plain_tensor_core_instructions=None if plain is None else count(TENSOR_CORE, plain),
         plain_loop_instructions=None if plain is None else len(plain),
@@ -259,11 +274,43 @@ def report_row(kernel: str, dtype: str, r: int, target: str) -> Row:
     )
 
 
+# Where the loop over K has to stay that of the plain GEMM, and how much longer it may be.
+MARK_TARGETS, MARK = ("sm_80", "sm_90"), 1.05
+
+
+def faults(row: Row) -> list[str]:
+    """Say what is wrong with a row; nothing, for a library that may be released."""
+    found = []
+    if row.spills:
+        found.append(f"{row.spills} spills")
+    if row.shared_bytes > row.shared_limit_bytes:
+        found.append(f"{row.shared_bytes} bytes of shared memory, of {row.shared_limit_bytes}")
+    if row.loop_instructions == 0:
+        found.append("no loop found")
+    products = row.kernel != "sum_partials"
+    on_cores = row.dtype != "fp32" or row.target == "gfx942"  # which has fp32 matrix cores
+    if (row.tensor_core_instructions > 0) != (products and on_cores):
+        found.append(f"{row.tensor_core_instructions} tensor-core instructions")
+    if (row.tma_loads > 0) != row.kernel.endswith("+tma"):
+        found.append(f"{row.tma_loads} loads by descriptor")
+    if row.plain_loop_instructions is None:
+        return found
+    if row.tensor_core_instructions != row.plain_tensor_core_instructions:
+        plain = row.plain_tensor_core_instructions
+        found.append(f"{row.tensor_core_instructions} tensor-core instructions, plain {plain}")
+    if row.target in MARK_TARGETS and row.loop_instructions > MARK * row.plain_loop_instructions:
+        plain = row.plain_loop_instructions
+        found.append(f"{row.loop_instructions} instructions in the K loop, plain {plain}")
+    return found
+
+
 def cases(kernel: str = "", dtype: str = "", target: str = "") -> Iterator[tuple]:
     """Yield (kernel, dtype, R, target) of every row; an empty word takes all."""
     for to in (target,) if target else TARGETS:
         for name in (kernel,) if kernel else KERNELS:
             for kind in (dtype,) if dtype else DTYPES:
+                if name.endswith("+tma") and (to not in GEMM_PERSISTENT or kind == "fp32"):
+                    continue
                 yield from ((name, kind, r, to) for r in RANKS)
 
 
@@ -274,7 +321,8 @@ def line(row: Row) -> str:
         f"{row.target:7} {row.kernel:15} {row.dtype:5} R {row.r:<4} {row.tile:24} "
         f"regs {row.registers:3} spills {row.spills:3} "
         f"shared {row.shared_bytes:6}/{row.shared_limit_bytes} "
-        f"mma {row.tensor_core_instructions:3} loop {row.loop_instructions:4}{plain} "
+        f"mma {row.tensor_core_instructions:3} tma {row.tma_loads:2} "
+        f"loop {row.loop_instructions:4}{plain} "
         f"occupancy {row.occupancy:.0%}"
     )
 
@@ -294,11 +342,13 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append(row)
             print(line(row), flush=True)
     if options.json:
-        options.json.write_text(
-            json.dumps({"rows": [asdict(row) for row in rows]}, indent=1) + "\n"
-        )
-    bad = [r for r in rows if r.spills or r.shared_bytes > r.shared_limit_bytes]
-    print(f"{len(rows)} rows compiled; {len(bad)} spill or want too much shared memory")
+        lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+        header = f'{{"triton": {json.dumps(triton.__version__)}, "rows": [\n'
+        options.json.write_text(header + lines + "\n]}\n")
+    bad = [row for row in rows if faults(row)]
+    for row in bad:
+        print(f"{row.target} {row.kernel} {row.dtype} R {row.r}: {'; '.join(faults(row))}")
+    print(f"{len(rows)} rows compiled; {len(bad)} with a fault")
     return 1 if bad else 0
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ila.layer import BARE, PEFT, MaskedLoraLinear
 from ila_kernels.config import resolve_impl
+from ila_kernels.device import call_of
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def _masked_row(name: str, layer: MaskedLoraLinear) -> LayerRow:
         closed = [a for a in layer.active_adapters if layer.is_closed(a)]
         return LayerRow(name, False, BARE, "closed by a mask" if closed else reason)
     if adapter is not None:
-        impl, why = resolve_impl("auto", layer.base_layer.weight.device.type)
+        weight = layer.base_layer.weight
+        call = call_of(weight, weight.shape[0], None, weight.dtype)
+        impl, why = resolve_impl("auto", weight.device.type, call)
         return LayerRow(name, True, impl, f"{reason}; {why}")
     return LayerRow(name, any(a in layer.lora_A for a in layer.active_adapters), path, reason)

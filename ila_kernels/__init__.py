@@ -5,6 +5,7 @@ environment variable and needs neither a GPU nor Triton.
 """
 
 from ila_kernels._version import __version__
+from ila_kernels.choice import prefer
 from ila_kernels.functional import masked_lora_linear, masked_lora_linear_group
 
-__all__ = ["__version__", "masked_lora_linear", "masked_lora_linear_group"]
+__all__ = ["__version__", "masked_lora_linear", "masked_lora_linear_group", "prefer"]

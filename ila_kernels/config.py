@@ -9,34 +9,42 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
 
+from ila_kernels.choice import Call, gpu_impl, preference
+
 Impl = Literal["auto", "triton", "eager", "reference"]
 IMPLS: tuple[str, ...] = ("auto", "triton", "eager", "reference")
 
 
-def resolve_impl(impl: str, device_type: str) -> tuple[str, str]:
+def resolve_impl(impl: str, device_type: str, call: Call | None = None) -> tuple[str, str]:
     """Choose the implementation of one call and say why.
 
     Args:
         impl: One of ``"auto"``, ``"triton"``, ``"eager"``, ``"reference"``.
         device_type: Type of the device that holds the tensors, e.g. ``"cpu"`` or ``"cuda"``.
+        call: Shape, dtype and GPU class, which ``"auto"`` goes by on a GPU (``choice``); without
+            it that takes ``"eager"``.
 
     Returns:
         The implementation that runs (never ``"auto"``) and the reason in words.
 
     Raises:
         ValueError: If ``impl`` is not one of the four words.
-        RuntimeError: If ``impl="triton"`` cannot run here; the message says what is missing.
+        RuntimeError: If ``impl="triton"``, or ``"auto"`` where ``prefer`` set that, cannot run
+            here; the message says what is missing.
 
     >>> resolve_impl("auto", "cpu")
     ('eager', 'auto: library GEMM + addmm; no fused kernel for device type cpu')
     >>> resolve_impl("reference", "cuda")
     ('reference', 'asked for')
     """
-    if impl == "auto" and device_type == "cuda":
-        return (
-            "eager",
-            "auto: library GEMM + addmm; no measurement yet of the fused kernels on cuda",
-        )
+    if impl == "auto" and device_type == "cuda" and call is not None:
+        chosen, why = gpu_impl(call, preference().auto)
+        if chosen == "triton" and preference().auto is None and find_spec("triton") is None:
+            chosen, why = "eager", "triton is not installed"
+        if chosen == "triton":
+            resolve_impl("triton", device_type)
+            return chosen, f"auto: {why}"
+        return chosen, f"auto: library GEMM + addmm; {why}"
     if impl == "auto":
         return "eager", f"auto: library GEMM + addmm; no fused kernel for device type {device_type}"
     if impl == "triton":
@@ -67,22 +75,66 @@ class Tile:
     stages: int
 
 
-# None of these rows is measured: each is reasoned from what the compiler reports, and
+# Shared memory that one block may have, in bytes, from the vendors' tables. Every row below stays
+# within that of the GPUs it serves, which `benchmarks/compile_report.py` checks.
+SHARED_LIMIT_BYTES: dict[str, int] = {
+    "sm_75": 64 * 1024,
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_87": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_103": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "sm_121": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+
+# None of the rows below is measured: each is reasoned from what the compiler reports, and
 # `benchmarks/compile_report.py` shows registers, spills and shared memory of every one.
 # BLOCK_R is filled in from R.
+
+# mma.sync with its operands in registers, 48 KiB in flight: two blocks by shared memory even where
+# a multiprocessor has 100 KiB. 8 warps, not 4: 64 accumulators a thread instead of 128 leave room
+# for the update's operands (126 to 188 registers; one block by registers at R = 8).
+_MMA_SYNC = Tile(128, 128, 32, 0, warps=8, stages=4)
 GEMM_16BIT: dict[str, Tile] = {
-    # 8 warps, not 4: 64 accumulators a thread instead of 128 leave room for the update's operands.
-    "sm_80": Tile(128, 128, 32, 0, warps=8, stages=4),
-    # Not 128 x 256: there the forward's K loop grew from 139 to 150 instructions with the update.
+    "sm_80": _MMA_SYNC,
+    "sm_86": _MMA_SYNC,
+    "sm_89": _MMA_SYNC,
+    "sm_120": _MMA_SYNC,
+    # wgmma reads its operands from shared memory: a longer step over K, 96 KiB in three stages, two
+    # blocks of 111 to 118 registers. Not 128 x 256: there the forward's K loop grew from 139 to 150
+    # instructions with the update.
     "sm_90": Tile(128, 128, 64, 0, warps=8, stages=3),
+    # As sm_90; the accumulators live in tensor memory.
     "sm_100": Tile(128, 128, 64, 0, warps=8, stages=3),
 }
 # For every other GPU, and where M or N would leave most of a larger block empty: 24 KiB of shared
-# memory in flight, within what every target allows.
+# memory in flight, within what every target allows, and at most 122 registers.
 GEMM_SAFE = Tile(64, 64, 32, 0, warps=4, stages=3)
 # IEEE fp32 products run on the ordinary units, whose operands live in registers.
 # 64 x 64 and 64 x 32 spilled in the forward on sm_90; this one on none of the five targets.
 GEMM_FP32 = Tile(32, 64, 16, 0, warps=4, stages=2)
+
+# The same kernel in its persistent form: operands come by tensor descriptor, and one program on
+# each multiprocessor walks over the tiles.
+GEMM_PERSISTENT: dict[str, Tile] = {
+    # 128 KiB in four stages, one block: 138 to 201 registers in the forward. K loop 88 instructions
+    # against 123 with pointers. Not 128 x 256: 226 to 255 registers, spills at R = 8 and R >= 64.
+    "sm_90": Tile(128, 128, 64, 0, warps=8, stages=4),
+    # 192 KiB in four stages, one block; accumulators in half of the tensor memory leave registers
+    # for 128 x 256 (202 to 223, no spill), which reads a quarter less through L2 for each FLOP than
+    # 128 x 128. K loop 86 instructions against 174. 128 x 128 with 3 stages spilled at R = 8.
+    "sm_100": Tile(128, 256, 64, 0, warps=8, stages=4),
+    # 64 of 99 KiB in three stages; with two, one buffer is left and no load runs ahead.
+    "sm_120": Tile(128, 128, 64, 0, warps=8, stages=3),
+}
+# Where the persistent form runs unasked: nowhere. It has been compiled, emulated and compared with
+# the reference, but not timed, and not run on a GPU; the pointer form takes any strides and needs
+# no descriptor encoded at every launch. A target goes in here with its measurement.
+PERSISTENT_BY_DEFAULT: frozenset[str] = frozenset()
 
 # Rows of one program of a gradient that sums over M. A constant: the order of the sum, hence the
 # bits of the result, then depend on the shape alone and not on the GPU.
@@ -118,6 +170,86 @@ def gemm_tile(
         tile = replace(tile, n=64)
     # No longer than the step over K, whose buffers then serve for U and V as well.
     return replace(tile, r=rank_block(r, tile.k))
+
+
+def persistent_tile(r: int, target: str, dropout: bool = False) -> Tile:
+    """Tile of the GEMM's persistent form, for a target in ``GEMM_PERSISTENT``.
+
+    >>> persistent_tile(16, "sm_90")
+    Tile(m=128, n=128, k=64, r=16, warps=8, stages=4)
+    """
+    tile = GEMM_PERSISTENT[target]
+    # As in `gemm_tile`: at N = 128 the second accumulator spilled on sm_90.
+    tile = replace(tile, n=64) if dropout else tile
+    return replace(tile, r=rank_block(r, tile.k))
+
+
+def descriptor_refusal(
+    address: int, shape: tuple[int, int], strides: tuple[int, int], element_bytes: int
+) -> str | None:
+    """Say why no tensor descriptor can describe a row-major matrix; ``None`` if one can.
+
+    Args:
+        address: Of its first element, in bytes.
+        shape: Rows and columns.
+        strides: Of both, in elements.
+        element_bytes: Size of an element.
+
+    >>> descriptor_refusal(256, (100, 72), (72, 1), 2)
+    >>> descriptor_refusal(256, (100, 70), (70, 1), 2)
+    'rows are 140 bytes apart, no multiple of 16'
+    """
+    (rows, columns), (step, inner) = shape, strides
+    if not (0 < rows < 2**31 and 0 < columns < 2**31):
+        return f"shape {rows} x {columns} is not in [1, 2**31)"
+    if inner != 1 and columns > 1:
+        return f"neighbours in a row are {inner} elements apart, not 1"
+    if address % 16:
+        return f"it starts {address % 16} bytes past a multiple of 16"
+    if step * element_bytes % 16:
+        return f"rows are {step * element_bytes} bytes apart, no multiple of 16"
+    if step < columns or step * element_bytes >= 2**40:
+        return f"rows of {columns} elements are {step} elements apart"
+    return None
+
+
+def gemm_form(
+    m: int,
+    n: int,
+    element_bytes: int,
+    target: str,
+    refusals: tuple[str | None, str | None] = (None, None),
+    preferred: str | None = None,
+) -> tuple[str, str]:
+    """Choose the form of the GEMM, ``"pointer"`` or ``"persistent"``, and say why.
+
+    Args:
+        m: Rows of C.
+        n: Columns of C.
+        element_bytes: Size of an element of P and Q.
+        target: GPU class, e.g. ``"sm_90"``.
+        refusals: ``descriptor_refusal`` of P and of Q.
+        preferred: What ``prefer(gemm=…)`` set, or ``None`` for the table.
+
+    >>> gemm_form(8192, 4096, 2, "sm_90")
+    ('pointer', 'the persistent form is not measured on sm_90')
+    >>> gemm_form(8192, 4096, 2, "sm_90", preferred="persistent")
+    ('persistent', 'preferred')
+    """
+    if preferred == "pointer":
+        return "pointer", "preferred"
+    if target not in GEMM_PERSISTENT:
+        return "pointer", f"no tensor descriptors on {target}"
+    if preferred is None and target not in PERSISTENT_BY_DEFAULT:
+        return "pointer", f"the persistent form is not measured on {target}"
+    if element_bytes != 2:
+        return "pointer", "only 16-bit products read their operands from shared memory"
+    if m <= 64 or n <= 64:
+        return "pointer", "M or N fills at most half a tile"
+    for name, refusal in zip("PQ", refusals, strict=True):
+        if refusal is not None:
+            return "pointer", f"no descriptor of {name}: {refusal}"
+    return "persistent", "measured" if preferred is None else "preferred"
 
 
 def shrink_tile(r: int, element_bytes: int) -> Tile:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ila_kernels import eager, ops, reference
 from ila_kernels.config import resolve_impl
+from ila_kernels.device import call_of
 from ila_kernels.dropout import draw_seed, keep_mask
 from ila_kernels.validate import check_dropout, check_group, check_linear, check_x
 
@@ -46,8 +47,9 @@ def masked_lora_linear(
         dropout_p: Probability in [0, 1) of dropping an element of x on the low-rank branch;
             applied whenever it is positive.
         impl: ``"auto"`` may choose; ``"eager"``, ``"triton"``, ``"reference"`` run or raise.
-            ``"triton"`` takes bf16, fp16 and fp32 on a CUDA or ROCm GPU, and checks itself there
-            against the reference on first use; its dropout mask for a seed is not eager's.
+            ``prefer`` says what auto takes on a GPU. ``"triton"`` takes bf16, fp16 and fp32 on a
+            CUDA or ROCm GPU, and checks itself there against the reference on first use; its
+            dropout mask for a seed is not eager's.
         seed: int64 CPU tensor of shape (1,) that fixes the dropout mask; drawn from torch's
             default generator if ``None``.
 
@@ -77,9 +79,10 @@ def masked_lora_linear(
     if dtype is not None:
         x, weight, bias = (_rounded(t, dtype) for t in (x, weight, bias))
     check_linear(x, weight, lora_a, lora_b, gate, bias, scale)
-    chosen, _ = resolve_impl(impl, x.device.type)
-    seed = _seeds(dropout_p, seed, 1)
     x2d = _flat(x)
+    call = call_of(weight, weight.shape[0], x2d.shape[0], x.dtype)
+    chosen, _ = resolve_impl(impl, x.device.type, call)
+    seed = _seeds(dropout_p, seed, 1)
     if chosen == "reference":
         keep = None
         if seed is not None:
@@ -154,9 +157,10 @@ def masked_lora_linear_group(
         x = x.to(dtype)
         weights, biases = ([_rounded(t, dtype) for t in column] for column in (weights, biases))
     check_group(x, weights, lora_as, lora_bs, gates, biases, scales)
-    chosen, _ = resolve_impl(impl, x.device.type)
-    seeds = _seeds(dropout_p, seed, count)
     x2d = _flat(x)
+    call = call_of(weights[0], sum(w.shape[0] for w in weights), x2d.shape[0], x.dtype)
+    chosen, _ = resolve_impl(impl, x.device.type, call)
+    seeds = _seeds(dropout_p, seed, count)
     scales, columns = [float(s) for s in scales], (weights, lora_as, lora_bs, gates, biases)
     if chosen == "triton":
         ys = _member_by_member(x2d, columns, seeds, scales, float(dropout_p))

@@ -18,7 +18,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 STOREYS = {
     "ila_kernels": (
         "_version",
+        "choice",
         "config",
+        "device",
         "validate",
         "dropout",
         "reference",

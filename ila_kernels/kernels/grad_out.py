@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ila_kernels.config import ROWS_PER_PROGRAM, grad_tile
-from ila_kernels.kernels.launch import TL_DTYPES, Launch, precision, target_of
+from ila_kernels.device import target_of
+from ila_kernels.kernels.launch import TL_DTYPES, Launch, precision
 from ila_kernels.kernels.partials import sum_partials, sum_partials_with_inner
 
 

@@ -6,14 +6,12 @@ tensors without data and compiles it ahead of time, so what is proven there is w
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ila_kernels.config import Tile
 
@@ -44,19 +42,6 @@ class Launch:
             num_stages=self.tile.stages,
             enable_fp_fusion=True,
         )
-
-
-def target_of(x: Tensor) -> str:
-    """Name the GPU class of a tensor: ``"sm_90"``, ``"gfx942"``; ``"unknown"`` picks safe tiles."""
-    return _target(x.device.index or 0) if x.is_cuda else "unknown"
-
-
-@functools.cache
-def _target(index: int) -> str:
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}"
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -1,35 +1,72 @@
 import itertools
 
 import pytest
+import torch
 
-from ila_kernels import config
+import ila_kernels
+from ila_kernels import choice, config
+from ila_kernels.choice import Call, Measured, gpu_impl, most_gemm_ratio, prefer
 from ila_kernels.config import (
     GEMM_16BIT,
+    GEMM_PERSISTENT,
+    PERSISTENT_BY_DEFAULT,
+    SHARED_LIMIT_BYTES,
+    descriptor_refusal,
+    gemm_form,
     gemm_tile,
     grad_tile,
+    persistent_tile,
     rank_block,
     resolve_impl,
     shrink_tile,
 )
 
-TARGETS = [*GEMM_16BIT, "sm_75", "sm_120", "gfx942", "unknown", ""]
+TARGETS = [*GEMM_16BIT, "sm_75", "sm_86", "gfx942", "unknown", ""]
+RANKS = [1, 2, 15, 16, 17, 64, 70, 256, 1000]
+CALL = Call(8192, 4096, 4096, "bfloat16", "sm_90")
+
+
+@pytest.fixture(autouse=True)
+def no_preference():
+    yield
+    prefer()
 
 
 def is_power_of_two(number: int) -> bool:
     return number > 0 and number & (number - 1) == 0
 
 
+def assert_triton_takes(tile):
+    blocks = (tile.m, tile.n, tile.k, tile.r, tile.warps)
+    assert all(map(is_power_of_two, blocks)), tile
+    assert tile.r >= 16  # the least of a product
+    assert tile.stages >= 1
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_request_has_a_tile_that_triton_takes(target):
-    for r, width in itertools.product([1, 2, 15, 16, 17, 64, 70, 256, 1000], [2, 4]):
+    for r, width in itertools.product(RANKS, [2, 4]):
         tiles = [shrink_tile(r, width), grad_tile(r, width)]
         for m, n, dropout in itertools.product([0, 1, 64, 65, 10**6], [0, 1, 4096], [False, True]):
             tiles.append(gemm_tile(m, n, r, width, target, dropout))
         for tile in tiles:
-            blocks = (tile.m, tile.n, tile.k, tile.r, tile.warps)
-            assert all(map(is_power_of_two, blocks)), tile
-            assert tile.r >= 16  # the least of a product
-            assert tile.stages >= 1
+            assert_triton_takes(tile)
+
+
+@pytest.mark.parametrize("target", GEMM_PERSISTENT)
+def test_every_persistent_tile_is_one_that_triton_takes(target):
+    for r, dropout in itertools.product(RANKS, [False, True]):
+        assert_triton_takes(persistent_tile(r, target, dropout))
+
+
+def test_every_tile_fits_the_shared_memory_of_its_target():
+    # What its stages hold; the compile report checks what the compiler takes.
+    for tile, target in (
+        *((GEMM_16BIT[t], t) for t in GEMM_16BIT),
+        *((GEMM_PERSISTENT[t], t) for t in GEMM_PERSISTENT),
+        *((config.GEMM_SAFE, t) for t in SHARED_LIMIT_BYTES),
+    ):
+        assert 2 * tile.stages * (tile.m + tile.n) * tile.k <= SHARED_LIMIT_BYTES[target], target
 
 
 def test_rank_block_covers_r_or_stops_at_the_most():
@@ -38,6 +75,78 @@ def test_rank_block_covers_r_or_stops_at_the_most():
         assert 16 <= block <= 64
         assert block >= min(r, 64)
         assert block < 2 * max(r, 16)
+
+
+# --- which form of the GEMM
+
+ALIGNED = (512, (150, 136), (136, 1), 2)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "why"),
+    [
+        (ALIGNED, None),
+        ((512, (150, 136), (1000, 1), 2), None),  # rows inside a wider buffer
+        ((512, (150, 1), (8, 3), 2), None),  # one column: its stride is never used
+        ((512, (150, 136), (136, 1), 4), None),
+        ((520, (150, 136), (136, 1), 2), "starts 8 bytes past"),
+        ((512, (150, 137), (137, 1), 2), "274 bytes apart"),
+        ((512, (150, 136), (272, 2), 2), "2 elements apart, not 1"),
+        ((512, (150, 136), (1, 150), 2), "150 elements apart, not 1"),
+        ((512, (150, 136), (0, 1), 2), "0 elements apart"),  # one row, repeated
+        ((512, (150, 136), (128, 1), 2), "128 elements apart"),  # rows that overlap
+        ((512, (0, 136), (136, 1), 2), "not in"),
+        ((512, (150, 0), (8, 1), 2), "not in"),
+        ((512, (2**31, 136), (136, 1), 2), "not in"),
+    ],
+)
+def test_a_descriptor_takes_aligned_rows_only(matrix, why):
+    refusal = descriptor_refusal(*matrix)
+    assert refusal is None if why is None else why in refusal
+
+
+def test_what_a_descriptor_takes_triton_takes():
+    tools = pytest.importorskip("triton.tools.tensor_descriptor")
+    x = torch.zeros(40, 64, dtype=torch.bfloat16)
+    views = [x, x[:, 8:], x[:, 1:], x[::2], x[:, ::2], x.t(), x[:, :5], x[1:, :24], x[:7, :8]]
+    for view in views:
+        matrix = (view.data_ptr(), tuple(view.shape), view.stride(), 2)
+        try:
+            tools.TensorDescriptor(view, list(view.shape), list(view.stride()), [16, 16])
+        except AssertionError:
+            assert descriptor_refusal(*matrix) is not None
+        else:
+            assert descriptor_refusal(*matrix) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "form", "why"),
+    [
+        ({}, "pointer", "not measured on sm_90"),
+        ({"preferred": "persistent"}, "persistent", "preferred"),
+        ({"preferred": "pointer"}, "pointer", "preferred"),
+        ({"preferred": "persistent", "target": "sm_80"}, "pointer", "no tensor descriptors"),
+        ({"preferred": "persistent", "target": "gfx942"}, "pointer", "no tensor descriptors"),
+        ({"preferred": "persistent", "target": "unknown"}, "pointer", "no tensor descriptors"),
+        ({"preferred": "persistent", "element_bytes": 4}, "pointer", "16-bit"),
+        ({"preferred": "persistent", "m": 64}, "pointer", "half a tile"),
+        ({"preferred": "persistent", "n": 1}, "pointer", "half a tile"),
+        ({"preferred": "persistent", "refusals": ("odd", None)}, "pointer", "of P: odd"),
+        ({"preferred": "persistent", "refusals": (None, "odd")}, "pointer", "of Q: odd"),
+    ],
+)
+def test_the_form_follows_from_target_shape_and_operands(arguments, form, why):
+    request = {"m": 8192, "n": 4096, "element_bytes": 2, "target": "sm_90"} | arguments
+    chosen, reason = gemm_form(**request)
+    assert chosen == form
+    assert why in reason
+
+
+def test_no_form_runs_unasked_that_was_not_measured():
+    assert not PERSISTENT_BY_DEFAULT
+
+
+# --- which implementation
 
 
 def test_asking_for_triton_says_what_is_missing(monkeypatch):
@@ -50,7 +159,82 @@ def test_asking_for_triton_says_what_is_missing(monkeypatch):
         resolve_impl("triton", "mps")
 
 
-def test_auto_claims_nothing_that_was_not_measured():
-    chosen, why = resolve_impl("auto", "cuda")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942", "unknown"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_auto_claims_nothing_that_was_not_measured(target, dtype):
+    chosen, why = resolve_impl("auto", "cuda", Call(8192, 4096, 4096, dtype, target))
     assert chosen == "eager"
-    assert "no measurement yet" in why
+    assert f"no measurement yet of the fused kernels on {target}" in why
+
+
+def test_a_preference_for_triton_is_taken_or_raises(monkeypatch):
+    prefer(auto="triton")
+    monkeypatch.setattr(config, "find_spec", lambda name: object())
+    assert resolve_impl("auto", "cuda", CALL) == (
+        "triton",
+        "auto: ila_kernels.prefer(auto='triton')",
+    )
+    assert resolve_impl("auto", "cpu")[0] == "eager"
+    fp64 = Call(8192, 4096, 4096, "float64", "sm_90")
+    assert resolve_impl("auto", "cuda", fp64)[0] == "eager"
+    assert resolve_impl("eager", "cuda", CALL) == ("eager", "asked for")
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        resolve_impl("auto", "cuda", CALL)
+
+
+def test_a_preference_is_one_of_the_words():
+    for wrong in ({"auto": "fast"}, {"gemm": "tma"}):
+        with pytest.raises(ValueError, match=r"must be '\w+', '\w+' or None, got"):
+            prefer(**wrong)
+    assert choice.preference() == choice.Preference()
+    assert ila_kernels.prefer is prefer
+
+
+# At K = N = 4096 with these figures fusing pays below 1 + 2·295·5/(4·4096) = 1.18.
+ROW = Measured(gemm_ratio=1.10, flop_per_byte=295.0, least_rows=256, source="made up")
+
+
+@pytest.mark.parametrize(
+    ("call", "row", "impl", "why"),
+    [
+        (CALL, {}, "triton", "pays below 1.18"),
+        (CALL, {"gemm_ratio": 1.19}, "eager", "1.19 of the library's time"),
+        (CALL, {"flop_per_byte": 100.0}, "eager", "pays below 1.06"),
+        (Call(255, 4096, 4096, "bfloat16", "sm_90"), {}, "eager", "launches dominate below 256"),
+        (Call(256, 4096, 4096, "bfloat16", "sm_90"), {}, "triton", "1.10"),
+        (Call(None, 4096, 4096, "float16", "sm_90"), {}, "triton", "from 256 rows"),
+        (Call(8192, 4096, 4096, "float32", "sm_90"), {}, "eager", "16 bits only"),
+        (Call(8192, 4096, 4096, "float64", "sm_90"), {}, "eager", "no fused kernel for float64"),
+        (Call(8192, 4096, 4096, "bfloat16", "sm_80"), {}, "eager", "no measurement yet"),
+        (Call(8192, 0, 4096, "bfloat16", "sm_90"), {}, "eager", "no products"),
+        # Of a long K the update is a smaller part, and a slow GEMM costs more.
+        (Call(8192, 14336, 4096, "bfloat16", "sm_90"), {"gemm_ratio": 1.12}, "eager", "K = 14336"),
+        (CALL, {"gemm_ratio": 1.12}, "triton", "1.12"),
+    ],
+)
+def test_auto_goes_by_measurement(call, row, impl, why):
+    measured = {"sm_90": Measured(**{**vars(ROW), **row})}
+    chosen, reason = gpu_impl(call, None, measured)
+    assert chosen == impl
+    assert why in reason
+
+
+def test_break_even_is_where_both_take_the_same_time():
+    m, k, n, flops, bandwidth = 8192, 4096, 11008, 400e12, 2e12
+    ratio = most_gemm_ratio(k, n, flops / bandwidth)
+    gemms = 4 * m * n * k / flops
+    saved = 2 * (3 * m * n + 2 * m * k) / bandwidth
+    assert gemms * ratio == pytest.approx(gemms + saved, rel=1e-12)
+
+
+def test_the_bytes_in_the_break_even_are_those_of_the_roofline():
+    from ila_kernels.roofline import Problem, backward_cost, forward_cost
+
+    # R -> 0 by difference: what is left of addmm − fused at R = 1 are terms of M·R and R·K.
+    p = Problem(m=8192, k=4096, n=11008, r=1)
+    needs = {"x", "lora_a", "lora_b"}
+    addmm = forward_cost("addmm", p).bytes + backward_cost("addmm", p, needs).bytes
+    fused = forward_cost("fused", p).bytes + backward_cost("fused", p, needs).bytes
+    thin = 8 * (p.m + p.k + p.n) * 4
+    assert abs(addmm - fused - 2 * (3 * p.m * p.n + 2 * p.m * p.k)) < thin

@@ -170,8 +170,8 @@ def test_any_call_is_within_rounding(
 
 
 def test_gate_zero_equals_the_kernel_without_the_low_rank_part():
+    from ila_kernels.device import target_of
     from ila_kernels.kernels import lowrank_gemm
-    from ila_kernels.kernels.launch import target_of
 
     i = make_inputs(*ODD, dtype=BF16, adapter_dtype=FP32, gate=0.0, bias=True, device="cuda")
     y = ours(i, scale=2.0).detach()
