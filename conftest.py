@@ -1,5 +1,12 @@
-"""Doctests are collected from every module, and those of the kernels import Triton."""
+"""Doctests are collected from every module, and some import what is optional."""
 
 from importlib.util import find_spec
 
-collect_ignore_glob = [] if find_spec("triton") else ["ila_kernels/kernels/*"]
+collect_ignore_glob = [
+    path
+    for package, path in (
+        ("triton", "ila_kernels/kernels/*"),
+        ("bitsandbytes", "ila/quantized.py"),
+    )
+    if find_spec(package) is None
+]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ila.layer import BARE, PEFT, MaskedLoraLinear
+from ila.layer import BARE, PEFT, MaskedLoraLayer
 from ila_kernels.config import resolve_impl
 from ila_kernels.device import call_of
 
@@ -72,7 +72,7 @@ def explain(model: nn.Module) -> Explanation:
     """
     rows = []
     for name, module in model.named_modules():
-        if isinstance(module, MaskedLoraLinear):
+        if isinstance(module, MaskedLoraLayer):
             rows.append(_masked_row(name, module))
         elif isinstance(module, LoraLayer):
             rows.append(LayerRow(name, True, PEFT, f"not converted ({type(module).__name__})"))
@@ -81,7 +81,7 @@ def explain(model: nn.Module) -> Explanation:
     return Explanation(tuple(rows))
 
 
-def _masked_row(name: str, layer: MaskedLoraLinear) -> LayerRow:
+def _masked_row(name: str, layer: MaskedLoraLayer) -> LayerRow:
     path, reason, adapter = layer.route()
     if path == BARE:
         closed = [a for a in layer.active_adapters if layer.is_closed(a)]

@@ -1,8 +1,10 @@
 """``MaskedLoraLinear``: PEFT's ``lora.Linear`` with ``y = x Wᵀ + bias + γα (x̂ Aᵀ) Bᵀ`` as one op.
 
-A subclass, so that everything PEFT does to a LoRA layer works on it. ``forward`` takes the op where
-the op covers the case, the bare linear where no adapter is there, and PEFT's own ``forward``
-everywhere else; ``route`` says which and why.
+What is ours is in ``MaskedLoraLayer``, mixed into PEFT's layer class for the kind of base: here
+``nn.Linear``, in ``ila.quantized`` those of bitsandbytes. Subclasses, so that everything PEFT does
+to a LoRA layer works on them. ``forward`` takes the op where the op covers the case, the bare
+linear where no adapter is there, and PEFT's own ``forward`` everywhere else; ``route`` says which
+and why.
 
 Two kinds of zero. A *closed* layer has its adapter set aside (``close``): its parameters are no
 longer registered, so no optimiser, checkpoint, state dict, merge or backward sees them, and what
@@ -14,10 +16,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 
 from ila_kernels import masked_lora_linear
+from ila_kernels.quant import PackedWeight
 
 FUSED, BARE, PEFT = "fused", "bare", "peft"
 
@@ -30,7 +33,6 @@ class Route(NamedTuple):
     adapter: str | None = None
 
 
-_PLAIN = "plain LoRA on nn.Linear"
 _DISABLED = Route(PEFT, "adapters are disabled")
 _MERGED = Route(PEFT, "an adapter is merged into the base weight")
 _NO_ADAPTER = Route(BARE, "no active adapter in this layer")
@@ -71,16 +73,28 @@ def _move(value: nn.Module | torch.Tensor, device: torch.device) -> None:
         value.data = value.data.to(device)
 
 
-class MaskedLoraLinear(Linear):
-    """A LoRA linear layer with a gate, a drop-in for ``peft.tuners.lora.layer.Linear``.
-
-    Args: those of PEFT's class: ``base_layer``, ``adapter_name``, ``config``, ``r``,
-    ``lora_alpha``, and keywords.
+class MaskedLoraLayer:
+    """The gate and the closing of a LoRA linear layer; mixed in before a layer class of PEFT's.
 
     Shapes: x (..., K) -> y (..., N), dtype of the base layer's output.
+
+    Attributes:
+        peft_class: PEFT's class for this kind of base layer, the other parent.
+        plain: What the fused path computes, in words.
     """
 
-    adapter_layer_names = (*Linear.adapter_layer_names, "lora_score")
+    peft_class: type[LoraLayer]
+    plain: str
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_score")
+
+    @staticmethod
+    def covers(base: nn.Module) -> bool:
+        """Whether the op computes a base layer of this kind."""
+        raise NotImplementedError
+
+    def base_weight(self, base: nn.Module, x: torch.Tensor) -> torch.Tensor | PackedWeight:
+        """W of the base layer as the op takes it."""
+        raise NotImplementedError
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add or replace an adapter, as PEFT does; an adapter set aside by that name is dropped."""
@@ -192,7 +206,7 @@ class MaskedLoraLinear(Linear):
         if self.lora_bias[adapter]:
             return _LORA_BIAS
         base, a, b, dropout = self._parts(adapter)
-        if type(base) is not nn.Linear or self.fan_in_fan_out:
+        if not self.covers(base) or self.fan_in_fan_out:
             return _BASE_TYPE
         if type(a) is not nn.Linear or type(b) is not nn.Linear:
             return _ADAPTER_TYPE
@@ -202,7 +216,7 @@ class MaskedLoraLinear(Linear):
             return _HOOKS
         if _is_sharded(_weight(base)) or _is_sharded(_weight(a)):
             return _SHARDED
-        return Route(FUSED, _PLAIN, adapter)
+        return Route(FUSED, self.plain, adapter)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the layer by its route; extra arguments (``adapter_names`` …) take PEFT's."""
@@ -231,7 +245,7 @@ class MaskedLoraLinear(Linear):
         base, a, b, dropout = self._parts(adapter)
         return masked_lora_linear(
             x,
-            _weight(base),
+            self.base_weight(base, x),
             _weight(a),
             _weight(b),
             self.gate(adapter),
@@ -239,3 +253,21 @@ class MaskedLoraLinear(Linear):
             scale=self.scaling[adapter],
             dropout_p=dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
         )
+
+
+class MaskedLoraLinear(MaskedLoraLayer, Linear):
+    """A LoRA linear layer with a gate, a drop-in for ``peft.tuners.lora.layer.Linear``.
+
+    Args: those of PEFT's class: ``base_layer``, ``adapter_name``, ``config``, ``r``,
+    ``lora_alpha``, and keywords.
+    """
+
+    peft_class = Linear
+    plain = "plain LoRA on nn.Linear"
+
+    @staticmethod
+    def covers(base: nn.Module) -> bool:
+        return type(base) is nn.Linear
+
+    def base_weight(self, base: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return _weight(base)

@@ -7,17 +7,18 @@ PEFT's own layers with every adapter open.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ila.layer import MaskedLoraLinear
+from ila.layer import MaskedLoraLayer, MaskedLoraLinear
 from ila.mask import LayerMask
 
 # They move part of W into B A, so that W is not there once the adapter is gone.
@@ -51,19 +52,27 @@ class MaskReport:
 
 
 def _dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any):
-    """Answer PEFT's custom-module look-up: ours for a plain ``nn.Linear``, else PEFT's choice."""
+    """Answer PEFT's custom-module look-up: ours for a base that we cover, else PEFT's choice."""
     base = target.get_base_layer() if isinstance(target, LoraLayer) else target
-    if type(base) is not nn.Linear or kwargs.pop("parameter_name", None) is not None:
+    if kwargs.pop("parameter_name", None) is not None or config.fan_in_fan_out:
         return None
-    if config.fan_in_fan_out:
-        return None
-    return MaskedLoraLinear(target, adapter_name, config=config, **kwargs)
+    masked = next((masked for masked in _masked_classes() if masked.covers(base)), None)
+    return None if masked is None else masked(target, adapter_name, config=config, **kwargs)
+
+
+def _masked_classes() -> tuple[type[MaskedLoraLayer], ...]:
+    """Our layer classes; those of bitsandbytes' bases where something has loaded bitsandbytes."""
+    if "bitsandbytes" not in sys.modules:
+        return (MaskedLoraLinear,)
+    from ila.quantized import CLASSES
+
+    return (MaskedLoraLinear, *CLASSES)
 
 
 def attach(
     model: nn.Module, lora_config: LoraConfig, adapter_name: str = "default", **kwargs: Any
 ) -> PeftModel:
-    """Add a LoRA adapter whose layers are ``MaskedLoraLinear`` where the base is ``nn.Linear``.
+    """Add a LoRA adapter whose layers are ours where the base is ``nn.Linear`` or bitsandbytes'.
 
     Args:
         model: A base model, not a ``PeftModel``.
@@ -77,7 +86,8 @@ def attach(
 
     Raises:
         TypeError: If ``model`` is a ``PeftModel`` already or the configuration is not LoRA's.
-        ValueError: If no module matches, or none that matches is a plain ``nn.Linear``.
+        ValueError: If no module matches, or none that matches is a plain ``nn.Linear`` or a 4-bit
+            or int8 layer of bitsandbytes.
     """
     if isinstance(model, PeftModel):
         raise TypeError("model must be a base model, got a PeftModel; use ila.convert(model)")
@@ -93,7 +103,7 @@ def attach(
             found = {type(m).__name__ for m in peft_model.modules() if isinstance(m, LoraLayer)}
             raise ValueError(
                 f"lora_config.target_modules={lora_config.target_modules!r} must match at least "
-                f"one plain nn.Linear; the layers it matched became {', '.join(sorted(found))}"
+                f"one plain nn.Linear or 4-bit or int8 layer of bitsandbytes; the layers it matched became {', '.join(sorted(found))}"
             )
     except Exception:
         # PEFT wraps modules one by one and checks each when its turn comes.
@@ -118,7 +128,9 @@ def _unwrap_all_but(modules: set[nn.Module], model: nn.Module) -> None:
 
 
 def convert(model: nn.Module) -> ConversionReport:
-    """Turn the ``lora.Linear`` layers of a model that has adapters into ``MaskedLoraLinear``.
+    """Turn the LoRA linear layers of a model that has adapters into ``MaskedLoraLinear``.
+
+    Layers over 4-bit and int8 bases of bitsandbytes become the class for theirs.
 
     The objects stay the same (their class changes), so parameters, optimisers, hooks and
     references to the layers stay valid.
@@ -145,18 +157,20 @@ def convert(model: nn.Module) -> ConversionReport:
         reasons = sorted(set(left.values())) or ["it has no LoRA layers"]
         raise ValueError(f"model has no layer that can be converted: {'; '.join(reasons)}")
     for module in swap.values():
-        module.__class__ = MaskedLoraLinear
+        module.__class__ = next(c for c in _masked_classes() if c.peft_class is type(module))
         module.prepare()
     return ConversionReport(tuple(swap), left)
 
 
 def _why_not_convertible(module: LoraLayer) -> str | None:
-    if type(module) is MaskedLoraLinear:
+    if isinstance(module, MaskedLoraLayer):
         return "already converted"
-    if type(module) is not Linear:
+    masked = next((c for c in _masked_classes() if c.peft_class is type(module)), None)
+    if masked is None:
         return f"PEFT handles this kind of layer itself ({type(module).__name__})"
-    if type(module.base_layer) is not nn.Linear:
-        return f"its base layer is a {type(module.base_layer).__name__}, not a plain nn.Linear"
+    if not masked.covers(module.base_layer):
+        what = masked.plain.removeprefix("plain LoRA on ")
+        return f"its base layer is a {type(module.base_layer).__name__}, not a plain {what}"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance (a dispatch hook?)"
     return None
@@ -176,7 +190,7 @@ def restore(model: nn.Module) -> ConversionReport:
         raise ValueError("model has no MaskedLoraLinear layer to restore")
     for layer in layers.values():
         layer.strip()
-        layer.__class__ = Linear
+        layer.__class__ = layer.peft_class
     for config in getattr(model, "peft_config", {}).values():
         _restore_targets(config)
         if isinstance(config, LoraConfig) and config._custom_modules:
@@ -184,8 +198,8 @@ def restore(model: nn.Module) -> ConversionReport:
     return ConversionReport(tuple(layers))
 
 
-def masked_layers(model: nn.Module, adapter: str) -> dict[str, MaskedLoraLinear]:
-    """Module name -> layer, for every ``MaskedLoraLinear`` with this adapter, open or closed."""
+def masked_layers(model: nn.Module, adapter: str) -> dict[str, MaskedLoraLayer]:
+    """Module name -> layer, for every ``MaskedLoraLayer`` with this adapter, open or closed."""
     return {
         name: layer
         for name, layer in _masked_layers(model).items()
@@ -193,8 +207,8 @@ def masked_layers(model: nn.Module, adapter: str) -> dict[str, MaskedLoraLinear]
     }
 
 
-def _masked_layers(model: nn.Module) -> dict[str, MaskedLoraLinear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, MaskedLoraLinear)}
+def _masked_layers(model: nn.Module) -> dict[str, MaskedLoraLayer]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, MaskedLoraLayer)}
 
 
 def single_adapter(peft_model: PeftModel, adapter_name: str | None) -> str:
@@ -304,7 +318,7 @@ def _check_base_untouched(config: Any) -> None:
         )
 
 
-def _adapter_parameters(layer: MaskedLoraLinear, adapter: str) -> set[nn.Parameter]:
+def _adapter_parameters(layer: MaskedLoraLayer, adapter: str) -> set[nn.Parameter]:
     parameters = set()
     for name in layer.adapter_layer_names:
         entries = getattr(layer, name)

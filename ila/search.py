@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 from ila import stages
 from ila.checkpoint import load_adapter, save_adapter
 from ila.files import write_folder_atomic, write_json_atomic
-from ila.layer import FUSED, MaskedLoraLinear
+from ila.layer import FUSED, MaskedLoraLayer
 from ila.mask import LayerMask
 from ila.model import masked_layers, single_adapter
 from ila.ranks import on_main_process
@@ -176,7 +176,7 @@ class _Work:
     resume: bool
     progress: bool
 
-    def claim(self, adapter: str, layers: Mapping[str, MaskedLoraLinear], rows: int) -> None:
+    def claim(self, adapter: str, layers: Mapping[str, MaskedLoraLayer], rows: int) -> None:
         """Mark the folder as this search's, or check that it is."""
         marker = self.folder / "search.json"
         mine = {"config": self.config.as_dict(), "adapter": adapter, "layers": list(layers)}
@@ -209,7 +209,7 @@ class _Work:
         return self.config.save_every if self.keep else None
 
 
-def _check_layers(layers: Mapping[str, MaskedLoraLinear], adapter: str) -> None:
+def _check_layers(layers: Mapping[str, MaskedLoraLayer], adapter: str) -> None:
     if not layers:
         raise ValueError(
             f"peft_model has no MaskedLoraLinear layer with adapter {adapter!r}; "

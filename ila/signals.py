@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from ila.files import write_json_atomic
-from ila.layer import MaskedLoraLinear
+from ila.layer import MaskedLoraLayer
 
 
 class LayerMean(TrainerCallback):
@@ -28,7 +28,7 @@ class LayerMean(TrainerCallback):
 
     FILE = "layer_mean.json"
 
-    def __init__(self, layers: Mapping[str, MaskedLoraLinear], adapter: str, groups: int = 1):
+    def __init__(self, layers: Mapping[str, MaskedLoraLayer], adapter: str, groups: int = 1):
         self.layers, self.adapter = layers, adapter
         self.device = next(iter(layers.values())).lora_A[adapter].weight.device
         self.totals = torch.zeros(groups, len(layers), dtype=torch.float64, device=self.device)
@@ -88,7 +88,7 @@ class PathGradient(LayerMean):
     """
 
     def __init__(
-        self, layers: Mapping[str, MaskedLoraLinear], adapter: str, points: tuple[float, ...]
+        self, layers: Mapping[str, MaskedLoraLayer], adapter: str, points: tuple[float, ...]
     ):
         super().__init__(layers, adapter, groups=len(points))
         self.points = points

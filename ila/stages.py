@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from ila.layer import MaskedLoraLinear
+from ila.layer import MaskedLoraLayer
 from ila.trainer import LogFile
 
 PATH_POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -22,7 +22,7 @@ PATH_POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 @contextmanager
 def scored(
     peft_model: PeftModel,
-    layers: Mapping[str, MaskedLoraLinear],
+    layers: Mapping[str, MaskedLoraLayer],
     adapter: str,
     score_init: float,
 ) -> Iterator[None]:
@@ -52,7 +52,7 @@ def freeze_all_but_scores(model: nn.Module) -> None:
         parameter.requires_grad_(".lora_score." in f".{name}.")
 
 
-def read_scores(layers: Mapping[str, MaskedLoraLinear], adapter: str) -> dict[str, float]:
+def read_scores(layers: Mapping[str, MaskedLoraLayer], adapter: str) -> dict[str, float]:
     """Module name -> s."""
     values = torch.cat([layer.lora_score[adapter].detach() for layer in layers.values()])
     return dict(zip(layers, values.to("cpu", torch.float64).tolist(), strict=True))
@@ -69,7 +69,7 @@ class ScoreTrainer(Trainer):
 class LogSpread(TrainerCallback):
     """Logs smallest, largest, mean and standard deviation of s at every step."""
 
-    def __init__(self, layers: Mapping[str, MaskedLoraLinear], adapter: str, log: LogFile | None):
+    def __init__(self, layers: Mapping[str, MaskedLoraLayer], adapter: str, log: LogFile | None):
         self.layers, self.adapter, self.log = layers, adapter, log
 
     def on_step_end(self, args, state, control, **kwargs):

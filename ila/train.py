@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from ila.checkpoint import load_adapter, save_adapter
 from ila.files import write_json_atomic
-from ila.layer import MaskedLoraLinear
+from ila.layer import MaskedLoraLayer
 from ila.memory import peak_bytes, reset_peak
 from ila.model import masked_layers, single_adapter
 from ila.ranks import on_main_process
@@ -172,7 +172,7 @@ def _counts(peft_model: PeftModel, adapter: str) -> dict[str, Any]:
             n: m for n, m in peft_model.named_modules() if adapter in getattr(m, "lora_A", ())
         }
     is_open = [
-        not (isinstance(layer, MaskedLoraLinear) and layer.is_closed(adapter))
+        not (isinstance(layer, MaskedLoraLayer) and layer.is_closed(adapter))
         for layer in layers.values()
     ]
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)

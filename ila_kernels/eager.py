@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ila_kernels.dropout import keep_mask
+from ila_kernels.quant import PackedWeight, input_grad, linear
 
 
 class Needs(NamedTuple):
@@ -139,7 +140,7 @@ def expand_grad(dy: Tensor, lora_b: Tensor) -> Tensor:
 
 def forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     gate: Tensor | None,
@@ -150,7 +151,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """x (M, K), W (N, K), A (R, K), B (N, R) -> y (M, N), dtype of x, and t (M, R), thin dtype."""
     t = shrink(x, lora_a, seed, dropout_p)
-    return add_product(F.linear(x, weight, bias), t, lora_b.t(), scale, gate), t
+    return add_product(linear(x, weight, bias), t, lora_b.t(), scale, gate), t
 
 
 def add_lowrank_dx(
@@ -207,7 +208,7 @@ def adapter_grads(
 def backward(
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     gate: Tensor | None,
@@ -222,7 +223,7 @@ def backward(
     if needs.makes_u:
         u = expand_grad(dy, lora_b)
     if needs.x:
-        dx = torch.mm(dy, weight)
+        dx = input_grad(dy, weight)
         add_lowrank_dx(dx, u, lora_a, gate, seed, scale, dropout_p)
     if needs.weight:
         dweight = torch.mm(dy.t(), x)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,12 +13,13 @@ from ila_kernels import eager, ops, reference
 from ila_kernels.config import resolve_impl
 from ila_kernels.device import call_of
 from ila_kernels.dropout import draw_seed, keep_mask
+from ila_kernels.quant import PackedWeight
 from ila_kernels.validate import check_dropout, check_group, check_linear, check_x
 
 
 def masked_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     gate: Tensor | None = None,
@@ -37,12 +39,14 @@ def masked_lora_linear(
 
     Args:
         x: Input, shape (..., K), floating dtype. Differentiable.
-        weight: W, shape (N, K), dtype of x (under autocast both are cast). Differentiable.
+        weight: W, shape (N, K), dtype of x (under autocast both are cast). Differentiable. Or a
+            ``PackedWeight`` (4-bit, int8), frozen: its products run in its own compute dtype, and
+            W is unpacked again in backward, never kept.
         lora_a: A, shape (R, K), R ≥ 1, any floating dtype. Differentiable.
         lora_b: B, shape (N, R), any floating dtype. Differentiable.
         gate: γ, a floating tensor with one element, or ``None`` for 1. Differentiable; never read
             by the host.
-        bias: Shape (N,), dtype of x, or ``None``. Differentiable.
+        bias: Shape (N,), dtype of x (any over a packed weight), or ``None``. Differentiable.
         scale: α, the LoRA scaling.
         dropout_p: Probability in [0, 1) of dropping an element of x on the low-rank branch;
             applied whenever it is positive.
@@ -54,7 +58,8 @@ def masked_lora_linear(
             default generator if ``None``.
 
     Returns:
-        y, shape (..., N), dtype of x (of autocast where it is on), accumulated in at least fp32.
+        y, shape (..., N), dtype of x (of autocast where it is on and W is not packed), accumulated
+        in at least fp32.
 
     Raises:
         TypeError: If an argument is not a tensor or has a dtype that does not fit.
@@ -76,14 +81,20 @@ def masked_lora_linear(
             return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
     check_x(x)
     dtype = _autocast_dtype(x)
+    packed = isinstance(weight, PackedWeight)
+    if dtype is not None and packed:
+        options = {"bias": bias, "scale": scale, "dropout_p": dropout_p, "impl": impl, "seed": seed}
+        adapter = (lora_a, lora_b, gate)
+        apart = partial(masked_lora_linear, **options)
+        return _outside_autocast(x, dtype, [weight], lambda x: apart(x, weight, *adapter))
     if dtype is not None:
         x, weight, bias = (_rounded(t, dtype) for t in (x, weight, bias))
     check_linear(x, weight, lora_a, lora_b, gate, bias, scale)
     x2d = _flat(x)
-    call = call_of(weight, weight.shape[0], x2d.shape[0], x.dtype)
-    chosen, _ = resolve_impl(impl, x.device.type, call)
+    chosen = _chosen(impl, x2d, [weight])
     seed = _seeds(dropout_p, seed, 1)
     if chosen == "reference":
+        weight = _dense(weight, x.dtype)
         keep = None
         if seed is not None:
             keep = keep_mask(seed, *x2d.shape, dropout_p, x.device)
@@ -93,9 +104,10 @@ def masked_lora_linear(
     else:
         arguments = (x2d, weight, lora_a, lora_b, gate, bias, seed, float(scale), float(dropout_p))
         arguments += (chosen,)
-        if torch.compiler.is_compiling():
+        plain = chosen == "eager" and gate is None and seed is None and not packed
+        if torch.compiler.is_compiling() and not packed:
             y, _ = torch.ops.ila.masked_lora_linear(*arguments)
-        elif chosen == "eager" and gate is None and seed is None and eager.is_short(x2d):
+        elif plain and eager.is_short(x2d):
             y = eager.short_forward(x2d, weight, lora_a, lora_b, bias, scale)
         else:
             y = ops.MaskedLoraLinearFunction.apply(*arguments)
@@ -104,7 +116,7 @@ def masked_lora_linear(
 
 def masked_lora_linear_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | PackedWeight],
     lora_as: Sequence[Tensor | None],
     lora_bs: Sequence[Tensor | None],
     gates: Sequence[Tensor | None] | None = None,
@@ -124,7 +136,7 @@ def masked_lora_linear_group(
 
     Args:
         x: Input, shape (..., K).
-        weights: W of each member, shapes (Nᵢ, K).
+        weights: W of each member, shapes (Nᵢ, K), dense or packed.
         lora_as: A of each member, shapes (Rᵢ, K); ``None`` for a closed member (bare linear).
         lora_bs: B of each member, shapes (Nᵢ, Rᵢ); ``None`` exactly where A is.
         gates: γ of each member or ``None``; or ``None`` for no gates.
@@ -153,18 +165,26 @@ def masked_lora_linear_group(
     biases = [None] * count if biases is None else list(biases)
     scales = [scales] * count if isinstance(scales, (int, float)) else list(scales)
     dtype = _autocast_dtype(x)
+    packed = [w for w in weights if isinstance(w, PackedWeight)]
+    if dtype is not None and packed:
+        options = {"scales": scales, "dropout_p": dropout_p, "impl": impl, "seed": seed}
+
+        def apart(x: Tensor) -> tuple[Tensor, ...]:
+            ws, bs = ([_rounded(t, x.dtype) for t in column] for column in (weights, biases))
+            return masked_lora_linear_group(x, ws, lora_as, lora_bs, gates, biases=bs, **options)
+
+        return _outside_autocast(x, dtype, packed, apart)
     if dtype is not None:
         x = x.to(dtype)
         weights, biases = ([_rounded(t, dtype) for t in column] for column in (weights, biases))
     check_group(x, weights, lora_as, lora_bs, gates, biases, scales)
     x2d = _flat(x)
-    call = call_of(weights[0], sum(w.shape[0] for w in weights), x2d.shape[0], x.dtype)
-    chosen, _ = resolve_impl(impl, x.device.type, call)
+    chosen = _chosen(impl, x2d, weights)
     seeds = _seeds(dropout_p, seed, count)
     scales, columns = [float(s) for s in scales], (weights, lora_as, lora_bs, gates, biases)
     if chosen == "triton":
         ys = _member_by_member(x2d, columns, seeds, scales, float(dropout_p))
-    elif chosen != "reference" and torch.compiler.is_compiling():
+    elif chosen != "reference" and torch.compiler.is_compiling() and not packed:
         lists = [[ops.absent(x2d) if t is None else t for t in column] for column in columns]
         ys = torch.ops.ila.masked_lora_linear_group(x2d, *lists, seeds, scales, float(dropout_p))
         ys = ys[:count]
@@ -181,6 +201,7 @@ def masked_lora_linear_group(
 def _reference_group(x, columns, scales, dropout_p) -> list[Tensor]:
     ys = []
     for (w, a, b, gate, bias, seed), scale in zip(zip(*columns, strict=True), scales, strict=True):
+        w = _dense(w, x.dtype)
         if a is None:
             ys.append(torch.nn.functional.linear(x, w, bias))
             continue
@@ -241,6 +262,40 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
         return None
     enabled = torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if enabled else None
+
+
+def _outside_autocast(
+    x: Tensor,
+    dtype: torch.dtype,
+    weights: Sequence[PackedWeight],
+    call: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
+) -> Tensor | tuple[Tensor, ...]:
+    """Run ``call`` on x as a packed linear of bitsandbytes does: it knows no autocast.
+
+    x is rounded to autocast's dtype only where the weights would round it to the same; y has the
+    dtype of x.
+    """
+    inner = x.to(dtype) if all(w.compute_dtype == dtype for w in weights) else x
+    with torch.autocast(x.device.type, enabled=False):
+        y = call(inner)
+    return y.to(x.dtype) if isinstance(y, Tensor) else tuple(part.to(x.dtype) for part in y)
+
+
+def _chosen(impl: str, x: Tensor, weights: Sequence[Tensor | PackedWeight]) -> str:
+    packed = any(isinstance(w, PackedWeight) for w in weights)
+    if packed and impl == "triton":
+        raise RuntimeError(
+            "impl='triton' was asked for, but W is packed and its products are bitsandbytes'; "
+            "use impl='auto' or impl='eager'"
+        )
+    if packed:  # "auto" may come to choose Triton; a packed W leaves it no choice
+        return resolve_impl("eager" if impl == "auto" else impl, x.device.type)[0]
+    call = call_of(weights[0], sum(w.shape[0] for w in weights), x.shape[0], x.dtype)
+    return resolve_impl(impl, x.device.type, call)[0]
+
+
+def _dense(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Tensor:
+    return weight.dense(dtype) if isinstance(weight, PackedWeight) else weight
 
 
 def _rounded(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

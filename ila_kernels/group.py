@@ -16,17 +16,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ila_kernels import eager
 from ila_kernels.eager import Grads, Needs
+from ila_kernels.quant import PackedWeight, input_grad, linear
 
 
 @dataclass
 class Member:
     """One linear of a group: W (N, K), A (R, K), B (N, R), γ (1 element), bias (N,), seed (1,)."""
 
-    weight: Tensor
+    weight: Tensor | PackedWeight
     lora_a: Tensor | None
     lora_b: Tensor | None
     gate: Tensor | None
@@ -64,14 +64,14 @@ def forward(
     ts = shrink_all(x, members, dropout_p)
     ys = []
     for m, t in zip(members, ts, strict=True):
-        y = F.linear(x, m.weight, m.bias)
+        y = linear(x, m.weight, m.bias)
         if t is not None:
             eager.add_product(y, t, m.lora_b.t(), m.scale, m.gate)
         ys.append(y)
     return ys, ts
 
 
-def input_grad(
+def shared_input_grad(
     dys: Sequence[Tensor | None],
     us: Sequence[Tensor | None],
     members: Sequence[Member],
@@ -82,7 +82,10 @@ def input_grad(
     for dy, m in zip(dys, members, strict=True):
         if dy is not None:
             if dx is None:
-                dx = torch.mm(dy, m.weight)
+                dx = input_grad(dy, m.weight)
+                continue
+            if isinstance(m.weight, PackedWeight):
+                dx.add_(m.weight.input_grad(dy))
                 continue
             # Backward under autocast: mm has then rounded dx, and an in-place addmm casts nothing.
             dx.addmm_(dy.to(dx.dtype), m.weight.to(dx.dtype))
@@ -111,7 +114,7 @@ def backward(
         eager.expand_grad(dy, m.lora_b) if dy is not None and m.is_open and n.makes_u else None
         for dy, m, n in zip(dys, members, needs, strict=True)
     ]
-    dx = input_grad(dys, us, members, dropout_p) if needs[0].x else None
+    dx = shared_input_grad(dys, us, members, dropout_p) if needs[0].x else None
     grads = []
     for dy, m, t, u, n in zip(dys, members, ts, us, needs, strict=True):
         if dy is None:

@@ -9,6 +9,7 @@ Python dispatcher of a custom op and 101 µs for PEFT's own layer, on 2 CPU core
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from ila_kernels import eager, group
 from ila_kernels.eager import Needs
 from ila_kernels.group import Member
+from ila_kernels.quant import PackedWeight
 
 
 def _path(impl: str):
@@ -44,9 +46,11 @@ def _save(ctx, inputs, t) -> None:
     needs = Needs(*ctx.needs_input_grad[:6])
     ctx.needs, ctx.scale, ctx.dropout_p, ctx.impl = needs, scale, dropout_p, impl
     ctx.set_materialize_grads(False)
+    # A packed weight is bytes of the model and how to read them: nothing of it is made to be kept.
+    ctx.packed = weight if isinstance(weight, PackedWeight) and needs.x else None
     ctx.save_for_backward(
         x if needs.saves_x else None,
-        weight if needs.x else None,
+        weight if needs.x and ctx.packed is None else None,
         lora_a,
         lora_b,
         gate,
@@ -69,10 +73,16 @@ def _backward(ctx, dy, _dt=None):
     _refuse_create_graph()
     if dy is None:
         return (None,) * 10
-    grads = _path(ctx.impl).backward(
-        dy, *ctx.saved_tensors, scale=ctx.scale, dropout_p=ctx.dropout_p, needs=ctx.needs
-    )
+    x, weight, *rest = ctx.saved_tensors
+    options = {"scale": ctx.scale, "dropout_p": ctx.dropout_p, "needs": ctx.needs}
+    with _own_dtypes(dy, ctx.packed is not None):
+        grads = _path(ctx.impl).backward(dy, x, ctx.packed or weight, *rest, **options)
     return (*grads, None, None, None, None)
+
+
+def _own_dtypes(dy: Tensor, packed: bool) -> AbstractContextManager:
+    # A packed weight brings its compute dtype; autocast around backward would change the others.
+    return torch.autocast(dy.device.type, enabled=False) if packed else nullcontext()
 
 
 class MaskedLoraLinearFunction(torch.autograd.Function):
@@ -124,9 +134,10 @@ def _save_group(ctx, members: list[Member], needs: list[Needs], x, ts, dropout_p
     ctx.needs, ctx.dropout_p = needs, dropout_p
     ctx.scales = [m.scale for m in members]
     ctx.set_materialize_grads(False)
+    ctx.packed = [m.weight if isinstance(m.weight, PackedWeight) else None for m in members]
     saved = [x if any(n.saves_x for n in needs) else None]
-    for m, n, t in zip(members, needs, ts, strict=True):
-        saved += [m.weight if n.x else None, m.lora_a, m.lora_b, m.gate, m.seed]
+    for m, n, p, t in zip(members, needs, ctx.packed, ts, strict=True):
+        saved += [m.weight if n.x and p is None else None, m.lora_a, m.lora_b, m.gate, m.seed]
         saved.append(t if n.saves_t else None)
     ctx.save_for_backward(*saved)
 
@@ -136,10 +147,14 @@ def _group_grads(ctx, dys):
     x, *flat = ctx.saved_tensors
     rows = [flat[i : i + 6] for i in range(0, len(flat), 6)]
     members = [
-        Member(weight, a, b, gate, None, seed, scale)
-        for (weight, a, b, gate, seed, _), scale in zip(rows, ctx.scales, strict=True)
+        Member(packed or weight, a, b, gate, None, seed, scale)
+        for (weight, a, b, gate, seed, _), packed, scale in zip(
+            rows, ctx.packed, ctx.scales, strict=True
+        )
     ]
-    return group.backward(dys, x, members, [row[5] for row in rows], ctx.dropout_p, ctx.needs)
+    dy = next((dy for dy in dys if dy is not None), None)
+    with _own_dtypes(dy, dy is not None and any(ctx.packed)):
+        return group.backward(dys, x, members, [r[5] for r in rows], ctx.dropout_p, ctx.needs)
 
 
 class MaskedLoraLinearGroupFunction(torch.autograd.Function):

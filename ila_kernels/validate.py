@@ -11,10 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ila_kernels.quant import PackedWeight
+
 
 def check_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     gate: Tensor | None,
@@ -54,14 +56,18 @@ def check_x(x: Tensor) -> None:
         raise ValueError("x must have shape (..., K), got a scalar")
 
 
-def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None, member: str) -> None:
-    _check_tensor("weight" + member, weight, x.device)
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+def _check_base(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, member: str) -> None:
+    packed = isinstance(weight, PackedWeight)
+    if not packed:
+        _check_tensor("weight" + member, weight, x.device)
+    elif weight.device != x.device:
+        raise ValueError(f"weight{member} must be on {x.device} like x, got {weight.device}")
+    if len(weight.shape) != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"weight{member} must have shape (N, {x.shape[-1]}) to fit x {tuple(x.shape)}, "
             f"got {tuple(weight.shape)}"
         )
-    if weight.dtype != x.dtype:
+    if not packed and weight.dtype != x.dtype:
         raise TypeError(f"weight{member} must have the dtype of x, {x.dtype}, got {weight.dtype}")
     if bias is not None:
         _check_tensor("bias" + member, bias, x.device)
@@ -69,7 +75,7 @@ def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None, member: str) -> 
             raise ValueError(
                 f"bias{member} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}"
             )
-        if bias.dtype != x.dtype:
+        if not packed and bias.dtype != x.dtype:
             raise TypeError(f"bias{member} must have the dtype of x, {x.dtype}, got {bias.dtype}")
 
 
@@ -84,7 +90,7 @@ def _check_tensor(name: str, tensor: Tensor, device: torch.device) -> None:
 
 def check_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | PackedWeight],
     lora_as: Sequence[Tensor | None],
     lora_bs: Sequence[Tensor | None],
     gates: Sequence[Tensor | None],
