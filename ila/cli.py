@@ -36,6 +36,7 @@ Accumulate = Annotated[int, typer.Option(help="Gradient accumulation steps.")]
 LearningRate = Annotated[float, typer.Option(help="Peak learning rate of the adapters.")]
 Seed = Annotated[int, typer.Option(help="Of the split, the adapter, data order and dropout.")]
 SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints; 0 keeps none.")]
+LoadIn = Annotated[str | None, typer.Option(help="4bit (NF4) or 8bit: pack the frozen base.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that --out holds.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's code run.")]
 
@@ -58,6 +59,7 @@ def learn(
     held_out: HeldOut = 0.1,
     max_length: MaxLength = 1024,
     dtype: Dtype = "auto",
+    load_in: LoadIn = None,
     rank: Rank = 8,
     alpha: Alpha = 16.0,
     dropout: Dropout = 0.0,
@@ -121,6 +123,7 @@ def train(
     held_out: HeldOut = 0.1,
     max_length: MaxLength = 1024,
     dtype: Dtype = "auto",
+    load_in: LoadIn = None,
     rank: Rank = 8,
     alpha: Alpha = 16.0,
     dropout: Dropout = 0.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,6 +27,11 @@ DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+
+
+LOAD_IN = ("4bit", "8bit")
+# In a configuration, but not of the model: where it was, what wrote it, how it is computed.
+_SAYS_NOT_WHICH = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
@@ -76,16 +83,26 @@ def find_source(
     return Source(model, gguf_file, trust_remote_code)
 
 
-def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
-    """Load a causal language model, in evaluation mode, on the CPU.
+def load_model(
+    source: Source,
+    dtype: str = "auto",
+    load_in: str | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Load a causal language model, in evaluation mode.
 
     Args:
         source: From ``find_source``.
         dtype: ``"auto"`` (that of the checkpoint; bfloat16 for GGUF), ``"bfloat16"``,
             ``"float16"`` or ``"float32"``.
+        load_in: ``"4bit"`` (NF4 with double quantisation, products in the model's dtype) or
+            ``"8bit"`` (LLM.int8()) has bitsandbytes pack every linear layer but the output's.
+        device: Where it goes.
 
     Raises:
-        ValueError: If ``dtype`` is not one of these, or the weights are damaged.
+        ValueError: If ``dtype`` or ``load_in`` is not one of these, the model is a GGUF file and
+            should be packed, or the weights are damaged.
+        RuntimeError: If ``load_in`` is given and bitsandbytes is not installed.
         FileNotFoundError: If the model can be found neither here nor on the hub.
     """
     if dtype not in DTYPES:
@@ -93,8 +110,12 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
     wanted = DTYPES[dtype]
     if wanted == "auto" and source.gguf_file is not None:
         wanted = torch.bfloat16
+    options = source.options()
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.name, dtype=wanted, **source.options())
+        if load_in is not None:
+            options |= _packing(source, load_in, wanted)
+            options["device_map"] = {"": device}
+        model = AutoModelForCausalLM.from_pretrained(source.name, dtype=wanted, **options)
     except OSError as error:
         raise FileNotFoundError(_not_found(source, error)) from error
     except SafetensorError as error:
@@ -105,7 +126,32 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
             del model.config.quantization_config
         model.is_quantized = False
         model.hf_quantizer = None
-    return model
+    # A packed model is where it was loaded, and some refuse to be asked.
+    return model if getattr(model, "is_quantized", False) else model.to(device)
+
+
+def _packing(source: Source, load_in: str, dtype: torch.dtype | str) -> dict[str, Any]:
+    if load_in not in LOAD_IN:
+        raise ValueError(f"load_in must be one of {LOAD_IN}, got {load_in!r}")
+    if source.gguf_file is not None:
+        raise ValueError(f"load_in={load_in!r} needs a model that is no GGUF file")
+    if find_spec("bitsandbytes") is None:
+        raise RuntimeError(
+            f"load_in={load_in!r} needs bitsandbytes: pip install 'ila-kernels[quant]'"
+        )
+    if load_in == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    if dtype == "auto":
+        config = AutoConfig.from_pretrained(source.name, trust_remote_code=source.trust_remote_code)
+        dtype = config.dtype or torch.float32
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    }
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -131,14 +177,15 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 def identity(model: PreTrainedModel, source: Source) -> dict[str, Any]:
     """What says which model this is: source, architecture, size, dtype, hash of its shape."""
     config = AutoConfig.for_model(**model.config.to_dict()).to_diff_dict()
-    for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+    # A mask learned over a packed base is a mask of the model all the same.
+    for key in (*_SAYS_NOT_WHICH, "quantization_config"):
         config.pop(key, None)
     canonical = json.dumps(config, sort_keys=True, default=str)
     return {
         "source": source.name,
         "gguf_file": source.gguf_file,
         "architecture": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": model.num_parameters(),  # of a packed weight too
         "dtype": str(model.dtype).removeprefix("torch."),
         "config_fingerprint": "sha256:" + hashlib.sha256(canonical.encode()).hexdigest(),
     }

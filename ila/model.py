@@ -103,7 +103,8 @@ def attach(
             found = {type(m).__name__ for m in peft_model.modules() if isinstance(m, LoraLayer)}
             raise ValueError(
                 f"lora_config.target_modules={lora_config.target_modules!r} must match at least "
-                f"one plain nn.Linear or 4-bit or int8 layer of bitsandbytes; the layers it matched became {', '.join(sorted(found))}"
+                f"one plain nn.Linear, or 4-bit or int8 layer of bitsandbytes; the layers it "
+                f"matched became {', '.join(sorted(found))}"
             )
     except Exception:
         # PEFT wraps modules one by one and checks each when its turn comes.

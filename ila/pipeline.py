@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from ila.data import Collator, DataSummary, encode, pad_token_id
 from ila.files import write_json_atomic
-from ila.loading import find_source, identity, load_model, load_tokenizer
+from ila.loading import LOAD_IN, find_source, identity, load_model, load_tokenizer
 from ila.model import attach
 from ila.ranks import on_main_process
 from ila.rows import fingerprint, load_rows, split_rows
@@ -46,6 +46,7 @@ class Inputs:
     target_modules: str = "all-linear"
     seed: int = 0
     trust_remote_code: bool = False
+    load_in: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -56,6 +57,8 @@ class Inputs:
             raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be ≥ 1, got {self.limit}")
+        if self.load_in not in (None, *LOAD_IN):
+            raise ValueError(f"load_in must be one of {LOAD_IN}, got {self.load_in!r}")
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
     held_out = []
     if held_rows:
         held_out, _ = encode(held_rows, tokenizer, max_length=inputs.max_length, progress=progress)
-    model = load_model(source, inputs.dtype)
+    model = load_model(source, inputs.dtype, inputs.load_in, PartialState().device)
     description = {
         "model": identity(model, source),
         "data": {
@@ -120,7 +123,7 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    peft_model = attach(model.to(PartialState().device), config)
+    peft_model = attach(model, config)
     collator = Collator(pad_token_id(tokenizer))
     return Prepared(peft_model, tokenizer, dataset, held_out, summary, collator, description)
 

@@ -45,6 +45,8 @@ class MaskedLoraLinear4bit(MaskedLoraLayer, peft_bnb.Linear4bit):
             state = getattr(base.weight, "quant_state", None)
             if getattr(state, "packing_format_for_cpu", False):
                 base.state_dict()  # bitsandbytes' way back to the layout of training
+                if state.absmax.dim() == 2:  # which forgets the scales where they are not nested
+                    state.absmax = state.absmax.t().reshape(-1).float()
             base.support_avx512bf16_for_cpu = False
             self._repacks = True
 

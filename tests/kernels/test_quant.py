@@ -274,3 +274,26 @@ def test_mistakes_are_named():
         masked_lora_linear(inputs.x[:, 1:], packed, inputs.lora_a, inputs.lora_b)
     with pytest.raises(ValueError, match="weight must be on meta like x, got cpu"):
         masked_lora_linear(inputs.x.to("meta"), packed, inputs.lora_a, inputs.lora_b)
+
+
+# Dynamo itself instantiates the autograd functions that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_step_is_one_graph_and_keeps_no_dense_weight_either():
+    torch.compiler.reset()
+    inputs = frozen(70, 64, 32, 4)
+    packed = pack(inputs.weight, "nf4-double", torch.float32)
+    leaves = (inputs.x, inputs.lora_a, inputs.lora_b)
+
+    def apply(x, a, b):
+        rebuilt = Packed4bit(packed.data, packed.state, packed.compute_dtype)
+        return masked_lora_linear(x, rebuilt, a, b, scale=0.5)
+
+    compiled = torch.compile(apply, backend="aot_eager", fullgraph=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = compiled(*leaves)
+    assert not any(t.shape == inputs.weight.shape for t in saved)
+    actual = torch.autograd.grad(y, leaves, inputs.dy)
+    expected = torch.autograd.grad(apply(*leaves), leaves, inputs.dy)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.equal(other)
