@@ -23,8 +23,8 @@ def long_description() -> str:
 GGUF = ["gguf>=0.10"]
 # The oldest Triton is the one released for the oldest torch below.
 TRITON = ['triton>=3.2; platform_system == "Linux"']
-QUANT = ["bitsandbytes>=0.48"]
-TRL = ["trl>=1.0"]
+QUANT = ["bitsandbytes>=0.50"]
+TRL = ["trl>=1.16"]
 TEST = [
     *QUANT,
     *TRL,

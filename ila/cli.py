@@ -112,10 +112,12 @@ def select(
 
 @app.command()
 def train(
+    context: typer.Context,
     model: Model,
     data: Data,
     out: Out,
     mask: Annotated[Path | None, typer.Option(help="Mask file; without it all layers.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Train the layers' own weights.")] = False,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 400,
     gguf_file: GgufFile = None,
     split: Split = "train",
@@ -130,29 +132,40 @@ def train(
     target_modules: Targets = "all-linear",
     batch_size: BatchSize = 8,
     gradient_accumulation: Accumulate = 1,
-    learning_rate: LearningRate = 2e-4,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate; 2e-4, or 2e-5 with --full.")
+    ] = None,
     seed: Seed = 0,
     save_every: SaveEvery = 50,
     resume: Resume = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Train the open layers of a mask into a plain PEFT adapter."""
+    """Train the open layers of a mask: into a plain PEFT adapter, or their own weights."""
     from ila import commands
     from ila.report import runs_table
     from ila.train import TrainConfig
 
+    if full:
+        _refuse(context, ("rank", "alpha", "dropout", "load_in"), "--full trains no adapter")
     inputs = _inputs(locals())
+    usual = 2e-5 if full else 2e-4
     config = TrainConfig(
         steps=steps,
-        learning_rate=learning_rate,
+        learning_rate=usual if learning_rate is None else learning_rate,
         batch_size=batch_size,
         save_every=save_every or None,
         training_args=_accumulation(gradient_accumulation),
     )
-    metrics, data_note = commands.train_selected(inputs, config, out, mask_file=mask, resume=resume)
+    metrics, data_note = commands.train_selected(
+        inputs, config, out, mask_file=mask, full=full, resume=resume
+    )
     screen.print(data_note, highlight=False)
     screen.print(runs_table([metrics]))
-    screen.print(f"Adapter in {out}; PeftModel.from_pretrained(base, {str(out)!r}) loads it")
+    if full:
+        note = f"Changed weights in {out}; ila export {out} --merge --out FOLDER writes the model"
+    else:
+        note = f"Adapter in {out}; PeftModel.from_pretrained(base, {str(out)!r}) loads it"
+    screen.print(note, soft_wrap=True)
 
 
 @app.command()
@@ -191,13 +204,13 @@ def report(
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of `ila train`.")],
     out: Out,
-    merge: Annotated[bool, typer.Option("--merge", help="Merge into the base model.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge into the dense base.")] = False,
 ) -> None:
     """Write a trained adapter elsewhere, alone or merged into its model."""
     from ila import commands
 
-    commands.export(run, out, merge=merge)
-    screen.print(f"{'Merged model' if merge else 'Adapter'} in {out}")
+    what = commands.export(run, out, merge=merge)
+    screen.print(f"{what} in {out}")
 
 
 @app.command()
@@ -217,6 +230,14 @@ def _inputs(options: dict[str, Any]) -> Any:
     from ila.pipeline import Inputs
 
     return Inputs(**{name: options[name] for name in Inputs.__dataclass_fields__})
+
+
+def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
+    """Raise if one of these options was given: it would do nothing."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"--{name.replace('_', '-')} does nothing here: {why}")
 
 
 def _accumulation(steps: int) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from typing import Any
 from accelerate import PartialState
 from peft import PeftModel
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from ila.figures import heatmap, runs_figure
 from ila.files import write_folder_atomic, write_json_atomic, write_text_atomic
+from ila.full import CHANGED_FILE, OpenLayers, load_changed, open_layers
 from ila.loading import find_source, load_model, load_tokenizer
 from ila.mask import LayerMask, thawed
 from ila.model import apply_mask
@@ -95,24 +97,33 @@ def train_selected(
     out: Path,
     *,
     mask_file: Path | None = None,
+    full: bool = False,
     resume: bool = False,
     progress: bool = True,
 ) -> tuple[dict[str, Any], str]:
-    """Train the layers a mask opens (all without one) into a plain PEFT adapter in ``out``.
+    """Train the layers a mask opens (all without one) into ``out``.
+
+    The result is a plain PEFT adapter; with ``full``, the changed weights of the layers themselves
+    in ``changed.safetensors``.
 
     Returns:
         The metrics and one sentence about the data.
     """
     config = replace(config, seed=inputs.seed)
     mask = None if mask_file is None else LayerMask.load(mask_file)
+    if full and inputs.load_in is not None:
+        raise ValueError("full training changes the base's own weights; leave out load_in")
     prepared = prepare(inputs, progress=progress)
-    if mask is not None:
+    model: PeftModel | OpenLayers = prepared.model
+    if full:
+        model = open_layers(prepared.model, mask)
+    elif mask is not None:
         apply_mask(prepared.model, mask)
     opened = None if mask is None else list(mask.open)
-    description = {**prepared.description, "open": opened}
+    description = {**prepared.description, "open": opened, **({"full": True} if full else {})}
     claim_folder(out, description, resume, "train")
     metrics = train(
-        prepared.model,
+        model,
         prepared.dataset,
         config,
         held_out=prepared.held_out,
@@ -134,30 +145,54 @@ def report(runs: list[Path], out: Path) -> list[dict[str, Any]]:
     return loaded
 
 
-def export(run: Path, out: Path, *, merge: bool = False) -> None:
-    """Write a trained adapter elsewhere, alone or merged into its base model.
+def export(run: Path, out: Path, *, merge: bool = False) -> str:
+    """Write a trained adapter, or changed weights, elsewhere: alone or in their base model.
+
+    An adapter trained over a packed base is merged into the dense one: packing again would round
+    it away, and the result is a model like any other.
+
+    Returns:
+        What was written, in words.
 
     Raises:
-        FileNotFoundError: If ``run`` holds no finished adapter.
+        FileNotFoundError: If ``run`` holds no finished adapter or changed weights.
         FileExistsError: If ``out`` exists.
-        ValueError: If the weights of the adapter are damaged.
+        ValueError: If the weights are damaged.
     """
     found = read_run(run, "train")
-    missing = [name for name in ADAPTER_FILES if not (run / name).is_file()]
+    full = found.get("full", False)
+    files = (CHANGED_FILE, "run.json") if full else ADAPTER_FILES
+    missing = [name for name in files if not (run / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{run} has no {' and no '.join(missing)}: is it finished?")
     if not merge:
         with write_folder_atomic(out) as folder:
-            for name in ADAPTER_FILES:
+            for name in files:
                 shutil.copyfile(run / name, folder / name)
-        return
+        return "Changed weights" if full else "Adapter"
     inputs = found["inputs"]
     source = find_source(inputs["model"], inputs["gguf_file"], inputs["trust_remote_code"])
     with write_folder_atomic(out) as folder:
-        try:
-            model = PeftModel.from_pretrained(load_model(source, inputs["dtype"]), str(run))
-        except SafetensorError as error:
-            raise ValueError(f"the adapter in {run} is damaged: {error}") from error
-        model.merge_and_unload(safe_merge=True).save_pretrained(folder)
+        model = load_model(source, inputs["dtype"])
+        if full:
+            load_changed(model, run)
+        else:
+            model = _merged(model, run)
+        model.save_pretrained(folder)
         load_tokenizer(source).save_pretrained(folder)
-        write_json_atomic(folder / "ila-export.json", {"base": found["model"], "merged": True})
+        note = {"base": found["model"], "merged": True}
+        packed = inputs.get("load_in")
+        if packed:
+            note["trained_over"] = packed
+        write_json_atomic(folder / "ila-export.json", note)
+    if full:
+        return "Model with the changed weights"
+    return f"Merged model (dense; trained over {packed})" if packed else "Merged model"
+
+
+def _merged(model: PreTrainedModel, run: Path) -> PreTrainedModel:
+    try:
+        adapted = PeftModel.from_pretrained(model, str(run))
+    except SafetensorError as error:
+        raise ValueError(f"the adapter in {run} is damaged: {error}") from error
+    return adapted.merge_and_unload(safe_merge=True)

@@ -25,7 +25,7 @@ from ila.ranks import on_main_process
 from ila.rows import fingerprint, load_rows, split_rows
 from ila_kernels._version import __version__
 
-_PACKAGES = ("torch", "transformers", "peft", "accelerate")
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _claim(out: Path, description: Mapping[str, Any], resume: bool, what: str) -
             raise ValueError(
                 f"--out {out} holds another run; give another folder, or --resume to go on with it"
             )
-        keys = ("what", "model", "data", "inputs", "open")
+        keys = ("what", "model", "data", "inputs", "open", "full")
         differs = [key for key in keys if found.get(key) != mine.get(key)]
         if differs:
             detail = ", ".join(_differences(found, mine, differs))

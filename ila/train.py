@@ -1,4 +1,4 @@
-"""Selective training: LoRA on the open layers of a mask, on ``transformers.Trainer``."""
+"""Selective training on ``transformers.Trainer``: the open layers of a mask, by LoRA or in full."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 from transformers import Trainer
 
 from ila.checkpoint import load_adapter, save_adapter
 from ila.files import write_json_atomic
+from ila.full import OpenLayers
 from ila.layer import MaskedLoraLayer
 from ila.memory import peak_bytes, reset_peak
 from ila.model import masked_layers, single_adapter
@@ -71,7 +73,7 @@ class TrainConfig:
 
 
 def train(
-    peft_model: PeftModel,
+    peft_model: PeftModel | OpenLayers,
     dataset: Sequence[Mapping[str, Any]],
     config: TrainConfig | None = None,
     *,
@@ -85,13 +87,15 @@ def train(
     """Train the open layers of a model and measure what that cost.
 
     Args:
-        peft_model: With or without a mask applied; what requires grad is trained.
+        peft_model: With or without a mask applied; what requires grad is trained. Or what
+            ``ila.full.open_layers`` returned, to train the layers' own weights.
         dataset: Rows with ``input_ids`` and ``labels``.
         config: ``None`` means the defaults.
         held_out: Rows to measure the loss on, before and after; ``None`` measures none.
         collator: Rows to a batch; ``None`` pads on the right with the model's pad id.
-        output_dir: Gets a plain PEFT adapter, ``metrics.json`` (written last: a folder that has it
-            is finished) and ``log.jsonl``; ``None`` writes nothing.
+        output_dir: Gets a plain PEFT adapter (or ``changed.safetensors``), ``metrics.json``
+            (written last: a folder that has it is finished) and ``log.jsonl``; ``None`` writes
+            nothing.
         resume: Go on from what ``output_dir`` holds of the same run. A finished run is returned.
         progress: Show a progress bar on stderr.
         name: What the run is called in reports.
@@ -107,19 +111,19 @@ def train(
     """
     config = TrainConfig() if config is None else config
     check_dataset(dataset)
-    collator = default_collator(peft_model) if collator is None else collator
-    adapter = single_adapter(peft_model, None)
-    counts = _counts(peft_model, adapter)
+    what = peft_model if isinstance(peft_model, OpenLayers) else _Adapter(peft_model)
+    model, counts = what.model, what.counts()
+    collator = default_collator(model) if collator is None else collator
     if output_dir is None and resume:
         raise ValueError("resume=True needs the output_dir of the run to go on with")
     with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
         out = Path(folder)
         if output_dir is not None:
-            names = [n for n, p in peft_model.named_parameters() if p.requires_grad]
+            names = [n for n, p in model.named_parameters() if p.requires_grad]
             mine = {"config": config.as_dict(), **counts, "rows": len(dataset), "trained": names}
             on_main_process(lambda: _claim(out, mine, resume))
             if resume and (out / "metrics.json").exists():
-                load_adapter(peft_model, adapter, out)
+                what.load(out)
                 return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
         log = LogFile(out / "log.jsonl", "train") if output_dir is not None else None
         timer = StepTimer()
@@ -134,7 +138,7 @@ def train(
             seed=config.seed,
         )
         own = stage_callbacks(f"Training {name}", log, progress=progress, also_save=timer.save)
-        trainer = Trainer(peft_model, args, collator, dataset, callbacks=[timer, *own])
+        trainer = what.trainer(model, args, collator, dataset, callbacks=[timer, *own])
         before = _held_out(trainer, held_out, collator, config, out)
         start = resume_point(out / "checkpoints", resume)
         if start is not None:
@@ -156,13 +160,38 @@ def train(
             / len(dataset),
             "losses": losses(trainer),
             "device": str(args.device),
-            "dtype": str(peft_model.dtype).removeprefix("torch."),
+            "dtype": _dtype_text(model),
             "config": config.as_dict(),
         }
         if output_dir is not None and trainer.is_world_process_zero():
-            _save(peft_model, adapter, out, metrics)
+            _save(what, out, metrics)
         trainer.accelerator.wait_for_everyone()
     return metrics
+
+
+class _Adapter:
+    """What is trained when it is an adapter, with the methods of ``OpenLayers``."""
+
+    trainer = Trainer
+
+    def __init__(self, model: PeftModel):
+        self.model, self.adapter = model, single_adapter(model, None)
+
+    def counts(self) -> dict[str, Any]:
+        return _counts(self.model, self.adapter)
+
+    def save(self, folder: Path) -> None:
+        save_adapter(self.model, self.adapter, folder)
+
+    def load(self, folder: Path) -> None:
+        load_adapter(self.model, self.adapter, folder)
+
+
+def _dtype_text(model: nn.Module) -> str:
+    packing = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = getattr(packing, "quantization_method", None)
+    text = str(model.dtype).removeprefix("torch.")
+    return f"{text} over {method()}" if callable(method) else text
 
 
 def _counts(peft_model: PeftModel, adapter: str) -> dict[str, Any]:
@@ -220,10 +249,10 @@ def _loss(trainer, held_out, collator, config) -> float | None:
     return held_out_loss(trainer.model, held_out, collator, config.batch_size)
 
 
-def _save(peft_model: PeftModel, adapter: str, out: Path, metrics: Mapping[str, Any]) -> None:
-    """The adapter, then the metrics, then the checkpoints go: each step leaves a usable folder."""
+def _save(what: _Adapter | OpenLayers, out: Path, metrics: Mapping[str, Any]) -> None:
+    """The weights, then the metrics, then the checkpoints go: each step leaves a usable folder."""
     with tempfile.TemporaryDirectory(dir=out, prefix=".adapter-") as folder:
-        save_adapter(peft_model, adapter, Path(folder))
+        what.save(Path(folder))
         for path in Path(folder).iterdir():
             path.replace(out / path.name)
     write_json_atomic(out / "metrics.json", metrics)

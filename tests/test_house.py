@@ -55,6 +55,7 @@ STOREYS = {
         "stability",
         "stages",
         "search",
+        "full",
         "train",
         "loading",
         "pipeline",
