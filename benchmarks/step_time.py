@@ -24,7 +24,7 @@ from torch import nn
 
 import ila
 from ila.files import write_json_atomic
-from ila.loading import find_source, load_model
+from ila.loading import LOAD_IN, find_source, load_model
 from ila.pipeline import versions
 
 
@@ -100,9 +100,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--load-in", choices=LOAD_IN)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = load_model(find_source(options.model)).to(device)
+    base = load_model(find_source(options.model), load_in=options.load_in, device=device)
     mask = None if options.mask is None else ila.LayerMask.load(options.mask)
     torch.manual_seed(0)
     shape = (options.rows, options.tokens)
