@@ -88,6 +88,8 @@ def _masked_row(name: str, layer: MaskedLoraLayer) -> LayerRow:
         return LayerRow(name, False, BARE, "closed by a mask" if closed else reason)
     if adapter is not None:
         weight = layer.base_layer.weight
+        if not weight.is_floating_point():
+            return LayerRow(name, True, "eager", f"{reason}; its products are bitsandbytes' own")
         call = call_of(weight, weight.shape[0], None, weight.dtype)
         impl, why = resolve_impl("auto", weight.device.type, call)
         return LayerRow(name, True, impl, f"{reason}; {why}")

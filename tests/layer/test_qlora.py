@@ -218,6 +218,7 @@ def test_a_closed_layer_is_the_base_layer_bit_for_bit(pair, tiny, load, kind):
             assert ours(input_ids=ids).logits.equal(base(input_ids=ids).logits)
     assert sum(p.requires_grad for p in ours.parameters()) == 2
     assert ila.explain(ours).paths() == {"bare": 13, "eager": 1}
+    assert "bitsandbytes' Linear" in next(row.why for row in ila.explain(ours) if row.open)
 
 
 def masked(model: nn.Module) -> dict[str, nn.Module]:
