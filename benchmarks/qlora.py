@@ -10,6 +10,8 @@ measured here: `benchmarks.step_time --load-in 4bit` runs the contestants in tur
 from __future__ import annotations
 
 import argparse
+import ctypes.util
+import gc
 import json
 import os
 import subprocess
@@ -27,6 +29,16 @@ from ila.memory import peak_bytes, reset_peak
 from ila.pipeline import versions
 
 CONTESTANTS = ("peft", "ours", "ours, closed below the top 30%")
+
+
+def settle() -> None:
+    """Give back what loading the model freed: how much of it stays resident is chance."""
+    gc.collect()
+    libc = ctypes.util.find_library("c")
+    if sys.platform == "linux" and libc is not None:
+        trim = getattr(ctypes.CDLL(libc), "malloc_trim", None)  # glibc only
+        if trim is not None:
+            trim(0)
 
 
 def contestant(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -50,6 +62,7 @@ def contestant(name: str, options: argparse.Namespace) -> dict[str, Any]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     model.train()
     losses = []
+    settle()
     measured = reset_peak(device)
     start = peak_bytes(device)
     for step in range(options.steps):
