@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,12 +109,19 @@ def train_selected(
 
     Returns:
         The metrics and one sentence about the data.
+
+    Raises:
+        ValueError: If the mask was learned on a model of another configuration. Names of layers
+            are no proof: Llama-2-7B and Mistral-7B share all of theirs. A chat model has the
+            configuration of its base, so a mask goes from one to the other.
     """
     config = replace(config, seed=inputs.seed)
     mask = None if mask_file is None else LayerMask.load(mask_file)
     if full and inputs.load_in is not None:
         raise ValueError("full training changes the base's own weights; leave out load_in")
     prepared = prepare(inputs, progress=progress)
+    if mask is not None:
+        _check_same_model(mask, mask_file, prepared.description["model"])
     model: PeftModel | OpenLayers = prepared.model
     if full:
         model = open_layers(prepared.model, mask)
@@ -134,6 +142,19 @@ def train_selected(
         name=out.name,
     )
     return metrics, str(prepared.summary)
+
+
+def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, Any]) -> None:
+    """Compare the configurations' fingerprints; a mask that says nothing of its model passes."""
+    learned_on = mask.provenance.get("model")
+    fingerprint = isinstance(learned_on, Mapping) and learned_on.get("config_fingerprint")
+    if fingerprint and fingerprint != model["config_fingerprint"]:
+        raise ValueError(
+            f"mask {file} was learned on model {learned_on.get('source')!r} "
+            f"({learned_on.get('architecture')}), and the configuration of model "
+            f"{model['source']!r} ({model['architecture']}) is another; learn a mask on it. "
+            "ila.apply_mask, in Python, asks for the same layer names only"
+        )
 
 
 def report(runs: list[Path], out: Path) -> list[dict[str, Any]]:

@@ -30,8 +30,6 @@ DTYPES = {
 
 
 LOAD_IN = ("4bit", "8bit")
-# In a configuration, but not of the model: where it was, what wrote it, how it is computed.
-_SAYS_NOT_WHICH = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
@@ -174,11 +172,18 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+# What a configuration says of a file, a run or a tokenizer, and not of the layers: a chat model
+# often has end-of-turn ids of its own, and a model loaded in 4 bits is still the same one.
+_NOT_OF_THE_LAYERS = (
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
+)
+
+
 def identity(model: PreTrainedModel, source: Source) -> dict[str, Any]:
     """What says which model this is: source, architecture, size, dtype, hash of its shape."""
     config = AutoConfig.for_model(**model.config.to_dict()).to_diff_dict()
-    # A mask learned over a packed base is a mask of the model all the same.
-    for key in (*_SAYS_NOT_WHICH, "quantization_config"):
+    for key in _NOT_OF_THE_LAYERS:
         config.pop(key, None)
     canonical = json.dumps(config, sort_keys=True, default=str)
     return {

@@ -258,6 +258,34 @@ def test_training_with_another_mask_is_no_resume(ila, learn, train, tmp_path, co
     assert train(run, "--mask", tmp_path / "0.json", "--resume").code == 0
 
 
+def copy_of(folder, other, **changes):
+    other.mkdir()
+    for file in folder.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | changes))
+    return other
+
+
+def test_a_mask_of_another_model_with_the_same_layers_is_refused(
+    ila, learn, train, tmp_path, tiny_model_folder
+):
+    assert learn(tmp_path / "learned").code == 0
+    assert ila("select", tmp_path / "learned", "--top", "0.5").code == 0
+    mask = tmp_path / "learned" / "mask-top-0.5.json"
+    other = copy_of(tiny_model_folder, tmp_path / "other", rms_norm_eps=1e-3)
+    line = train(tmp_path / "run", "--mask", mask, "--model", other).error()
+    for part in (str(mask), str(tiny_model_folder), str(other), "is another"):
+        assert part in line
+    assert not (tmp_path / "run").exists()
+    # A chat model: its own weights and end-of-turn ids, the configuration of its base.
+    chat = copy_of(tiny_model_folder, tmp_path / "chat", eos_token_id=[2, 3], pad_token_id=2)
+    assert train(tmp_path / "run", "--mask", mask, "--model", chat).code == 0
+    # A mask from Python names no model: only its layer names can be checked.
+    LayerMask(LayerMask.load(mask).scores).save(tmp_path / "bare.json")
+    assert train(tmp_path / "bare", "--mask", tmp_path / "bare.json", "--model", other).code == 0
+
+
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_what_is_no_run_is_left_alone(kind, learn, train, tmp_path):
     out = tmp_path / "mine"
