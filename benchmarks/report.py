@@ -49,7 +49,8 @@ def agreements(method: str, result: Mapping[str, Any]) -> list[list[str]]:
         top = {cut["fraction"]: cut for cut in pair["top"]}
         names = [pair[key].removeprefix("learn-") for key in ("a", "b")]
         cells = [f"{top[p]['jaccard']:.2f} ({top[p]['chance']:.2f})" for p in (0.1, 0.3, 0.75)]
-        rows.append([f"`{method}`, {' and '.join(names)}", f"{pair['spearman']:.2f}", *cells])
+        rho = "none" if pair["spearman"] is None else f"{pair['spearman']:.2f}"
+        rows.append([f"`{method}`, {' and '.join(names)}", rho, *cells])
     return rows
 
 

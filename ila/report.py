@@ -27,8 +27,9 @@ def compare_table(
         fractions: Shares p at which the best layers of both masks are compared.
 
     Returns:
-        A row for each pair, JSON-able but for NaN: `a`, `b`, `modules`, `spearman` (NaN if a mask
-        ranks nothing), and `top`, a list of `fraction`, `kept`, `jaccard`, `chance`.
+        A row for each pair, JSON-able: `a`, `b`, `modules`, `spearman` (None if all scores of a
+        mask are equal, which ranks nothing), and `top`, a list of `fraction`, `kept`, `jaccard`,
+        `chance`.
 
     Raises:
         ValueError: Fewer than two masks, different modules, or a fraction outside (0, 1].
@@ -46,11 +47,12 @@ def compare_table(
             rho = one.spearman(other)
         except ValueError as error:
             raise ValueError(f"masks {a!r} and {b!r} cannot be compared: {error}") from None
-        row: dict[str, Any] = {"a": a, "b": b, "modules": len(one), "spearman": rho, "top": []}
+        row: dict[str, Any] = {"a": a, "b": b, "modules": len(one), "top": []}
+        row["spearman"] = None if math.isnan(rho) else rho
         for p in fractions:
             mine, theirs = one.top(p), other.top(p)
             agreement = {"jaccard": mine.jaccard(theirs), "chance": chance_jaccard(p)}
-            row["top"].append({"fraction": p, "kept": len(mine.open), **agreement})
+            row["top"].append({"fraction": float(p), "kept": len(mine.open), **agreement})
         rows.append(row)
     return rows
 
@@ -69,12 +71,13 @@ def render_compare(rows: Sequence[Mapping[str, Any]]) -> "Table":
     header += [f"Same in top {_percent(top['fraction'])}" for top in tops]
     body = []
     for row in rows:
-        rho = "none" if math.isnan(row["spearman"]) else f"{row['spearman']:.2f}"
+        rho = "none, equal scores" if row["spearman"] is None else f"{row['spearman']:.2f}"
         cells = [f"{top['jaccard']:.2f} (chance {top['chance']:.2f})" for top in row["top"]]
         body.append([f"{row['a']} and {row['b']}", rho, *cells])
     caption = (
-        "Rank correlation: Spearman's; 1 is the same order, 0 no relation, none that a mask has "
-        "only equal scores.\nSame in top p: layers both choose / layers either chooses (Jaccard), "
+        "Rank correlation: Spearman's; 1 is the same order, 0 no relation; there is none where all "
+        "scores of a mask are equal, and its top layers are then the first by name.\n"
+        "Same in top p: layers both choose / layers either chooses (Jaccard), "
         "beside what two random choices reach."
     )
     return _table("Agreement between masks", header, body, caption)

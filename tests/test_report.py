@@ -216,7 +216,8 @@ def test_comparison_is_printed_with_chance_and_without_markup():
     rows = compare_table({"[red]a": llama(1), "b": llama(1), "c": constant}, fractions=[0.3])
     text = printed(render_compare(rows))
     assert "[red]a and b" in text and "1.00 (chance 0.18)" in text and "top 30 %" in text
-    assert math.isnan(rows[1]["spearman"]) and "none" in text and "nan" not in text
+    assert rows[1]["spearman"] is None and "none, equal scores" in text and "nan" not in text
+    json.dumps(rows, allow_nan=False)
 
 
 def test_masks_that_cannot_be_compared_are_named():

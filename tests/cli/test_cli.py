@@ -458,6 +458,18 @@ def test_masks_over_other_layers_are_not_compared(ila, tmp_path):
     assert "same 1 modules" in line and not (tmp_path / "c").exists()
 
 
+def test_a_mask_of_equal_scores_is_compared_without_a_correlation(ila, tmp_path):
+    LayerMask({"a": 1.0, "b": 1.0}).save(tmp_path / "flat.json")
+    LayerMask({"a": 1.0, "b": 2.0}).save(tmp_path / "steep.json")
+    answer = ila(
+        *("compare", tmp_path / "flat.json", tmp_path / "steep.json"),
+        *("--json", tmp_path / "c.json"),
+    )
+    assert answer.code == 0 and "none, equal scores" in answer.out
+    (row,) = json.loads((tmp_path / "c.json").read_text())
+    assert row["spearman"] is None
+
+
 def test_a_run_of_another_kind_or_unfinished_is_not_exported(
     ila, learn, train, tmp_path, monkeypatch
 ):
