@@ -17,7 +17,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from ila.files import write_json_atomic
+from ila.files import sync_tree, write_json_atomic
 
 MARKER = "complete.json"
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
@@ -93,4 +93,5 @@ class MarkComplete(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.also is not None:
             self.also(folder)
+        sync_tree(folder)  # or the marker could outlive a power failure, and what it marks not
         write_json_atomic(folder / MARKER, {"step": state.global_step, "files": _sizes(folder)})

@@ -132,12 +132,49 @@ def write_folder_atomic(path: str | os.PathLike[str], *, replace: bool = False) 
     temporary.mkdir()
     try:
         yield temporary
-        _sync_tree(temporary)
+        sync_tree(temporary)
         _check_free(target, replace)  # again: the block may have run for hours
         _swap_in(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def sync_tree(folder: str | os.PathLike[str]) -> None:
+    """Flush every file below a folder, and the names of them and of the folder, to the disk.
+
+    For files that another library wrote: before a marker says that they are there, they must be.
+
+    Args:
+        folder: An existing folder; symbolic links in it are not followed.
+
+    Raises:
+        OSError: The content could not be written.
+    """
+    for root, _, names in os.walk(folder):
+        for name in names:
+            file = Path(root, name)
+            if file.is_file() and not file.is_symlink():
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+        _sync_folder(Path(root))
+    _sync_folder(Path(os.path.abspath(folder)).parent)
+
+
+def move_in(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Move every file of one folder into another on the same disk, flushed, each whole or not.
+
+    Args:
+        source: Folder that holds the files and is empty afterwards.
+        folder: Existing folder; a file of the same name there is replaced.
+
+    Raises:
+        OSError: The content could not be written; nothing was moved if the flush failed.
+    """
+    sync_tree(source)
+    for path in sorted(Path(source).iterdir()):
+        path.replace(Path(folder, path.name))
+    _sync_folder(Path(folder))
 
 
 def _swap_in(temporary: Path, target: Path) -> None:
@@ -179,16 +216,6 @@ def _check_free(target: Path, replace: bool) -> None:
         raise FileExistsError(
             f"path must not exist, {target} does; pass replace=True to replace it"
         )
-
-
-def _sync_tree(folder: Path) -> None:
-    for root, _, names in os.walk(folder):
-        for name in names:
-            file = Path(root, name)
-            if file.is_file() and not file.is_symlink():
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
-        _sync_folder(Path(root))
 
 
 def _sync_folder(folder: Path) -> None:

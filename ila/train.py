@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Trainer
 
 from ila.checkpoint import load_adapter, save_adapter
-from ila.files import write_json_atomic
+from ila.files import move_in, write_json_atomic
 from ila.full import OpenLayers
 from ila.layer import MaskedLoraLayer
 from ila.memory import peak_bytes, reset_peak
@@ -250,11 +250,13 @@ def _loss(trainer, held_out, collator, config) -> float | None:
 
 
 def _save(what: _Adapter | OpenLayers, out: Path, metrics: Mapping[str, Any]) -> None:
-    """The weights, then the metrics, then the checkpoints go: each step leaves a usable folder."""
+    """The weights, then the metrics, then the checkpoints go: each step leaves a usable folder.
+
+    Each is on the disk before the next begins, so that this holds for a power failure too.
+    """
     with tempfile.TemporaryDirectory(dir=out, prefix=".adapter-") as folder:
         what.save(Path(folder))
-        for path in Path(folder).iterdir():
-            path.replace(out / path.name)
+        move_in(folder, out)
     write_json_atomic(out / "metrics.json", metrics)
     (out / "before.json").unlink(missing_ok=True)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)

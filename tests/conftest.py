@@ -120,6 +120,26 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
     return launch
 
 
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Record, in their order, the flushes and renames of this process as (what, path)."""
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def recording_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        events.append(("flush", f"{status.st_dev}:{status.st_ino}"))
+
+    def recording_replace(source: os.PathLike, target: os.PathLike, **options: object) -> None:
+        replace(source, target, **options)
+        events.append(("rename", os.fspath(target)))
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "replace", recording_replace)
+    return events
+
+
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save a random Llama of two blocks and a tokenizer of words and digits; return the folder."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ila.files import (
+    move_in,
     write_bytes_atomic,
     write_folder_atomic,
     write_json_atomic,
@@ -246,3 +247,17 @@ def test_replaced_folder_that_cannot_be_removed_is_a_warning_not_a_failure(tmp_p
     ):
         (folder / "a").write_text("new")
     assert tree(tmp_path / "run") == {"a": "new"}
+
+
+def test_move_in_leaves_everything_where_it_was_if_the_disk_is_full(tmp_path, monkeypatch):
+    source, folder = tmp_path / "source", tmp_path / "folder"
+    for path in (source, folder):
+        path.mkdir()
+        (path / "a.txt").write_text(path.name)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", disk_full)
+        with pytest.raises(OSError, match="No space left"):
+            move_in(source, folder)
+    assert (source / "a.txt").exists() and (folder / "a.txt").read_text() == "folder"
+    move_in(source, folder)
+    assert not list(source.iterdir()) and (folder / "a.txt").read_text() == "source"

@@ -8,6 +8,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ila.checkpoint import MARKER, MarkComplete, is_finished, last_complete, save_adapter
 from ila.memory import peak_bytes, reset_peak
+from ila.train import ADAPTER_FILES, TrainConfig, train
 
 CPU = torch.device("cpu")
 
@@ -59,6 +60,29 @@ def test_what_is_added_is_there_before_the_marker(tmp_path):
     path = write(tmp_path, 3, also=also)
     marker = json.loads((path / MARKER).read_text())
     assert marker == {"step": 3, "files": {"a.bin": 7, "nested/b.bin": 7, "sums.json": 2}}
+
+
+def flushed(path):
+    status = path.stat()
+    return "flush", f"{status.st_dev}:{status.st_ino}"
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_marker(tmp_path, disk):
+    path = write(tmp_path, 3)
+    marked = disk.index(("rename", str(path / MARKER)))
+    kept = (path / "a.bin", path / "nested" / "b.bin", path, path / "nested", tmp_path)
+    assert all(disk.index(flushed(one)) < marked for one in kept)
+
+
+def test_a_training_is_on_the_disk_before_it_says_so(make_llama, rows, tmp_path, disk):
+    out = tmp_path / "run"
+    config = TrainConfig(steps=2, batch_size=2, save_every=2)
+    train(make_llama(), rows, config, output_dir=out, progress=False)
+    done = disk.index(("rename", str(out / "metrics.json")))
+    adapter = [out / name for name in ADAPTER_FILES]
+    assert all(disk.index(flushed(file)) < done for file in adapter)
+    moved = max(disk.index(("rename", str(file))) for file in adapter)
+    assert flushed(out) in disk[moved:done]
 
 
 def test_only_the_first_process_marks(tmp_path):
