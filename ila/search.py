@@ -31,6 +31,7 @@ from ila.trainer import (
     LogFile,
     arguments,
     check_dataset,
+    check_training_args,
     default_collator,
     losses,
     resume_point,
@@ -61,8 +62,9 @@ class SearchConfig:
         seed: Of data order, dropout and everything else.
         save_every: Steps between checkpoints; None keeps none. Needs an ``output_dir``.
         training_args: Further ``transformers.TrainingArguments`` by name, e.g. ``bf16``,
-            ``gradient_accumulation_steps``; they win over the defaults of stage 1. In stage 2
-            they leave schedule, clipping and decay alone, which would change what is measured.
+            ``gradient_accumulation_steps``; they win over the defaults of stage 1 and must not set
+            what a field here decides. In stage 2 they leave schedule, clipping and decay alone,
+            which would change what is measured.
     """
 
     method: str = "path"
@@ -98,6 +100,7 @@ class SearchConfig:
             )
         if self.save_every is not None and self.save_every < 1:
             raise ValueError(f"save_every must be None or ≥ 1, got {self.save_every!r}")
+        check_training_args(self.training_args, "stage1_steps and stage2_steps")
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""

@@ -13,20 +13,20 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from ila.checkpoint import load_adapter, save_adapter
 from ila.files import move_in, write_json_atomic
 from ila.full import OpenLayers
 from ila.layer import MaskedLoraLayer
-from ila.memory import peak_bytes, reset_peak
+from ila.measure import Costs
 from ila.model import masked_layers, single_adapter
 from ila.ranks import on_main_process
 from ila.trainer import (
     LogFile,
-    StepTimer,
     arguments,
     check_dataset,
+    check_training_args,
     default_collator,
     held_out_loss,
     losses,
@@ -48,7 +48,8 @@ class TrainConfig:
         batch_size: Rows per device and step.
         seed: Of data order and dropout.
         save_every: Steps between checkpoints; None keeps none. Needs an ``output_dir``.
-        training_args: Further ``transformers.TrainingArguments`` by name; they win over defaults.
+        training_args: Further ``transformers.TrainingArguments`` by name, e.g. ``bf16``; they win
+            over Trainer's defaults and must not set what a field here decides.
     """
 
     steps: int = 400
@@ -66,6 +67,7 @@ class TrainConfig:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
         if self.save_every is not None and self.save_every < 1:
             raise ValueError(f"save_every must be None or ≥ 1, got {self.save_every!r}")
+        check_training_args(self.training_args, "steps")
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
@@ -126,7 +128,6 @@ def train(
                 what.load(out)
                 return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
         log = LogFile(out / "log.jsonl", "train") if output_dir is not None else None
-        timer = StepTimer()
         args = arguments(
             out / "checkpoints",
             steps=config.steps,
@@ -137,15 +138,16 @@ def train(
             warmup_steps=round(0.03 * config.steps),
             seed=config.seed,
         )
-        own = stage_callbacks(f"Training {name}", log, progress=progress, also_save=timer.save)
-        trainer = what.trainer(model, args, collator, dataset, callbacks=[timer, *own])
+        costs = Costs(args.device)
+        own = stage_callbacks(f"Training {name}", log, progress=progress, also_save=costs.save)
+        trainer = what.trainer(model, args, collator, dataset, callbacks=[costs, *own])
         before = _held_out(trainer, held_out, collator, config, out)
         start = resume_point(out / "checkpoints", resume)
         if start is not None:
-            timer.load(start)
-        can_measure = reset_peak(args.device)
+            costs.load(start)
+        costs.begin()
         run(trainer, start)
-        peak = peak_bytes(args.device) if can_measure else None
+        peak = costs.peak_memory_bytes()
         after = _loss(trainer, held_out, collator, config)
         metrics = {
             "name": name,
@@ -153,11 +155,9 @@ def train(
             "steps": trainer.state.global_step,
             "held_out_loss_before": before,
             "held_out_loss": after,
-            "step_time_ms": timer.summary(),
+            "step_time_ms": costs.step_time_ms(),
             "peak_memory_bytes": peak,
-            "tokens_per_step": config.batch_size
-            * sum(len(row["input_ids"]) for row in dataset)
-            / len(dataset),
+            "tokens_per_step": _tokens_per_step(dataset, args),
             "losses": losses(trainer),
             "device": str(args.device),
             "dtype": _dtype_text(model),
@@ -192,6 +192,12 @@ def _dtype_text(model: nn.Module) -> str:
     method = getattr(packing, "quantization_method", None)
     text = str(model.dtype).removeprefix("torch.")
     return f"{text} over {method()}" if callable(method) else text
+
+
+def _tokens_per_step(dataset: Sequence[Mapping[str, Any]], args: TrainingArguments) -> float:
+    """Tokens of an optimiser step on average, padding left out, over all devices."""
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return rows * sum(len(row["input_ids"]) for row in dataset) / len(dataset)
 
 
 def _counts(peft_model: PeftModel, adapter: str) -> dict[str, Any]:

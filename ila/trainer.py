@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,48 @@ from transformers import (
 
 from ila.checkpoint import MarkComplete, is_finished, last_complete
 from ila.data import Collator
-from ila.files import write_json_atomic, write_text_atomic
+from ila.files import write_text_atomic
 
 # What accelerate puts on a model for mixed precision, and leaves there.
 _AUTOCAST = ("forward", "_original_forward")
-# What the stages decide themselves; overriding it would change what they measure.
-_OWN = ("output_dir", "max_steps", "seed", "logging_steps", "logging_strategy", "disable_tqdm")
+# TrainingArguments that a field of our configurations decides, and the name of that field.
+_FIELDS = {
+    "per_device_train_batch_size": "batch_size",
+    "auto_find_batch_size": "batch_size",
+    "learning_rate": "learning_rate",
+    "seed": "seed",
+    "save_strategy": "save_every",
+    "save_steps": "save_every",
+}
+_STEPS = ("max_steps", "num_train_epochs")
+# What nobody decides: every step is logged, because ε-stability and the reports read the losses.
+_FIXED = {
+    "output_dir": "it is an argument of its own",
+    "logging_steps": "every step is logged",
+    "logging_strategy": "every step is logged",
+    "disable_tqdm": "the argument progress decides it",
+}
+
+
+def check_training_args(extra: Mapping[str, Any], steps: str) -> None:
+    """Refuse ``training_args`` that would override the configuration unseen, or are misspelt.
+
+    Args:
+        extra: The user's ``training_args``.
+        steps: What the configuration calls its number of steps.
+
+    Raises:
+        ValueError: If ``extra`` holds a name that is decided elsewhere, or an unknown one.
+    """
+    fields = _FIELDS | dict.fromkeys(_STEPS, steps)
+    for name in extra:
+        if name in fields:
+            raise ValueError(f"training_args must not set {name!r}: set {fields[name]} instead")
+        if name in _FIXED:
+            raise ValueError(f"training_args must not set {name!r}: {_FIXED[name]}")
+    unknown = sorted(set(extra) - set(TrainingArguments.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"training_args has names that TrainingArguments does not know: {unknown}")
 
 
 def arguments(
@@ -46,16 +81,7 @@ def arguments(
         save_every: Steps between checkpoints; None saves none.
         extra: The user's ``training_args``, which win over the defaults here.
         **own: This stage's settings, by the names of ``TrainingArguments``.
-
-    Raises:
-        ValueError: If ``extra`` holds a name that the stage decides itself, or an unknown one.
     """
-    clash = sorted(set(extra) & set(_OWN))
-    if clash:
-        raise ValueError(f"training_args must not set {clash}: the configuration has its own field")
-    unknown = sorted(set(extra) - set(TrainingArguments.__dataclass_fields__))
-    if unknown:
-        raise ValueError(f"training_args has names that TrainingArguments does not know: {unknown}")
     settings: dict[str, Any] = {
         "save_strategy": "steps" if save_every else "no",
         "save_steps": save_every or 500,
@@ -225,50 +251,6 @@ class LogFile(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self.stage, **entry}) + "\n")
-
-
-class StepTimer(TrainerCallback):
-    """Wall time of each optimiser step in ms, forward to update; the first few are warm-up.
-
-    Times go with the checkpoints, so that a resumed run reports those of all its steps.
-    """
-
-    WARM_UP = 3
-    FILE = "step_times.json"
-
-    def __init__(self) -> None:
-        self.times_ms: list[float] = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._wait(args)
-        self.begin = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._wait(args)
-        self.times_ms.append((time.perf_counter() - self.begin) * 1e3)
-
-    @staticmethod
-    def _wait(args: TrainingArguments) -> None:
-        if args.device.type == "cuda":
-            torch.cuda.synchronize(args.device)
-
-    def save(self, folder: Path) -> None:
-        """Write the times beside a checkpoint."""
-        write_json_atomic(folder / self.FILE, {"times_ms": self.times_ms})
-
-    def load(self, folder: Path) -> None:
-        """Read the times of a checkpoint."""
-        saved = json.loads((folder / self.FILE).read_text(encoding="utf-8"))
-        self.times_ms = saved["times_ms"]
-
-    def summary(self) -> dict[str, float]:
-        """Median, 10th and 90th percentile in ms."""
-        times = sorted(self.times_ms[self.WARM_UP :] or self.times_ms)
-        last = len(times) - 1
-        return {
-            name: times[round(q * last)]
-            for name, q in (("median", 0.5), ("p10", 0.1), ("p90", 0.9))
-        }
 
 
 def losses(trainer: Trainer) -> list[list[float]]:

@@ -49,6 +49,7 @@ STOREYS = {
         "checkpointing",
         "checkpoint",
         "memory",
+        "measure",
         "ranks",
         "trainer",
         "signals",

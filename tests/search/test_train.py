@@ -10,13 +10,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM, Trainer
 
 import ila
-import ila.train
+import ila.measure
 from ila.data import Collator
 from ila.mask import LayerMask
+from ila.measure import Costs
 from ila.model import masked_layers
 from ila.runs import load_run
 from ila.train import TrainConfig, train
-from ila.trainer import StepTimer, default_collator, held_out_loss
+from ila.trainer import default_collator, held_out_loss
 
 
 def quick(**changes):
@@ -236,23 +237,53 @@ def test_rows_without_labels_do_not_turn_the_held_out_loss_into_nan(make_llama, 
         held_out_loss(model, [mute, mute], Collator(0), 2)
 
 
-# ---- the timer and the collator
+# ---- costs and the collator
 
 
 def test_step_times_are_ordered_and_leave_out_the_warm_up():
-    timer = StepTimer()
-    timer.times_ms = [900.0, 800.0, 700.0, *map(float, range(101))]
-    assert timer.summary() == {"median": 50.0, "p10": 10.0, "p90": 90.0}
-    timer.times_ms = [3.0, 1.0]  # a run shorter than the warm-up reports what it has
-    assert timer.summary()["p10"] == 1.0 and timer.summary()["p90"] == 3.0
+    costs = Costs(torch.device("cpu"))
+    costs.times_ms = [900.0, 800.0, 700.0, *map(float, range(101))]
+    assert costs.step_time_ms() == {"median": 50.0, "p10": 10.0, "p90": 90.0}
+    costs.times_ms = [3.0, 1.0]  # a run shorter than the warm-up reports what it has
+    assert costs.step_time_ms()["p10"] == 1.0 and costs.step_time_ms()["p90"] == 3.0
 
 
-def test_step_times_survive_a_checkpoint(tmp_path):
-    first, second = StepTimer(), StepTimer()
+@pytest.mark.parametrize(
+    ("peaks", "expected"), [((7, 5), 7), ((5, 7), 7), ((None, 7), None), ((7, None), None)]
+)
+def test_costs_of_a_resumed_run_are_those_of_all_its_parts(peaks, expected, tmp_path, monkeypatch):
+    found = iter(peaks)
+    monkeypatch.setattr(ila.measure, "reset_peak", lambda device: True)
+    monkeypatch.setattr(ila.measure, "peak_bytes", lambda device: next(found))
+    first, second = (Costs(torch.device("cpu")) for _ in range(2))
+    first.begin()
     first.times_ms = [0.1, 1 / 3]
     first.save(tmp_path)
     second.load(tmp_path)
+    second.begin()
     assert second.times_ms == first.times_ms
+    assert second.peak_memory_bytes() == expected
+
+
+def test_a_run_killed_and_resumed_reports_the_higher_peak(
+    make_llama, rows, tmp_path, monkeypatch, break_off, killed
+):
+    peak = 3 << 40
+    monkeypatch.setattr(ila.measure, "reset_peak", lambda device: True)
+    monkeypatch.setattr(ila.measure, "peak_bytes", lambda device: peak)
+    options = {"output_dir": tmp_path / "run", "progress": False}
+    break_off(Trainer, "training_step", 4)
+    with pytest.raises(killed):
+        train(make_llama(), rows, quick(), **options)
+    peak = 1 << 40
+    metrics = train(make_llama(), rows, quick(), resume=True, **options)
+    assert metrics["peak_memory_bytes"] == 3 << 40
+
+
+def test_tokens_per_step_count_accumulated_batches(make_llama, rows):
+    config = quick(steps=2, training_args={"gradient_accumulation_steps": 3})
+    metrics = train(make_llama(), rows, config, progress=False)
+    assert metrics["tokens_per_step"] == 3 * 2 * 7
 
 
 @pytest.mark.parametrize(

@@ -40,3 +40,4 @@ def test_two_processes_search_and_train_into_one_folder(tiny_model_folder, tmp_p
     assert scores[0] == scores[1]
     metrics = json.loads((tmp_path / "train" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["steps"] == 2
+    assert metrics["tokens_per_step"] == 2 * 2 * 4  # processes, rows of each, tokens of a row
