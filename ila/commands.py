@@ -34,7 +34,7 @@ def learn(
     """Learn a mask into ``out``: ``mask.json``, ``heatmap.png``, ``log.jsonl``, ``adapter/``.
 
     Returns:
-        The mask and one sentence about the data.
+        The mask and what became of the rows, in words.
     """
     config = replace(config, seed=inputs.seed)
     prepared = prepare(inputs, progress=progress)
@@ -42,7 +42,7 @@ def learn(
     if resume and (out / "mask.json").is_file():
         mask = LayerMask.load(out)
         if thawed(mask.provenance["search"]["config"]) == json.loads(json.dumps(config.as_dict())):
-            return mask, str(prepared.summary)  # finished; with another config, learn_mask objects
+            return mask, prepared.note  # finished; with another config, learn_mask objects
     size, collator = config.batch_size, prepared.collator
     held_out = prepared.held_out
     before = held_out_loss(prepared.model, held_out, collator, size) if held_out else None
@@ -65,7 +65,7 @@ def learn(
         mask.save(out / "mask.json")
         for stage in ("stage1", "stage2"):
             shutil.rmtree(out / stage, ignore_errors=True)
-    return mask, str(prepared.summary)
+    return mask, prepared.note
 
 
 def select(
@@ -108,7 +108,7 @@ def train_selected(
     in ``changed.safetensors``.
 
     Returns:
-        The metrics and one sentence about the data.
+        The metrics and what became of the rows, in words.
 
     Raises:
         ValueError: If the mask was learned on a model of another configuration. Names of layers
@@ -141,7 +141,7 @@ def train_selected(
         progress=progress,
         name=out.name,
     )
-    return metrics, str(prepared.summary)
+    return metrics, prepared.note
 
 
 def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, Any]) -> None:

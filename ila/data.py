@@ -65,6 +65,7 @@ def encode(
     *,
     max_length: int = 1024,
     progress: bool = True,
+    numbers: Sequence[int] | None = None,
 ) -> tuple[list[dict[str, list[int]]], DataSummary]:
     """Turns rows into token ids and labels, with loss on the answers only.
 
@@ -78,6 +79,8 @@ def encode(
             `ila.rendering` otherwise.
         max_length: Longest row in tokens, at least 2; longer rows are cut at the right end.
         progress: Show a progress bar on stderr when there are rows enough to wait for.
+        numbers: The number of each row in the user's file, from 1, for errors; None counts the rows
+            given.
 
     Returns:
         (encoded, summary): for every kept row, in order, `{"input_ids", "labels"}` as lists of
@@ -96,7 +99,8 @@ def encode(
         try:
             full = _encode_row(row, tokenizer)
         except ValueError as error:
-            raise ValueError(f"rows[{index}]: {error}") from error
+            number = index + 1 if numbers is None else numbers[index]
+            raise ValueError(f"row {number}: {error}") from error
         if full is None:
             no_answer += 1
             continue
@@ -108,7 +112,7 @@ def encode(
         encoded.append(cut)
     if not encoded:
         raise ValueError(
-            f"rows: all {len(rows)} were dropped, {no_answer} without an answer and {no_room} with "
+            f"all {len(rows)} were dropped, {no_answer} without an answer and {no_room} with "
             f"no answer token within max_length={max_length}; fields of the first: {list(rows[0])}"
         )
     summary = DataSummary(

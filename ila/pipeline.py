@@ -22,7 +22,7 @@ from ila.files import write_json_atomic
 from ila.loading import LOAD_IN, find_source, identity, load_model, load_tokenizer
 from ila.model import attach
 from ila.ranks import on_main_process
-from ila.rows import fingerprint, load_rows, split_rows
+from ila.rows import fingerprint, load_rows, split_indices
 from ila_kernels._version import __version__
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
@@ -70,8 +70,15 @@ class Prepared:
     dataset: list[dict[str, list[int]]]
     held_out: list[dict[str, list[int]]]
     summary: DataSummary
+    held_out_summary: DataSummary | None
     collator: Collator
     description: dict[str, Any]
+
+    @property
+    def note(self) -> str:
+        """What became of the rows, in a sentence for each part."""
+        aside = "nothing." if self.held_out_summary is None else str(self.held_out_summary)
+        return f"To train on: {self.summary}\nHeld out: {aside}"
 
 
 def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
@@ -85,17 +92,14 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
     """
     source = find_source(inputs.model, inputs.gguf_file, inputs.trust_remote_code)
     rows = load_rows(inputs.data, split=inputs.split, limit=inputs.limit)
-    held_rows: list[dict] = []
-    train_rows = rows
+    places, aside = list(range(len(rows))), []
     if inputs.held_out:
-        train_rows, held_rows = split_rows(rows, inputs.held_out, inputs.seed)
+        places, aside = split_indices(len(rows), inputs.held_out, inputs.seed)
     tokenizer = load_tokenizer(source)
-    dataset, summary = encode(
-        train_rows, tokenizer, max_length=inputs.max_length, progress=progress
-    )
-    held_out = []
-    if held_rows:
-        held_out, _ = encode(held_rows, tokenizer, max_length=inputs.max_length, progress=progress)
+    dataset, summary = _encode(rows, places, tokenizer, inputs, "to train on", progress)
+    held_out, held_out_summary = [], None
+    if aside:
+        held_out, held_out_summary = _encode(rows, aside, tokenizer, inputs, "held out", progress)
     model = load_model(source, inputs.dtype, inputs.load_in, PartialState().device)
     description = {
         "model": identity(model, source),
@@ -103,8 +107,8 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
             "source": inputs.data,
             "split": inputs.split,
             "fingerprint": fingerprint(rows),
-            "held_out_rows": len(held_out),
             **summary.as_dict(),
+            "held_out": None if held_out_summary is None else held_out_summary.as_dict(),
         },
         "inputs": asdict(inputs),
         "versions": versions(),
@@ -125,7 +129,24 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
     )
     peft_model = attach(model, config)
     collator = Collator(pad_token_id(tokenizer))
-    return Prepared(peft_model, tokenizer, dataset, held_out, summary, collator, description)
+    return Prepared(
+        peft_model, tokenizer, dataset, held_out, summary, held_out_summary, collator, description
+    )
+
+
+def _encode(
+    rows: list[dict], places: list[int], tokenizer, inputs: Inputs, part: str, progress: bool
+) -> tuple[list[dict[str, list[int]]], DataSummary]:
+    try:
+        return encode(
+            [rows[i] for i in places],
+            tokenizer,
+            max_length=inputs.max_length,
+            progress=progress,
+            numbers=[i + 1 for i in places],
+        )
+    except ValueError as error:
+        raise ValueError(f"data {inputs.data} ({part}): {error}") from error
 
 
 def versions() -> dict[str, str]:

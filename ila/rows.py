@@ -13,11 +13,12 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from numbers import Integral, Real
 from pathlib import Path
 
 from ila.messages import FIELDS, to_messages
 
-__all__ = ["fingerprint", "load_rows", "split_rows", "to_messages"]
+__all__ = ["fingerprint", "load_rows", "split_indices", "split_rows", "to_messages"]
 
 
 def load_rows(
@@ -85,33 +86,45 @@ def fingerprint(rows: Iterable[Mapping[str, object]]) -> str:
 def split_rows(
     rows: Sequence[dict[str, object]], held_out: float, seed: int
 ) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-    """Shuffles rows by a seed and sets some of them aside.
+    """Shuffle rows by a seed and set some of them aside.
 
     Args:
         rows: Rows to divide; not changed.
-        held_out: How many to set aside: a count (int), or a fraction in (0, 1), rounded to a count.
+        held_out: How many to set aside: a count (integer), or a fraction in (0, 1), rounded to a
+            count.
         seed: Same rows and seed, same division, on every machine.
 
     Returns:
         (train, held out), both shuffled, neither empty.
 
     Raises:
-        ValueError: `held_out` is out of range or leaves one side empty.
+        ValueError: ``held_out`` is out of range or leaves one side empty.
     """
-    if isinstance(held_out, bool) or not isinstance(held_out, int | float):
+    train, aside = split_indices(len(rows), held_out, seed)
+    return [rows[i] for i in train], [rows[i] for i in aside]
+
+
+def split_indices(rows: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """Divide as ``split_rows`` does, and give the places of the rows, from 0, instead of them.
+
+    Raises:
+        ValueError: ``held_out`` is out of range or leaves one side empty.
+    """
+    if isinstance(held_out, bool) or not isinstance(held_out, Real):
         raise ValueError(f"held_out must be a fraction or a count, got {held_out!r}")
-    if isinstance(held_out, float) and not 0 < held_out < 1:
+    is_count = isinstance(held_out, Integral)
+    if not is_count and not 0 < held_out < 1:
         raise ValueError(f"held_out must be a fraction in (0, 1) or an int count, got {held_out}")
-    count = held_out if isinstance(held_out, int) else round(len(rows) * held_out)
-    if not 0 < count < len(rows):
+    count = int(held_out) if is_count else round(rows * float(held_out))
+    if not 0 < count < rows:
         raise ValueError(
-            f"held_out must leave rows on both sides, got {held_out} of {len(rows)} rows: "
-            f"{len(rows) - count} to train on and {count} held out"
+            f"held_out must leave rows on both sides, got {held_out} of {rows} rows: "
+            f"{rows - count} to train on and {count} held out"
         )
     # random() is the one method whose sequence Python promises to keep between versions.
     draw = random.Random(seed).random
-    order = sorted(range(len(rows)), key=lambda _: draw())
-    return [rows[i] for i in order[count:]], [rows[i] for i in order[:count]]
+    order = sorted(range(rows), key=lambda _: draw())
+    return order[count:], order[:count]
 
 
 def _looks_like_path(source: str | Path) -> bool:
@@ -198,8 +211,8 @@ def _read_json(path: Path, split: str) -> Iterator[dict]:
         _one_split(path, split)
     if not isinstance(value, list):
         raise ValueError(f"source {path}: expected a JSON array of rows, got {value!r:.40}")
-    for index, row in enumerate(value):
-        yield _object(row, path, f"rows[{index}]")
+    for number, row in enumerate(value, 1):
+        yield _object(row, path, f"row {number}")
 
 
 def _array_in(value: dict, path: Path, split: str) -> list:

@@ -145,7 +145,7 @@ def test_generation_prompt_that_opens_a_thought_is_left_behind():
 
 @pytest.mark.parametrize("template", [MOVING, MUTE])
 def test_template_that_hides_its_answers_is_refused(template):
-    with pytest.raises(ValueError, match=r"rows\[0\]: the chat template writes earlier turns"):
+    with pytest.raises(ValueError, match=r"row 1: the chat template writes earlier turns"):
         encode([CHAT], build(template), progress=False)
 
 
@@ -157,7 +157,7 @@ def test_moving_system_prompt_is_fine_with_one_turn():
 
 def test_template_error_names_row_and_roles():
     row = {"messages": [CHAT["messages"][1], CHAT["messages"][1], CHAT["messages"][2]]}
-    message = r"rows\[1\]: the chat template refused .*user, user.*: roles must alternate"
+    message = r"row 2: the chat template refused .*user, user.*: roles must alternate"
     with pytest.raises(ValueError, match=message):
         encode([CHAT, row], build(INST), progress=False)
 
@@ -257,8 +257,8 @@ def test_no_row_keeps_only_a_first_token_that_nothing_predicts():
         ([], {}, "rows must hold at least one row"),
         ([{"text": "a"}], {"max_length": 1}, "max_length must be at least 2, got 1"),
         ([{"text": ""}, {"text": None}], {}, "all 2 were dropped, 2 without an answer .*'text'"),
-        ([{"text": "a"}, {"body": "b"}], {}, r"rows\[1\]: row has no known form"),
-        ([{"text": "a"}, "b"], {}, r"rows\[1\]: a row must be a dict, got str"),
+        ([{"text": "a"}, {"body": "b"}], {}, r"row 2: row has no known form"),
+        ([{"text": "a"}, "b"], {}, r"row 2: a row must be a dict, got str"),
     ],
 )
 def test_unusable_rows_are_refused(plain, rows, options, message):

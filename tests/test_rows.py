@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ila.rows import fingerprint, load_rows, split_rows, to_messages
@@ -96,7 +97,7 @@ def test_parquet_keeps_values_and_nested_messages(tmp_path):
         ("c.jsonl", '{"text": "a"}\n[1]\n', "line 2: a row must be a JSON object, got list"),
         ("d.json", '[{"text": "a"},\n {"text": }]', "line 2, column 11: not JSON"),
         ("e.json", '{"text": "a"}\n{"text"}', "line 2, column 8: not JSON"),
-        ("f.json", '[{"text": "a"}, 3]', r"rows\[1\]: a row must be a JSON object, got int"),
+        ("f.json", '[{"text": "a"}, 3]', r"row 2: a row must be a JSON object, got int"),
         ("g.json", '{"items": [1]}', "'train', 'data' or 'rows', got keys .'items'"),
         ("h.json", '"text"', "expected a JSON array"),
         ("i.json", "", "no rows"),
@@ -195,6 +196,8 @@ def test_split_rows_is_a_seeded_partition():
     assert (len(train), len(held_out)) == (7, 3)
     assert sorted(row["text"] for row in train + held_out) == [row["text"] for row in rows]
     assert split_rows(rows, 3, seed=7) == (train, held_out)
+    for same in (np.float32(0.3), np.float64(0.3), np.int64(3)):
+        assert split_rows(rows, same, seed=7) == (train, held_out)
     assert split_rows(rows, 3, seed=8) != (train, held_out)
     assert rows == [{"text": str(i)} for i in range(10)]
 

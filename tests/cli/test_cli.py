@@ -41,7 +41,9 @@ def test_the_main_path(ila, learn, train, tmp_path, tiny_model_folder):
     first, second = tmp_path / "first", tmp_path / "second"
     answer = learn(first)
     assert answer.code == 0, answer.err
-    assert "11 of 11 rows kept" in answer.out and "scores of 14 layers" in answer.out
+    assert "To train on: 11 of 11 rows kept" in answer.out
+    assert "Held out: 1 of 1 rows kept" in answer.out
+    assert "scores of 14 layers" in answer.out
     assert learn(second, "--seed", "1", "--method", "path").code == 0
     for run in (first, second):
         names = {path.name for path in run.iterdir()}
@@ -221,6 +223,33 @@ def test_a_run_is_not_overwritten(learn, train, tmp_path, contents):
     assert contents(run) == before
 
 
+def test_a_row_is_named_by_its_place_in_the_file(train, tmp_path):
+    good, bad = '{"prompt": "a", "completion": "b"}\n', '{"prompt": "a", "completion": [{}]}\n'
+    for place in (1, 6, 12):
+        rows = [good] * 12
+        rows[place - 1] = bad
+        (tmp_path / "rows.jsonl").write_text("".join(rows))
+        for held_out in ("0", "0.5"):
+            line = train(
+                tmp_path / "out", "--data", tmp_path / "rows.jsonl", "--held-out", held_out
+            ).error()
+            assert f"): row {place}: completion: a message must have a role" in line
+
+
+def test_what_was_dropped_of_the_held_out_rows_is_counted(train, tmp_path, data):
+    mute = '{"prompt": "a", "completion": ""}\n'
+    (tmp_path / "rows.jsonl").write_text(data.read_text() + mute * 12)
+    answer = train(tmp_path / "run", "--data", tmp_path / "rows.jsonl", "--held-out", "0.5")
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    for part, counts in (("To train on", kept), ("Held out", kept["held_out"])):
+        assert counts["rows"] == 12 == counts["kept"] + counts["dropped_no_answer"]
+        said = f"{part}: {counts['kept']} of 12 rows kept (0 truncated; dropped: "
+        assert f"{said}{counts['dropped_no_answer']} without an answer" in answer.out
+    assert kept["kept"] + kept["held_out"]["kept"] == 12
+    answer = train(tmp_path / "all", "--held-out", "0")
+    assert "Held out: nothing." in answer.out
+
+
 def test_other_data_or_another_model_is_no_resume(
     learn, tmp_path, contents, tiny_model_folder, data
 ):
@@ -340,7 +369,7 @@ def test_export_and_report_write_over_nothing(ila, train, tmp_path):
         (("--data", "{tmp}/none.jsonl"), "none.jsonl: no rows in it"),
         (("--data", "{tmp}/broken.jsonl"), "broken.jsonl, line 2, column 2: not JSON"),
         (("--data", "{tmp}/mute.jsonl"), "all 11 were dropped, 11 without an answer"),
-        (("--data", "{tmp}/alien.jsonl"), "rows[0]"),
+        (("--data", "{tmp}/alien.jsonl"), "alien.jsonl (to train on): row "),
         (("--data", "{tmp}/one.jsonl"), "held_out must leave rows on both sides"),
         (("--max-length", "3"), "no answer token within max_length=3"),
         (("--max-length", "1"), "max_length must be at least 2, got 1"),
