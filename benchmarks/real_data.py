@@ -95,7 +95,7 @@ def collect(plan: Plan, options: dict) -> dict:
         search = provenance["search"]
         learned[name] = {
             "held_out_loss": dict(provenance["held_out_loss"]),
-            "stage1": {k: search["stage1"][k] for k in ("steps", "first_loss", "last_loss")},
+            "stage1": dict(search["stage1"]),
             "spread": dict(search["spread"]),
             "data_fingerprint": provenance["data"]["fingerprint"],
             "rows": provenance["data"]["rows"],

@@ -257,7 +257,8 @@ def _print_search(mask: Any) -> None:
     stage1, spread = search["stage1"], search["spread"]
     screen.print(
         f"Stage 1: {stage1['steps']} steps (stopped: {stage1['stopped']}), "
-        f"loss {stage1['first_loss']:.3f} → {stage1['last_loss']:.3f}"
+        f"training loss {stage1['first_window_loss']:.3f} → {stage1['last_window_loss']:.3f} "
+        f"(means of the first and the last {stage1['loss_window']} steps)"
         + (f", held out {held['before']:.3f} → {held['after_stage1']:.3f}" if held["rows"] else ""),
         highlight=False,
     )

@@ -25,7 +25,7 @@ from ila.layer import FUSED, MaskedLoraLayer
 from ila.mask import LayerMask
 from ila.model import masked_layers, single_adapter
 from ila.ranks import on_main_process
-from ila.signals import GateGradient, LayerMean, PathGradient
+from ila.signals import GateGradient, LayerMean, PathGradient, SignalTrainer
 from ila.stability import StopWhenStable
 from ila.trainer import (
     LogFile,
@@ -234,7 +234,7 @@ def _stage1(peft_model, adapter, layers, dataset, collator, work: _Work) -> dict
     signal = GateGradient(layers, adapter)
     stable = StopWhenStable(config.epsilon, config.stability_window)
     trainer = _train(
-        Trainer,
+        SignalTrainer,
         peft_model,
         dataset,
         collator,
@@ -250,8 +250,7 @@ def _stage1(peft_model, adapter, layers, dataset, collator, work: _Work) -> dict
     result = {
         "steps": trainer.state.global_step,
         "stopped": "stable" if stable.stable(trainer.state) else "budget",
-        "first_loss": losses(trainer)[0][1],
-        "last_loss": stable.smoothed(trainer.state),
+        **_course([loss for _, loss in losses(trainer)], config.stability_window),
         "gate_gradient": signal.mean(),
     }
     if work.keep and trainer.is_world_process_zero():
@@ -260,6 +259,17 @@ def _stage1(peft_model, adapter, layers, dataset, collator, work: _Work) -> dict
         write_json_atomic(done, result)
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def _course(losses: Sequence[float], window: int) -> dict[str, Any]:
+    """Mean loss of the first and of the last steps: as many of each, and none in both."""
+    window = max(1, min(window, len(losses) // 2))
+    first, last = losses[:window], losses[-window:]
+    return {
+        "first_window_loss": sum(first) / window,
+        "last_window_loss": sum(last) / window,
+        "loss_window": window,
+    }
 
 
 def _stage2(
@@ -273,8 +283,7 @@ def _stage2(
         "title": f"Stage 2: {config.method}",
         "steps": config.stage2_steps,
         "weight_decay": 0.0,
-        # Clips nothing, and makes Trainer undo fp16's loss scaling before gradients are read.
-        "max_grad_norm": 1e30,
+        "max_grad_norm": 1e30,  # clips nothing
         "lr_scheduler_type": "constant",
     }
     with stages.scored(peft_model, layers, adapter, config.score_init):
@@ -308,7 +317,7 @@ def _stage2(
 
 
 def _train(
-    trainer_class: type[Trainer],
+    trainer_class: type[SignalTrainer],
     peft_model: PeftModel,
     dataset: Sequence[Mapping[str, Any]],
     collator: Any,
@@ -346,6 +355,7 @@ def _train(
         dataset,
         callbacks=[*signals, *callbacks, *own],
     )
+    trainer.signal = signal
     start = resume_point(folder, work.resume)
     if start is not None and signal is not None:
         signal.load(start)

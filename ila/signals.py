@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ila.files import write_json_atomic
 from ila.layer import MaskedLoraLayer
@@ -23,7 +23,7 @@ class LayerMean(TrainerCallback):
     """Mean over optimiser steps of one number per layer; resumable through checkpoints.
 
     Steps may fall into several groups: the mean of each group then counts alike, however many steps
-    it had. Sums stay on the device of the first layer, in fp64.
+    it had. Sums stay on the device of the first layer, in fp64. ``SignalTrainer`` calls ``gather``.
     """
 
     FILE = "layer_mean.json"
@@ -32,7 +32,7 @@ class LayerMean(TrainerCallback):
         self.layers, self.adapter = layers, adapter
         self.device = next(iter(layers.values())).lora_A[adapter].weight.device
         self.totals = torch.zeros(groups, len(layers), dtype=torch.float64, device=self.device)
-        self.counts = [0] * groups
+        self.counts = torch.zeros(groups, dtype=torch.float64, device=self.device)
 
     def values(self) -> list[torch.Tensor]:
         """One number per layer from the gradients of this step, one element each."""
@@ -42,35 +42,61 @@ class LayerMean(TrainerCallback):
         """The group of a step, by the number of steps before it."""
         return 0
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        group = self.group(state.global_step)
+    def gather(self, step: int, loss_scale: float | None = None) -> None:
+        """Add the gradients of a step.
+
+        Args:
+            step: Steps before it.
+            loss_scale: What fp16 training multiplies the loss by; a step that overflowed, which the
+                optimiser skips, is then not counted. None where there is no such scaling.
+        """
+        group = self.group(step)
         values = [value.reshape(()).to(self.device, torch.float64) for value in self.values()]
-        self.totals[group] += torch.stack(values)
-        self.counts[group] += 1
+        found = torch.stack(values)
+        counted = torch.ones((), dtype=torch.float64, device=self.device)
+        if loss_scale is not None:
+            counted = found.isfinite().all().to(torch.float64)
+            found = torch.where(counted.bool(), found / loss_scale, 0.0)
+        self.totals[group] += found
+        self.counts[group] += counted
 
     def mean(self) -> dict[str, float]:
         """Module name -> mean; empty before the first step."""
-        seen = [group for group, count in enumerate(self.counts) if count]
-        if not seen:
+        seen = self.counts > 0
+        if not seen.any():
             return {}
-        means = torch.stack([self.totals[group] / self.counts[group] for group in seen]).mean(0)
+        means = (self.totals[seen] / self.counts[seen, None]).mean(0)
         return dict(zip(self.layers, means.tolist(), strict=True))
 
     def save(self, folder: Path) -> None:
         """Write the running sums beside a checkpoint."""
         write_json_atomic(
-            folder / self.FILE, {"totals": self.totals.tolist(), "counts": self.counts}
+            folder / self.FILE, {"totals": self.totals.tolist(), "counts": self.counts.tolist()}
         )
 
     def load(self, folder: Path) -> None:
         """Read the running sums of a checkpoint."""
         saved = json.loads((folder / self.FILE).read_text(encoding="utf-8"))
-        self.counts = saved["counts"]
-        self.totals = torch.tensor(saved["totals"], dtype=torch.float64, device=self.device)
+        for name in ("totals", "counts"):
+            getattr(self, name).copy_(torch.tensor(saved[name], dtype=torch.float64))
+
+
+class SignalTrainer(Trainer):
+    """Trainer that lets a ``LayerMean`` read the gradients of each optimiser step, unclipped."""
+
+    signal: LayerMean | None = None
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        # Accumulation is over, and Trainer's clipping, which would weigh steps unlike, comes next.
+        if self.signal is not None and self.accelerator.sync_gradients:
+            scaler = self.accelerator.scaler
+            self.signal.gather(self.state.global_step, scaler and scaler.get_scale())
+        return loss
 
 
 class GateGradient(LayerMean):
-    """−⟨dB, B⟩ of each layer: the importance that stage 1 gives for free (after clipping)."""
+    """−⟨dB, B⟩ of each layer: the importance that stage 1 gives for free."""
 
     def values(self) -> list[torch.Tensor]:
         products = []

@@ -33,11 +33,6 @@ class StopWhenStable(TrainerCallback):
         before, after = recent[: self.window], recent[self.window :]
         return abs(sum(after) - sum(before)) / self.window < self.epsilon
 
-    def smoothed(self, state: TrainerState) -> float:
-        """Mean loss of the last window."""
-        recent = self._losses(state)[-self.window :]
-        return sum(recent) / len(recent)
-
     @staticmethod
     def _losses(state: TrainerState) -> list[float]:
         return [float(entry["loss"]) for entry in state.log_history if "loss" in entry]

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from ila.layer import MaskedLoraLayer
+from ila.signals import SignalTrainer
 from ila.trainer import LogFile
 
 PATH_POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -58,7 +59,7 @@ def read_scores(layers: Mapping[str, MaskedLoraLayer], adapter: str) -> dict[str
     return dict(zip(layers, values.to("cpu", torch.float64).tolist(), strict=True))
 
 
-class ScoreTrainer(Trainer):
+class ScoreTrainer(SignalTrainer):
     """Trainer of the scores; undoes that PEFT makes an adapter trainable when it loads one."""
 
     def _load_from_checkpoint(self, *args, **kwargs):
