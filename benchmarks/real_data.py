@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ila.demo import Plan, run_plan
+from ila.claims import claim
+from ila.demo import PLAN_MARKER, Plan, run_plan
 from ila.files import write_json_atomic
 from ila.mask import LayerMask
 
@@ -61,21 +62,10 @@ def main() -> None:
         ],
     )
     same = {k: v for k, v in vars(options).items() if k not in ("work", "json")}
-    claim(options.work, json.loads(json.dumps(same)))
+    mine = {"what": "benchmarks.real_data", "options": same}
+    claim(options.work, mine, marker=PLAN_MARKER, resume=True, remedy="give another --work")
     run_plan(plan, Console())
     write_json_atomic(options.json, collect(plan, vars(options)))
-
-
-def claim(work: Path, options: dict) -> None:
-    """Refuse to mix runs: finished steps are not run again, whatever the options say."""
-    marker = work / "options.json"
-    if not marker.exists():
-        if work.exists() and any(work.iterdir()):
-            raise SystemExit(f"--work {work} holds something else")
-        work.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(marker, options)
-    elif json.loads(marker.read_text(encoding="utf-8")) != options:
-        raise SystemExit(f"--work {work} was begun with other options")
 
 
 def collect(plan: Plan, options: dict) -> dict:

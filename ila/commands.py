@@ -20,7 +20,7 @@ from ila.full import CHANGED_FILE, OpenLayers, load_changed, open_layers
 from ila.loading import find_source, load_model, load_tokenizer
 from ila.mask import LayerMask, thawed
 from ila.model import apply_mask
-from ila.pipeline import Inputs, claim_folder, prepare, read_run
+from ila.pipeline import Inputs, check_folder, claim_folder, prepare, read_run
 from ila.report import runs_markdown
 from ila.runs import load_run
 from ila.search import SearchConfig, learn_mask
@@ -36,7 +36,8 @@ def learn(
     Returns:
         The mask and what became of the rows, in words.
     """
-    config = replace(config, seed=inputs.seed)
+    config, inputs = replace(config, seed=inputs.seed), inputs.located()
+    check_folder(out, inputs, resume, "learn")
     prepared = prepare(inputs, progress=progress)
     claim_folder(out, prepared.description, resume, "learn")
     if resume and (out / "mask.json").is_file():
@@ -115,7 +116,8 @@ def train_selected(
             are no proof: Llama-2-7B and Mistral-7B share all of theirs. A chat model has the
             configuration of its base, so a mask goes from one to the other.
     """
-    config = replace(config, seed=inputs.seed)
+    config, inputs = replace(config, seed=inputs.seed), inputs.located()
+    check_folder(out, inputs, resume, "train")
     mask = None if mask_file is None else LayerMask.load(mask_file)
     if full and inputs.load_in is not None:
         raise ValueError("full training changes the base's own weights; leave out load_in")
@@ -128,7 +130,7 @@ def train_selected(
     elif mask is not None:
         apply_mask(prepared.model, mask)
     opened = None if mask is None else list(mask.open)
-    description = {**prepared.description, "open": opened, **({"full": True} if full else {})}
+    description = {**prepared.description, "open": opened, "full": full}
     claim_folder(out, description, resume, "train")
     metrics = train(
         model,

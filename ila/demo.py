@@ -17,9 +17,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ila.claims import claim, read
 from ila.files import write_folder_atomic, write_json_atomic
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "data"
+# Says with which options a plan was begun: finished steps are skipped, so none may change.
+PLAN_MARKER = "plan.json"
 DATA = ("arithmetic", "polite", "extraction")
 
 
@@ -86,14 +89,15 @@ def run_demo(out: Path, *, steps: int, fresh: bool, screen: Console) -> None:
 
     Raises:
         FileNotFoundError: If the demo's model or data is not installed.
-        ValueError: If ``steps`` is below 5, or ``--fresh`` would remove what is no demo.
+        ValueError: If ``steps`` is below 5, or ``out`` holds something else: a demo of other steps
+            (without ``fresh``), or none.
     """
     if steps < 5:  # one for each point of the search's path
         raise ValueError(f"steps must be ≥ 5, got {steps}")
     missing = [name for name in DATA if not (EXAMPLES / f"{name}.jsonl").is_file()]
     if missing:
         raise FileNotFoundError(f"{EXAMPLES} has no {missing}: run the demo from a clone")
-    _claim(out, fresh)
+    _claim(out, steps, fresh)
     model = out / "model"
     if not model.exists():
         _unpack_model(model, screen)
@@ -111,21 +115,23 @@ def run_demo(out: Path, *, steps: int, fresh: bool, screen: Console) -> None:
     screen.print(f"\nMasks, heat maps, adapters and the report are in {out}")
 
 
-def _claim(out: Path, fresh: bool) -> None:
-    """Make ``out`` the demo's; ``fresh`` removes what a demo makes there and nothing else."""
-    marker = out / "demo.json"
-    if not marker.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"--out {out} is not the folder of a demo; it was left alone")
-        out.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(marker, {"made_by": "ila demo"})
-    elif fresh:
+def _claim(out: Path, steps: int, fresh: bool) -> None:
+    """Make ``out`` this demo's; ``fresh`` removes what a demo makes there and nothing else."""
+    mine = {"what": "ila demo", "options": {"steps": steps}}
+    if fresh and (out / PLAN_MARKER).is_file() and _is_demo(out):
         (out / "compare.json").unlink(missing_ok=True)
         folders = ["model", *(f"learn-{name}" for name in DATA)]
         for name in DATA:
             folders += [f"{name}-all-layers", f"{name}-top-30-percent", f"report-{name}"]
         for folder in folders:
             shutil.rmtree(out / folder, ignore_errors=True)
+        write_json_atomic(out / PLAN_MARKER, mine)
+    remedy = "give another --out, or --fresh to start again"
+    claim(out, mine, marker=PLAN_MARKER, resume=True, remedy=remedy)
+
+
+def _is_demo(out: Path) -> bool:
+    return read(out, PLAN_MARKER).get("what") == "ila demo"
 
 
 def _unpack_model(folder: Path, screen: Console) -> None:

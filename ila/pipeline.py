@@ -6,9 +6,9 @@ kept beside its results, so that a folder can tell whether it is being resumed o
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from ila import claims
 from ila.data import Collator, DataSummary, encode, pad_token_id
-from ila.files import write_json_atomic
 from ila.loading import LOAD_IN, find_source, identity, load_model, load_tokenizer
 from ila.model import attach
 from ila.ranks import on_main_process
 from ila.rows import fingerprint, load_rows, split_indices
 from ila_kernels._version import __version__
 
+# What must be the same for a run to be resumed; versions may differ.
+_SAME = ("what", "model", "data", "inputs", "open", "full")
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 
 
@@ -60,6 +62,15 @@ class Inputs:
         if self.load_in not in (None, *LOAD_IN):
             raise ValueError(f"load_in must be one of {LOAD_IN}, got {self.load_in!r}")
 
+    def located(self) -> Inputs:
+        """Local paths made absolute: the run may be read again from another working folder."""
+        return replace(self, model=_located(self.model), data=_located(self.data))
+
+
+def _located(name: str) -> str:
+    path = os.path.abspath(os.path.expanduser(name))
+    return path if os.path.exists(path) else name
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -90,6 +101,7 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
         FileNotFoundError: If model or data cannot be found.
         ValueError: If they do not fit; see ``load_rows``, ``encode``, ``attach``.
     """
+    inputs = inputs.located()
     source = find_source(inputs.model, inputs.gguf_file, inputs.trust_remote_code)
     rows = load_rows(inputs.data, split=inputs.split, limit=inputs.limit)
     places, aside = list(range(len(rows))), []
@@ -160,6 +172,12 @@ def versions() -> dict[str, str]:
     return {**found, "ila-kernels": __version__}
 
 
+def check_folder(out: Path, inputs: Inputs, resume: bool, what: str) -> None:
+    """Find before anything is loaded what ``claim_folder`` would refuse for the inputs alone."""
+    known = {"what": what, "inputs": asdict(inputs)}
+    on_main_process(lambda: claims.check(out, known, marker=claims.RUN_MARKER, resume=resume))
+
+
 def claim_folder(out: Path, description: Mapping[str, Any], resume: bool, what: str) -> None:
     """Make ``out`` this run's, or check that it is: same model, data, options, open layers.
 
@@ -167,42 +185,12 @@ def claim_folder(out: Path, description: Mapping[str, Any], resume: bool, what: 
         ValueError: If the folder holds another run, or one that was not asked to be resumed, or
             anything that is no run at all.
     """
-    on_main_process(lambda: _claim(out, description, resume, what))
-
-
-def _claim(out: Path, description: Mapping[str, Any], resume: bool, what: str) -> None:
-    marker = out / "run.json"
-    mine = json.loads(json.dumps({"what": what, **description}))
-    if marker.exists():
-        try:
-            found = json.loads(marker.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{marker} is not JSON ({error}); give another --out") from error
-        if not resume:
-            raise ValueError(
-                f"--out {out} holds another run; give another folder, or --resume to go on with it"
-            )
-        keys = ("what", "model", "data", "inputs", "open", "full")
-        differs = [key for key in keys if found.get(key) != mine.get(key)]
-        if differs:
-            detail = ", ".join(_differences(found, mine, differs))
-            raise ValueError(f"--out {out} holds a run that differs in {detail}")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} exists and is not the folder of a run; give another")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(marker, mine)
-
-
-def _differences(found: Mapping[str, Any], mine: Mapping[str, Any], keys: list[str]) -> list[str]:
-    names = []
-    for key in keys:
-        old, new = found.get(key), mine.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            names += [f"{key}.{k}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-        else:
-            names.append(key)
-    return names
+    described = {"what": what, **description}
+    same = {key: described[key] for key in _SAME if key in described}
+    also = {key: value for key, value in described.items() if key not in _SAME}
+    on_main_process(
+        lambda: claims.claim(out, same, marker=claims.RUN_MARKER, resume=resume, also=also)
+    )
 
 
 def read_run(folder: str | Path, what: str) -> dict[str, Any]:
@@ -212,13 +200,7 @@ def read_run(folder: str | Path, what: str) -> dict[str, Any]:
         FileNotFoundError: If the folder is not a run.
         ValueError: If it is a run of another kind, or damaged.
     """
-    marker = Path(folder) / "run.json"
-    if not marker.is_file():
-        raise FileNotFoundError(f"{folder} is not the folder of a run: it has no run.json")
-    try:
-        found = json.loads(marker.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{marker} is not JSON: {error}") from error
+    found = claims.read(Path(folder), claims.RUN_MARKER)
     if found.get("what") != what:
         raise ValueError(f"{folder} holds a run of `ila {found.get('what')}`, not of `ila {what}`")
     return found

@@ -18,8 +18,9 @@ from typing import Any
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
-from ila import stages
+from ila import claims, stages
 from ila.checkpoint import load_adapter, save_adapter
+from ila.claims import RUN_MARKER
 from ila.files import write_folder_atomic, write_json_atomic
 from ila.layer import FUSED, MaskedLoraLayer
 from ila.mask import LayerMask
@@ -181,29 +182,15 @@ class _Work:
 
     def claim(self, adapter: str, layers: Mapping[str, MaskedLoraLayer], rows: int) -> None:
         """Mark the folder as this search's, or check that it is."""
-        marker = self.folder / "search.json"
-        mine = {"config": self.config.as_dict(), "adapter": adapter, "layers": list(layers)}
-        mine["rows"] = rows
-        mine = json.loads(json.dumps(mine))
-        if not self.keep:
-            return
-        if marker.exists():
-            found = json.loads(marker.read_text(encoding="utf-8"))
-            if not self.resume:
-                raise ValueError(
-                    f"output_dir {str(self.folder)!r} holds another search; "
-                    "give another folder, or resume it"
-                )
-            differs = [k for k in mine["config"] if found["config"].get(k) != mine["config"][k]]
-            differs += [k for k in ("adapter", "layers", "rows") if found.get(k) != mine[k]]
-            if differs:
-                raise ValueError(
-                    f"output_dir {str(self.folder)!r} holds a search with other "
-                    f"{', '.join(differs)}"
-                )
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(marker, mine)
+        if self.keep:
+            mine = {"config": self.config.as_dict(), "adapter": adapter, "layers": list(layers)}
+            claims.claim(
+                self.folder,
+                {**mine, "rows": rows},
+                marker="search.json",
+                resume=self.resume,
+                beside=(RUN_MARKER,),
+            )
 
     def log(self, stage: str) -> LogFile | None:
         return LogFile(self.folder / "log.jsonl", stage) if self.keep else None

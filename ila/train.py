@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ila.checkpoint import load_adapter, save_adapter
+from ila.claims import RUN_MARKER, claim
 from ila.files import move_in, write_json_atomic
 from ila.full import OpenLayers
 from ila.layer import MaskedLoraLayer
@@ -123,7 +124,8 @@ def train(
         if output_dir is not None:
             names = [n for n, p in model.named_parameters() if p.requires_grad]
             mine = {"config": config.as_dict(), **counts, "rows": len(dataset), "trained": names}
-            on_main_process(lambda: _claim(out, mine, resume))
+            where = {"marker": "train.json", "beside": (RUN_MARKER,)}
+            on_main_process(lambda: claim(out, mine, resume=resume, **where))
             if resume and (out / "metrics.json").exists():
                 what.load(out)
                 return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
@@ -221,24 +223,6 @@ def _counts(peft_model: PeftModel, adapter: str) -> dict[str, Any]:
     }
 
 
-def _claim(out: Path, mine: Mapping[str, Any], resume: bool) -> None:
-    marker = out / "train.json"
-    mine = json.loads(json.dumps(mine))
-    if not marker.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(marker, mine)
-        return
-    if not resume:
-        raise ValueError(f"output_dir {str(out)!r} holds another run; give another, or resume it")
-    for left_over in out.glob(".adapter-*"):  # of a run killed while it saved
-        shutil.rmtree(left_over)
-    found = json.loads(marker.read_text(encoding="utf-8"))
-    differs = [k for k in mine["config"] if found["config"].get(k) != mine["config"][k]]
-    differs += [k for k in mine if k != "config" and found.get(k) != mine[k]]
-    if differs:
-        raise ValueError(f"output_dir {str(out)!r} holds a run with other {', '.join(differs)}")
-
-
 def _held_out(trainer, held_out, collator, config, out: Path) -> float | None:
     """Loss before training; a resumed run reads what the first start measured."""
     file = out / "before.json"
@@ -260,6 +244,8 @@ def _save(what: _Adapter | OpenLayers, out: Path, metrics: Mapping[str, Any]) ->
 
     Each is on the disk before the next begins, so that this holds for a power failure too.
     """
+    for left_over in out.glob(".adapter-*"):  # of a run killed while it saved
+        shutil.rmtree(left_over)
     with tempfile.TemporaryDirectory(dir=out, prefix=".adapter-") as folder:
         what.save(Path(folder))
         move_in(folder, out)

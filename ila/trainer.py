@@ -58,6 +58,7 @@ def check_training_args(extra: Mapping[str, Any], steps: str) -> None:
 
     Raises:
         ValueError: If ``extra`` holds a name that is decided elsewhere, or an unknown one.
+        TypeError: If it holds what JSON cannot.
     """
     fields = _FIELDS | dict.fromkeys(_STEPS, steps)
     for name in extra:
@@ -68,6 +69,7 @@ def check_training_args(extra: Mapping[str, Any], steps: str) -> None:
     unknown = sorted(set(extra) - set(TrainingArguments.__dataclass_fields__))
     if unknown:
         raise ValueError(f"training_args has names that TrainingArguments does not know: {unknown}")
+    json.dumps(dict(extra))  # they are kept with what they lead to
 
 
 def arguments(

@@ -36,6 +36,7 @@ STOREYS = {
     ),
     "ila": (
         "files",
+        "claims",
         "mask",
         "messages",
         "layer",
@@ -85,7 +86,7 @@ MODEL_LIBRARIES = {
 # Below the public functions of ila_kernels; `ila` does not reach past those.
 INNER_STOREYS = {"validate", "dropout", "eager", "group", "kernels", "ops"}
 # Importable in a millisecond, wherever a mask or a row is read.
-PURE_STOREYS = {"files", "mask", "messages"}
+PURE_STOREYS = {"files", "claims", "mask", "messages"}
 
 # "path": {"VARIABLE", ...}. Empty: no environment variable chooses numerics or back ends here.
 ENVIRONMENT_READS: dict[str, set[str]] = {}

@@ -208,14 +208,14 @@ def test_a_run_is_not_overwritten(learn, train, tmp_path, contents):
     run = tmp_path / "run"
     assert learn(run).code == 0
     before = contents(run)
-    assert f"--out {run} holds another run" in learn(run).error()
-    assert f"--out {run} holds another run" in train(run).error()
+    assert f"folder {run} holds another run" in learn(run).error()
+    assert f"folder {run} holds another run" in train(run).error()
     for options, field in (
         (("--rank", "3"), "inputs.rank"),
         (("--seed", "1"), "inputs.seed"),
         (("--stage2-steps", "6"), "stage2_steps"),
         (("--method", "path"), "method"),
-        (("--limit", "8"), "data.fingerprint"),
+        (("--limit", "8"), "inputs.limit"),
     ):
         line = learn(run, "--resume", *options).error()
         assert field in line and str(run) in line
@@ -253,20 +253,57 @@ def test_what_was_dropped_of_the_held_out_rows_is_counted(train, tmp_path, data)
 def test_other_data_or_another_model_is_no_resume(
     learn, tmp_path, contents, tiny_model_folder, data
 ):
-    run = tmp_path / "run"
-    assert learn(run).code == 0
+    run, rows = tmp_path / "run", tmp_path / "rows.jsonl"
+    rows.write_text(data.read_text())
+    model = copy_of(tiny_model_folder, tmp_path / "model")
+    options = ("--model", model, "--data", rows)
+    assert learn(run, *options).code == 0
     before = contents(run)
-    changed = tmp_path / "letters.jsonl"
-    changed.write_text(data.read_text().replace("a b c", "c b a"))
-    assert "data.fingerprint" in learn(run, "--resume", "--data", changed).error()
-    other = tmp_path / "model"
-    config = json.loads((tiny_model_folder / "config.json").read_text())
-    for file in tiny_model_folder.iterdir():
-        (other / file.name).parent.mkdir(exist_ok=True)
-        (other / file.name).write_bytes(file.read_bytes())
-    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-    assert "model.config_fingerprint" in learn(run, "--resume", "--model", other).error()
+    assert "differs in inputs.data;" in learn(run, "--resume", "--model", model).error()
+    assert "differs in inputs.model;" in learn(run, "--resume", "--data", rows).error()
+    # The same names, but not what they held.
+    rows.write_text(data.read_text().replace("a b c", "c b a"))
+    assert "differs in data.fingerprint;" in learn(run, "--resume", *options).error()
+    rows.write_text(data.read_text())
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert "differs in model.config_fingerprint;" in learn(run, "--resume", *options).error()
     assert contents(run) == before
+
+
+def test_a_folder_that_is_taken_is_found_before_anything_is_loaded(
+    learn, train, tmp_path, monkeypatch
+):
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert learn(run).code == 0
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    for name in ("load_model", "load_tokenizer", "load_rows"):
+        monkeypatch.setattr(f"ila.pipeline.{name}", lambda *_, **__: pytest.fail("loaded"))
+    assert "holds another run" in learn(run).error()
+    assert "differs in inputs.rank" in learn(run, "--resume", "--rank", "3").error()
+    assert "differs in what" in train(run, "--resume").error()
+    assert "is not the folder of a run" in train(other).error()
+
+
+def test_a_run_begun_with_relative_paths_is_exported_from_elsewhere(
+    ila, learn, train, tmp_path, tiny_model_folder, data, monkeypatch
+):
+    copy_of(tiny_model_folder, tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(data.read_text())
+    relative = ("--model", "model", "--data", "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert train("run", *relative).code == 0
+    inputs = json.loads((tmp_path / "run" / "run.json").read_text())["inputs"]
+    assert inputs["model"] == str(tmp_path / "model")
+    assert inputs["data"] == str(tmp_path / "rows.jsonl")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    answer = ila("export", tmp_path / "run", "--out", "merged", "--merge")
+    assert answer.code == 0 and (tmp_path / "elsewhere" / "merged" / "config.json").is_file()
+    # And the same run said in another way is resumed.
+    absolute = ("--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl")
+    assert train(tmp_path / "run", "--resume", *absolute).code == 0
 
 
 def test_training_with_another_mask_is_no_resume(ila, learn, train, tmp_path, contents):
@@ -616,7 +653,7 @@ def test_a_wrong_call_exits_with_2(arguments, ila):
 def test_fresh_does_not_remove_what_is_no_demo(ila, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     assert (
-        "not the folder of a demo; it was left alone"
+        "not the folder of a run and was left alone"
         in ila("demo", "--fresh", "--out", tmp_path).error()
     )
     assert (tmp_path / "thesis.txt").read_text() == "years of work"

@@ -45,6 +45,22 @@ def test_demo_leaves_masks_agreement_adapters_and_a_report(tiny_demo, tmp_path, 
     assert calls == ["compare", "select", "report"]  # nothing that takes long
 
 
+def test_a_demo_of_other_steps_is_refused_until_it_is_fresh(tiny_demo, tmp_path, monkeypatch):
+    out, screen, plans = tmp_path / "demo", Console(quiet=True), []
+    monkeypatch.setattr(demo, "run_plan", lambda plan, screen: plans.append(plan))
+    demo.run_demo(out, steps=5, fresh=False, screen=screen)
+    message = r"differs in options\.steps; give another --out, or --fresh to start again$"
+    with pytest.raises(ValueError, match=message):
+        demo.run_demo(out, steps=6, fresh=False, screen=screen)
+    assert len(plans) == 1
+    (out / "learn-polite").mkdir()
+    demo.run_demo(out, steps=6, fresh=True, screen=screen)
+    assert not (out / "learn-polite").exists() and len(plans) == 2
+    demo.run_demo(out, steps=6, fresh=False, screen=screen)
+    with pytest.raises(ValueError, match=message):
+        demo.run_demo(out, steps=5, fresh=False, screen=screen)
+
+
 def test_a_step_that_fails_is_named_and_ends_the_demo():
     arguments = ("learn", "--model", "nowhere/else/at/all", "--data", "none", "--out", "x")
     with pytest.raises(RuntimeError, match="this step failed: ila learn --model nowhere"):
@@ -53,7 +69,7 @@ def test_a_step_that_fails_is_named_and_ends_the_demo():
 
 def test_fresh_removes_a_demo_and_nothing_else(tiny_demo, tmp_path):
     (tmp_path / "mine.txt").write_text("keep me", encoding="utf-8")
-    with pytest.raises(ValueError, match="is not the folder of a demo"):
+    with pytest.raises(ValueError, match="is not the folder of a run and was left alone"):
         demo.run_demo(tmp_path, steps=5, fresh=True, screen=Console(quiet=True))
     assert (tmp_path / "mine.txt").read_text(encoding="utf-8") == "keep me"
 
@@ -64,7 +80,7 @@ def test_fresh_keeps_what_a_demo_did_not_make(tiny_demo, tmp_path, monkeypatch):
     (out / "model").mkdir(parents=True)
     (out / "model" / "config.json").write_text("{}", encoding="utf-8")
     (out / "thesis.txt").write_text("years of work", encoding="utf-8")
-    with pytest.raises(ValueError, match="is not the folder of a demo"):
+    with pytest.raises(ValueError, match="is not the folder of a run and was left alone"):
         demo.run_demo(out, steps=5, fresh=True, screen=screen)
     assert (out / "model" / "config.json").read_text(encoding="utf-8") == "{}"
 
