@@ -269,18 +269,29 @@ def _print_search(mask: Any) -> None:
     )
 
 
+_GOES_ON = {
+    "learn": "; the same command with --resume goes on",
+    "train": "; the same command with --resume goes on",
+    "demo": "; the same command goes on",
+}
+
+
 def main() -> None:
     """Run the command; an error of the user's is one line on stderr and exit code 2."""
     # peft asks transformers by a name that transformers 5 is renaming; nothing a user can change.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*is deprecated")
     try:
         app()
-    except (ValueError, TypeError, FloatingPointError, RuntimeError, OSError) as error:
+    except (
+        *(ValueError, TypeError, FloatingPointError, RuntimeError, OSError),
+        ImportError,  # of what only some inputs need: the message names the package
+    ) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
         sys.exit(2)
     except SystemExit as done:
         if done.code == 130:  # typer's answer to Ctrl-C, given without a word
-            Console(stderr=True).print("interrupted; the same command with --resume goes on")
+            command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+            Console(stderr=True).print(f"interrupted{_GOES_ON.get(command, '')}")
         raise
     finally:
         if "ila.ranks" in sys.modules:
@@ -290,7 +301,7 @@ def main() -> None:
 def _plain(error: Exception) -> str:
     from rich.markup import escape
 
-    return escape(str(error) or type(error).__name__)
+    return " ".join(escape(str(error) or type(error).__name__).split())
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from ila.search import SearchConfig, learn_mask
 from ila.train import ADAPTER_FILES, TrainConfig, train
 from ila.trainer import held_out_loss
 
+_REPORT_MARK = "<!-- written by `ila report`, which may write it again -->"
+
 
 def learn(
     inputs: Inputs, config: SearchConfig, out: Path, *, resume: bool = False, progress: bool = True
@@ -84,11 +86,10 @@ def select(
     if out is None:
         folder = run if run.is_dir() else run.parent
         out = folder / (f"mask-top-{top}.json" if top is not None else f"mask-freeze-{freeze}.json")
-    cut = LayerMask(
-        cut.scores,
-        cut.gates,
-        provenance={**mask.provenance, "selection": {"top": top, "freeze": freeze}},
-    )
+    chosen = {"top": top, "freeze": freeze}
+    chosen = {name: None if share is None else float(share) for name, share in chosen.items()}
+    provenance = {**mask.provenance, "selection": chosen}
+    cut = LayerMask(cut.scores, cut.gates, provenance=provenance)
     cut.save(out)
     return cut, out
 
@@ -160,11 +161,25 @@ def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, Any])
 
 
 def report(runs: list[Path], out: Path) -> list[dict[str, Any]]:
-    """Compare finished trainings: ``report.md`` and ``report.png`` in ``out``."""
+    """Compare finished trainings: ``report.md`` and ``report.png`` in ``out``.
+
+    A report that is there is written again, so that one can be kept up to date.
+
+    Raises:
+        FileExistsError: If a file of one of these names is there that no report made.
+    """
     loaded = [load_run(run) for run in runs]
+    page, picture = out / "report.md", out / "report.png"
+    ours = page.is_file() and page.read_text("utf-8", "replace").startswith(_REPORT_MARK)
+    for file in (page, picture):
+        if file.exists() and not ours:
+            raise FileExistsError(f"{file} is not of `ila report` and was left alone; move it")
     out.mkdir(parents=True, exist_ok=True)
-    runs_figure(loaded, out / "report.png")
-    write_text_atomic(out / "report.md", runs_markdown(loaded) + "\n\n![report](report.png)\n")
+    # The page first: without its mark the picture could not be written again.
+    write_text_atomic(
+        page, f"{_REPORT_MARK}\n\n{runs_markdown(loaded)}\n\n![report]({picture.name})\n"
+    )
+    runs_figure(loaded, picture)
     return loaded
 
 
@@ -188,6 +203,8 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
     missing = [name for name in files if not (run / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{run} has no {' and no '.join(missing)}: is it finished?")
+    if out.exists():
+        raise FileExistsError(f"{out} exists and was left alone; give another folder")
     if not merge:
         with write_folder_atomic(out) as folder:
             for name in files:

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 DTYPES = {
     "auto": "auto",
@@ -102,9 +103,11 @@ def load_model(
             should be packed, or the weights are damaged.
         RuntimeError: If ``load_in`` is given and bitsandbytes is not installed.
         FileNotFoundError: If the model can be found neither here nor on the hub.
+        ImportError: If it is a GGUF file and the package to read it is not installed.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+    _need_gguf(source)
     wanted = DTYPES[dtype]
     if wanted == "auto" and source.gguf_file is not None:
         wanted = torch.bfloat16
@@ -158,17 +161,21 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     Raises:
         FileNotFoundError: If it can be found neither here nor on the hub.
         ValueError: If it cannot be read.
+        ImportError: If it is in a GGUF file and the package to read that is not installed.
     """
+    _need_gguf(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **source.options())
+        # On the hub as in a folder: the file is in the cache by now.
+        gguf = source.gguf_file and cached_file(source.name, source.gguf_file)
     except OSError as error:
         raise FileNotFoundError(_not_found(source, error)) from error
     except ValueError as error:
         raise ValueError(
             f"the tokenizer of model {source.name!r} cannot be read: {error}"
         ) from error
-    if source.gguf_file is not None:
-        _repair_pre_tokenizer(tokenizer, Path(source.name) / source.gguf_file)
+    if gguf:
+        _repair_pre_tokenizer(tokenizer, gguf)
     return tokenizer
 
 
@@ -196,11 +203,19 @@ def identity(model: PreTrainedModel, source: Source) -> dict[str, Any]:
     }
 
 
+def _need_gguf(source: Source) -> None:
+    if source.gguf_file is not None and find_spec("gguf") is None:
+        raise ImportError(
+            f"reading {source.gguf_file} needs the package gguf: pip install 'ila-kernels[gguf]'"
+        )
+
+
 def _not_found(source: Source, error: OSError) -> str:
     first = str(error).strip().splitlines()[0]
+    if Path(source.name).is_dir():
+        return f"model folder {source.name!r} lacks a file, or one of them is damaged: {first}"
     return (
-        f"model {source.name!r} is not a local folder with a model, and loading it from the hub "
-        f"failed: {first}"
+        f"model {source.name!r} is not a local folder, and loading it from the hub failed: {first}"
     )
 
 
@@ -213,9 +228,7 @@ _PRE_TOKENIZERS = {
 }
 
 
-def _repair_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    if not path.is_file():
-        return
+def _repair_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     from gguf import GGUFReader
 
     field = GGUFReader(path).get_field("tokenizer.ggml.pre")

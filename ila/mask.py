@@ -348,8 +348,9 @@ def _number(value: Any, what: str) -> float:
 
 
 def _rounded_share(fraction: float, count: int) -> int:
-    # 0.145 * 100 is 14.499999999999998 in floating point; the caller meant 14.5.
-    return math.floor(Fraction(repr(float(fraction))) * count + Fraction(1, 2))
+    # 0.145 * 100 is 14.499999999999998 in floating point; the caller meant 14.5. str: a number of
+    # numpy's prints as what it was made from, and float32's 0.3 is not float64's.
+    return math.floor(Fraction(str(fraction)) * count + Fraction(1, 2))
 
 
 def _centred_ranks(values: list[float]) -> np.ndarray:

@@ -42,6 +42,7 @@ def load_rows(
 
     Raises:
         FileNotFoundError: The file does not exist, or the hub cannot be reached or has no such set.
+        ImportError: The package that reads this kind of source is not installed.
         ValueError: The file is no readable table, holds no rows, or an argument is out of range.
     """
     if limit is not None and limit < 1:
@@ -139,8 +140,13 @@ def _looks_like_path(source: str | Path) -> bool:
 
 
 def _from_hub(source: str, split: str, limit: int | None) -> list[dict]:
-    import datasets
-
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"source {source} is no local file, and reading a data set of the hub needs the "
+            "package datasets: pip install datasets"
+        ) from error
     name, _, config = source.partition(":")
     try:
         table = datasets.load_dataset(name, config or None, split=split)
@@ -243,7 +249,12 @@ def _read_csv(path: Path, split: str) -> Iterator[dict]:
 
 
 def _read_parquet(path: Path, split: str) -> Iterator[dict]:
-    from pyarrow import ArrowInvalid, parquet
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise ImportError(
+            f"reading {path} needs the package pyarrow: pip install pyarrow"
+        ) from error
 
     _one_split(path, split)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -90,6 +91,7 @@ def masked_lora_linear(
     if dtype is not None:
         x, weight, bias = (_rounded(t, dtype) for t in (x, weight, bias))
     check_linear(x, weight, lora_a, lora_b, gate, bias, scale)
+    scale = float(scale)
     x2d = _flat(x)
     chosen = _chosen(impl, x2d, [weight])
     seed = _seeds(dropout_p, seed, 1)
@@ -102,7 +104,7 @@ def masked_lora_linear(
             x2d, weight, lora_a, lora_b, gate, bias, scale, keep, dropout_p
         )
     else:
-        arguments = (x2d, weight, lora_a, lora_b, gate, bias, seed, float(scale), float(dropout_p))
+        arguments = (x2d, weight, lora_a, lora_b, gate, bias, seed, scale, float(dropout_p))
         arguments += (chosen,)
         plain = chosen == "eager" and gate is None and seed is None and not packed
         if torch.compiler.is_compiling() and not packed:
@@ -163,7 +165,7 @@ def masked_lora_linear_group(
     count = len(weights)
     gates = [None] * count if gates is None else list(gates)
     biases = [None] * count if biases is None else list(biases)
-    scales = [scales] * count if isinstance(scales, (int, float)) else list(scales)
+    scales = [scales] * count if isinstance(scales, Real) else list(scales)
     dtype = _autocast_dtype(x)
     packed = [w for w in weights if isinstance(w, PackedWeight)]
     if dtype is not None and packed:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def check_linear(
         _check_tensor("gate" + member, gate, x.device)
         if gate.numel() != 1 or gate.dim() > 1:
             raise ValueError(f"gate{member} must have shape () or (1,), got {tuple(gate.shape)}")
-    if not isinstance(scale, (int, float)):
+    if not isinstance(scale, (int, float, Real)):  # Real: numpy's numbers
         raise TypeError(f"scale{member} must be a number, got {type(scale).__name__}")
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale{member} must be finite, got {scale}")

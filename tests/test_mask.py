@@ -69,6 +69,7 @@ def test_bottom_is_the_end_of_the_same_ranking(mask, p):
         (224, 0.3, 67),
         (7, 1, 7),
         (7, np.float32(0.5), 4),
+        (100, np.float32(0.145), 15),  # 0.14499999582767487 as a float64
     ],
 )
 def test_top_rounds_half_up(modules, fraction, kept):

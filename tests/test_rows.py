@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,17 @@ def test_unreachable_hub_names_the_local_way_out(hub):
     hub.append(ConnectionError("offline"))
     with pytest.raises(FileNotFoundError, match=r"owner/name.*offline.*\.jsonl"):
         load_rows("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("source", "package"), [("org/set", "datasets"), ("rows.parquet", "pyarrow")]
+)
+def test_a_missing_package_is_named(source, package, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"needs the package {package}: pip install {package}$"):
+        load_rows(source)
 
 
 def test_unknown_split_on_the_hub_is_a_value_error(hub):

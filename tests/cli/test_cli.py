@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, LlamaForCausalLM, Trainer
 
+from ila import commands
 from ila.layer import MaskedLoraLinear
 from ila.mask import LayerMask
 from ila.runs import load_run
@@ -191,14 +193,38 @@ def test_train_resumed_after_a_kill_gives_the_same_files(train, tmp_path, monkey
     assert load_run(tmp_path / "broken")["losses"] == load_run(tmp_path / "whole")["losses"]
 
 
-def test_ctrl_c_says_how_to_go_on(learn, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "where", "said"),
+    [
+        (("learn", "--out", "{tmp}/run"), "learn", "; the same command with --resume goes on"),
+        (("train", "--out", "{tmp}/run"), "train_selected", "; the same command with --resume"),
+        (("export", "{tmp}/run", "--out", "{tmp}/e"), "export", ""),
+        (("select", "{tmp}", "--top", "0.5"), "select", ""),
+        (("report", "{tmp}"), "report", ""),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on_where_that_can_be(
+    arguments, where, said, ila, source, tmp_path, monkeypatch
+):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "training_step", interrupted)
-    answer = learn(tmp_path / "run")
+    monkeypatch.setattr(commands, where, interrupted)
+    filled = [text.format(tmp=tmp_path) for text in arguments]
+    answer = ila(*filled, *(source if filled[0] in ("learn", "train") else ()))
     assert answer.code == 130
-    assert "interrupted; the same command with --resume goes on" in answer.err
+    (line,) = [line for line in answer.err.splitlines() if "interrupted" in line]
+    assert line.startswith(f"interrupted{said}") and ("--resume" in line) is bool(said)
+
+
+def test_a_missing_package_is_one_clear_line(learn, tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("ila.loading.find_spec", lambda name: None)
+    line = learn(tmp_path / "run", "--model", tmp_path / "model.gguf").error()
+    assert line.endswith("model.gguf needs the package gguf: pip install 'ila-kernels[gguf]'")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install datasets" in learn(tmp_path / "run", "--data", "org/set").error()
+    assert not (tmp_path / "run").exists()
 
 
 # ---- a folder that is not free
@@ -387,9 +413,36 @@ def test_export_and_report_write_over_nothing(ila, train, tmp_path):
     taken.mkdir()
     (taken / "thesis.txt").write_text("years of work")
     for merge in ((), ("--merge",)):
-        assert str(taken) in ila("export", run, "--out", taken, *merge).error()
+        line = ila("export", run, "--out", taken, *merge).error()
+        assert line == f"error: {taken} exists and was left alone; give another folder"
     assert [p.name for p in taken.iterdir()] == ["thesis.txt"]
     assert {p.name for p in tmp_path.iterdir()} == {"run", "taken"}
+    for name in ("report.md", "report.png"):
+        (taken / name).write_text("months of work")
+        line = ila("report", run, "--out", taken).error()
+        assert line == f"error: {taken / name} is not of `ila report` and was left alone; move it"
+        assert (taken / name).read_text() == "months of work"
+        (taken / name).unlink()
+    assert [p.name for p in taken.iterdir()] == ["thesis.txt"]
+
+
+def test_a_report_is_brought_up_to_date(ila, train, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "report"
+    assert train(run).code == 0
+    assert ila("report", run, "--out", out).code == 0
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(metrics | {"name": "renamed"}))
+    assert ila("report", run, "--out", out).code == 0
+    second = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert set(first) == set(second) == {"report.md", "report.png"}
+    assert all(first[name] != second[name] for name in first)
+
+
+def test_a_share_of_numpy_is_a_share(tmp_path):
+    LayerMask({"a": 1.0, "b": 2.0}).save(tmp_path / "mask.json")
+    cut, path = commands.select(tmp_path, top=np.float32(0.5))
+    assert path.name == "mask-top-0.5.json" and LayerMask.load(path).open == cut.open == ("b",)
 
 
 # ---- mistakes

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -213,3 +214,16 @@ assert not {"transformers", "peft"} & sys.modules.keys()
 def test_works_without_triton_and_touches_no_gpu():
     result = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64])
+@pytest.mark.parametrize("length", [2, 600])  # a short call and a long one take different paths
+def test_numbers_of_numpy_are_scales(kind, length):
+    x, w = torch.randn(length, 8), torch.randn(6, 8)
+    a, b = torch.randn(2, 8), torch.randn(6, 2)
+    expected = masked_lora_linear(x, w, a, b, scale=2.0)
+    assert torch.equal(masked_lora_linear(x, w, a, b, scale=kind(2)), expected)
+    expected = masked_lora_linear_group(x, [w], [a], [b], scales=2.0)
+    for scales in (kind(2), [kind(2)], np.array([2.0], dtype=kind)):
+        found = masked_lora_linear_group(x, [w], [a], [b], scales=scales)
+        assert torch.equal(found[0], expected[0])

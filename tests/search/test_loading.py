@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ila import loading
 from ila.loading import Source, find_source, identity, load_model, load_tokenizer
 
 PACKAGES = [
@@ -135,6 +136,52 @@ def test_a_missing_hub_model_is_one_clear_line():
         with pytest.raises(FileNotFoundError, match="'nobody/nothing' is not a local folder") as e:
             load(Source("nobody/nothing"))
         assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_folder_that_lacks_a_file_is_not_called_a_hub_id(file, tmp_path, tiny_model_folder):
+    for path in tiny_model_folder.iterdir():
+        if path.name != file:
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    source = Source(str(tmp_path))
+    with pytest.raises((FileNotFoundError, ValueError)) as caught:
+        load_model(source)
+    assert "hub" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    if file == "model.safetensors":
+        assert "lacks a file, or one of them is damaged: Error no file" in str(caught.value)
+
+
+def test_without_the_gguf_package_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ImportError, match=r"pip install 'ila-kernels\[gguf\]'$"):
+            load(Source("org/model", "a.gguf"))
+
+
+def test_a_gguf_file_of_the_hub_is_repaired_as_a_local_one(
+    tmp_path, tiny_model_folder, monkeypatch
+):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "cached.gguf", "llama")
+    writer.add_tokenizer_pre("smollm")
+    for write in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{write}_to_file")()
+    writer.close()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    asked = []
+
+    def cached(*names):
+        asked.append(names)
+        return str(tmp_path / "cached.gguf")
+
+    monkeypatch.setattr(loading, "cached_file", cached)
+    before = str(tokenizer.backend_tokenizer.pre_tokenizer)
+    load_tokenizer(Source("org/model"))
+    assert not asked and str(tokenizer.backend_tokenizer.pre_tokenizer) == before
+    load_tokenizer(Source("org/model", "q8.gguf"))
+    assert asked == [("org/model", "q8.gguf")]
+    assert "Digits(individual_digits=True)" in str(tokenizer.backend_tokenizer.pre_tokenizer)
 
 
 @pytest.mark.parametrize(
