@@ -48,8 +48,8 @@ def check(
         mine = json.loads(json.dumps(description))
         if not resume:
             raise ValueError(
-                f"folder {folder} holds another run; {remedy}, or resume that one "
-                "(--resume; in Python resume=True)"
+                f"folder {folder} holds a run already; {remedy}, or go on with that "
+                "one (--resume; in Python resume=True)"
             )
         differs = differences(found, mine)
         if differs:

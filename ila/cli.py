@@ -104,9 +104,9 @@ def select(
     out: Annotated[Path | None, typer.Option(help="Mask file to write.")] = None,
 ) -> None:
     """Choose the layers to train from a learned mask."""
-    from ila import commands
+    from ila import selection
 
-    mask, path = commands.select(run, top=top, freeze=freeze, out=out)
+    mask, path = selection.select(run, top=top, freeze=freeze, out=out)
     screen.print(f"{len(mask.open)} of {len(mask)} layers open: {path}", soft_wrap=True)
 
 

@@ -71,29 +71,6 @@ def learn(
     return mask, prepared.note
 
 
-def select(
-    run: Path, *, top: float | None = None, freeze: float | None = None, out: Path | None = None
-) -> tuple[LayerMask, Path]:
-    """Cut a learned mask: keep the best ``top`` or freeze the worst ``freeze`` of the layers.
-
-    Raises:
-        ValueError: Unless exactly one of the two is given, within its range.
-    """
-    if (top is None) == (freeze is None):
-        raise ValueError("give exactly one of --top and --freeze")
-    mask = LayerMask.load(run)
-    cut = mask.top(top) if top is not None else mask.without_bottom(freeze)
-    if out is None:
-        folder = run if run.is_dir() else run.parent
-        out = folder / (f"mask-top-{top}.json" if top is not None else f"mask-freeze-{freeze}.json")
-    chosen = {"top": top, "freeze": freeze}
-    chosen = {name: None if share is None else float(share) for name, share in chosen.items()}
-    provenance = {**mask.provenance, "selection": chosen}
-    cut = LayerMask(cut.scores, cut.gates, provenance=provenance)
-    cut.save(out)
-    return cut, out
-
-
 def train_selected(
     inputs: Inputs,
     config: TrainConfig,
@@ -205,6 +182,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
         raise FileNotFoundError(f"{run} has no {' and no '.join(missing)}: is it finished?")
     if out.exists():
         raise FileExistsError(f"{out} exists and was left alone; give another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
     if not merge:
         with write_folder_atomic(out) as folder:
             for name in files:

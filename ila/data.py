@@ -47,12 +47,16 @@ class DataSummary:
     answer_tokens: int
 
     def __str__(self) -> str:
-        """Says it in one sentence, for a log or a terminal."""
-        return (
-            f"{self.kept:,} of {self.rows:,} rows kept ({self.truncated:,} truncated; dropped: "
-            f"{self.dropped_no_answer:,} without an answer, {self.dropped_no_room:,} with no room "
-            f"for one), {self.tokens:,} tokens, {self.answer_tokens:,} of them in answers."
+        """Say it in one sentence, for a log or a terminal."""
+        lost = (
+            (self.truncated, "truncated"),
+            (self.dropped_no_answer, "dropped without an answer"),
+            (self.dropped_no_room, "dropped with no room for one within the longest row"),
         )
+        parts = [f"{self.kept:,} of {self.rows:,} rows"]
+        parts += [f"{count:,} {what}" for count, what in lost if count]
+        tokens = f"{self.tokens:,} tokens, {self.answer_tokens:,} of them in answers"
+        return f"{', '.join(parts)}; {tokens}."
 
     def as_dict(self) -> dict[str, int]:
         """Gives the counts by name, for JSON."""

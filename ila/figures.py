@@ -14,7 +14,7 @@ import numpy as np
 
 from ila.files import write_bytes_atomic
 from ila.mask import BLOCK_NUMBER, LayerMask, parse_module_name
-from ila.runs import baseline_run, gib_text, loss_text, ratio_text
+from ila.runs import baseline_run, gib_text, loss_text, ms_text, ratio_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -257,7 +257,7 @@ _QUANTITIES = (
     ("Loss on held-out data after training", loss_text, lambda run: run["held_out_loss"]),
     (
         "Time per step, ms (median)",
-        lambda ms: f"{ms:.1f}",
+        ms_text,
         lambda run: run["step_time_ms"]["median"],
     ),
     ("Peak memory, GiB", gib_text, lambda run: run["peak_memory_bytes"]),

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ila.mask import LayerMask, chance_jaccard
-from ila.runs import baseline_run, gib_text, loss_text, ratio_text
+from ila.runs import baseline_run, gib_text, loss_text, ms_text, ratio_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -119,6 +119,7 @@ def runs_markdown(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def _runs_cells(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], str]:
     base = baseline_run(runs)
+    ratio = ratio_text if len(runs) > 1 else lambda value, of: ""
     body = []
     for run in runs:
         time, memory = run["step_time_ms"], run["peak_memory_bytes"]
@@ -127,18 +128,19 @@ def _runs_cells(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
                 run["name"],
                 f"{run['open_modules']} of {run['total_modules']} ({run['fraction_open']:.0%})",
                 f"{run['trainable_parameters']:,}"
-                + ratio_text(run["trainable_parameters"], base["trainable_parameters"]),
+                + ratio(run["trainable_parameters"], base["trainable_parameters"]),
                 f"{loss_text(run['held_out_loss_before'])} → {loss_text(run['held_out_loss'])}",
-                f"{time['median']:.1f}"
-                + ratio_text(time["median"], base["step_time_ms"]["median"])
-                + f" [{time['p10']:.1f}–{time['p90']:.1f}]",
-                gib_text(memory) + ratio_text(memory, base["peak_memory_bytes"]),
+                ms_text(time["median"])
+                + ratio(time["median"], base["step_time_ms"]["median"])
+                + f" [{ms_text(time['p10'])}–{ms_text(time['p90'])}]",
+                gib_text(memory) + ratio(memory, base["peak_memory_bytes"]),
             ]
         )
     header = ["Run", "Layers open", "Trainable parameters", "Held-out loss, before → after"]
     header += ["ms per step, median [p10–p90]", "Peak memory, GiB"]
     places = sorted({f"{run['device']}, {run['dtype']}" for run in runs})
-    caption = f"x: ratio to “{base['name']}”. Measured on: {'; '.join(places)}."
+    caption = f"x: ratio to “{base['name']}”. " if len(runs) > 1 else ""
+    caption += f"Measured on: {'; '.join(places)}."
     if len(places) > 1:
         caption += " Times and memory of different devices or types cannot be compared."
     return header, body, caption

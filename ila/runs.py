@@ -56,6 +56,11 @@ def loss_text(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.3f}"
 
 
+def ms_text(value: float) -> str:
+    """Milliseconds, with a decimal below a thousand."""
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
 def gib_text(value: int | None) -> str:
     """Bytes in GiB with two decimals."""
     return "not measured" if value is None else f"{value / 2**30:.2f}"

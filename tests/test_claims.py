@@ -30,7 +30,7 @@ def test_the_same_run_is_resumed_and_only_when_asked(tmp_path):
     before = (tmp_path / "run.json").read_bytes()
     mark(tmp_path, resume=True, also={"versions": 2})
     assert (tmp_path / "run.json").read_bytes() == before
-    with pytest.raises(ValueError, match=r"holds another run; give another folder, or resume that"):
+    with pytest.raises(ValueError, match=r"holds a run already; give another folder, or go on"):
         mark(tmp_path)
 
 

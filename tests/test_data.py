@@ -239,7 +239,11 @@ def test_summary_counts_every_row_once(plain):
     )
     assert summary.as_dict()["dropped_no_answer"] == 5
     assert str(summary).startswith(
-        "2 of 8 rows kept (1 truncated; dropped: 5 without an answer, 1 with no room for one), "
+        "2 of 8 rows, 1 truncated, 5 dropped without an answer, 1 dropped with no room for one "
+    )
+    _, whole = encode(rows[:1], plain, progress=False)
+    assert str(whole) == (
+        f"1 of 1 rows; {whole.tokens} tokens, {whole.answer_tokens} of them in answers."
     )
 
 

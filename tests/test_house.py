@@ -38,6 +38,7 @@ STOREYS = {
         "files",
         "claims",
         "mask",
+        "selection",
         "messages",
         "layer",
         "quantized",
@@ -86,7 +87,7 @@ MODEL_LIBRARIES = {
 # Below the public functions of ila_kernels; `ila` does not reach past those.
 INNER_STOREYS = {"validate", "dropout", "eager", "group", "kernels", "ops"}
 # Importable in a millisecond, wherever a mask or a row is read.
-PURE_STOREYS = {"files", "claims", "mask", "messages"}
+PURE_STOREYS = {"files", "claims", "mask", "selection", "messages"}
 
 # "path": {"VARIABLE", ...}. Empty: no environment variable chooses numerics or back ends here.
 ENVIRONMENT_READS: dict[str, set[str]] = {}

@@ -295,6 +295,13 @@ def test_different_devices_are_not_compared_silently():
     assert "cannot be compared" not in runs_markdown([metrics()])
 
 
+def test_one_run_alone_has_no_ratios():
+    slow = metrics(step_time_ms={"median": 2793.24, "p10": 999.96, "p90": 4676.1})
+    text = runs_markdown([slow])
+    assert "x)" not in text and "ratio" not in text and "Measured on: cpu, float32." in text
+    assert "| 2793 [1000.0–4676] |" in text
+
+
 def test_a_baseline_of_zero_has_no_ratios():
     text = runs_markdown([metrics(trainable_parameters=0, peak_memory_bytes=0)])
     assert "| 0 |" in text and "| 0.00 |" in text

@@ -13,10 +13,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, LlamaForCausalLM, Trainer
 
-from ila import commands
 from ila.layer import MaskedLoraLinear
 from ila.mask import LayerMask
 from ila.runs import load_run
+from ila.selection import select
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -43,8 +43,8 @@ def test_the_main_path(ila, learn, train, tmp_path, tiny_model_folder):
     first, second = tmp_path / "first", tmp_path / "second"
     answer = learn(first)
     assert answer.code == 0, answer.err
-    assert "To train on: 11 of 11 rows kept" in answer.out
-    assert "Held out: 1 of 1 rows kept" in answer.out
+    assert "To train on: 11 of 11 rows" in answer.out
+    assert "Held out: 1 of 1 rows" in answer.out
     assert "scores of 14 layers" in answer.out
     assert learn(second, "--seed", "1", "--method", "path").code == 0
     for run in (first, second):
@@ -196,11 +196,19 @@ def test_train_resumed_after_a_kill_gives_the_same_files(train, tmp_path, monkey
 @pytest.mark.parametrize(
     ("arguments", "where", "said"),
     [
-        (("learn", "--out", "{tmp}/run"), "learn", "; the same command with --resume goes on"),
-        (("train", "--out", "{tmp}/run"), "train_selected", "; the same command with --resume"),
-        (("export", "{tmp}/run", "--out", "{tmp}/e"), "export", ""),
-        (("select", "{tmp}", "--top", "0.5"), "select", ""),
-        (("report", "{tmp}"), "report", ""),
+        (
+            ("learn", "--out", "{tmp}/run"),
+            "commands.learn",
+            "; the same command with --resume goes on",
+        ),
+        (
+            ("train", "--out", "{tmp}/run"),
+            "commands.train_selected",
+            "; the same command with --resume",
+        ),
+        (("export", "{tmp}/run", "--out", "{tmp}/e"), "commands.export", ""),
+        (("select", "{tmp}", "--top", "0.5"), "selection.select", ""),
+        (("report", "{tmp}"), "commands.report", ""),
     ],
 )
 def test_ctrl_c_says_how_to_go_on_where_that_can_be(
@@ -209,7 +217,7 @@ def test_ctrl_c_says_how_to_go_on_where_that_can_be(
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, where, interrupted)
+    monkeypatch.setattr(f"ila.{where}", interrupted)
     filled = [text.format(tmp=tmp_path) for text in arguments]
     answer = ila(*filled, *(source if filled[0] in ("learn", "train") else ()))
     assert answer.code == 130
@@ -234,8 +242,8 @@ def test_a_run_is_not_overwritten(learn, train, tmp_path, contents):
     run = tmp_path / "run"
     assert learn(run).code == 0
     before = contents(run)
-    assert f"folder {run} holds another run" in learn(run).error()
-    assert f"folder {run} holds another run" in train(run).error()
+    assert f"folder {run} holds a run already" in learn(run).error()
+    assert f"folder {run} holds a run already" in train(run).error()
     for options, field in (
         (("--rank", "3"), "inputs.rank"),
         (("--seed", "1"), "inputs.seed"),
@@ -269,8 +277,8 @@ def test_what_was_dropped_of_the_held_out_rows_is_counted(train, tmp_path, data)
     kept = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
     for part, counts in (("To train on", kept), ("Held out", kept["held_out"])):
         assert counts["rows"] == 12 == counts["kept"] + counts["dropped_no_answer"]
-        said = f"{part}: {counts['kept']} of 12 rows kept (0 truncated; dropped: "
-        assert f"{said}{counts['dropped_no_answer']} without an answer" in answer.out
+        said = f"{part}: {counts['kept']} of 12 rows, {counts['dropped_no_answer']} dropped without"
+        assert said in answer.out
     assert kept["kept"] + kept["held_out"]["kept"] == 12
     answer = train(tmp_path / "all", "--held-out", "0")
     assert "Held out: nothing." in answer.out
@@ -306,7 +314,7 @@ def test_a_folder_that_is_taken_is_found_before_anything_is_loaded(
     (other / "thesis.txt").write_text("years of work")
     for name in ("load_model", "load_tokenizer", "load_rows"):
         monkeypatch.setattr(f"ila.pipeline.{name}", lambda *_, **__: pytest.fail("loaded"))
-    assert "holds another run" in learn(run).error()
+    assert "holds a run already" in learn(run).error()
     assert "differs in inputs.rank" in learn(run, "--resume", "--rank", "3").error()
     assert "differs in what" in train(run, "--resume").error()
     assert "is not the folder of a run" in train(other).error()
@@ -325,8 +333,10 @@ def test_a_run_begun_with_relative_paths_is_exported_from_elsewhere(
     assert inputs["data"] == str(tmp_path / "rows.jsonl")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    answer = ila("export", tmp_path / "run", "--out", "merged", "--merge")
-    assert answer.code == 0 and (tmp_path / "elsewhere" / "merged" / "config.json").is_file()
+    answer = ila("export", tmp_path / "run", "--out", "new/merged", "--merge")
+    assert (
+        answer.code == 0 and (tmp_path / "elsewhere" / "new" / "merged" / "config.json").is_file()
+    )
     # And the same run said in another way is resumed.
     absolute = ("--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl")
     assert train(tmp_path / "run", "--resume", *absolute).code == 0
@@ -441,7 +451,7 @@ def test_a_report_is_brought_up_to_date(ila, train, tmp_path):
 
 def test_a_share_of_numpy_is_a_share(tmp_path):
     LayerMask({"a": 1.0, "b": 2.0}).save(tmp_path / "mask.json")
-    cut, path = commands.select(tmp_path, top=np.float32(0.5))
+    cut, path = select(tmp_path, top=np.float32(0.5))
     assert path.name == "mask-top-0.5.json" and LayerMask.load(path).open == cut.open == ("b",)
 
 

@@ -586,7 +586,7 @@ def test_a_folder_of_another_search_is_refused_by_the_field(
     fields = ", ".join(f"config.{name}" for name in field.split(", "))
     with pytest.raises(ValueError, match=f"holds a run that differs in {fields}; give another"):
         search(make_toy(), rows, output_dir=tmp_path, resume=True, **changed)
-    with pytest.raises(ValueError, match="holds another run; give another folder, or resume that"):
+    with pytest.raises(ValueError, match="holds a run already; give another folder, or go on"):
         search(make_toy(), rows, output_dir=tmp_path, **changed)
     assert snapshot(tmp_path) == before
 

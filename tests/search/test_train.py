@@ -128,7 +128,7 @@ def test_a_folder_of_another_run_is_refused_by_the_field(make_llama, rows, tmp_p
         model, _ = masked(make_llama(), kept)
         train(model, dataset, quick(**changes), resume=resume, **options)
 
-    with pytest.raises(ValueError, match="holds another run; give another folder, or resume that"):
+    with pytest.raises(ValueError, match="holds a run already; give another folder, or go on"):
         again([3, 8], rows, resume=False)
     with pytest.raises(ValueError, match=r"differs in config\.seed, config\.steps;"):
         again([3, 8], rows, steps=5, seed=1)

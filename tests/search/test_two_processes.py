@@ -27,7 +27,7 @@ train(model, rows, config, held_out=rows, output_dir=out / "train", progress=Fal
 try:
     train(model, rows, config, output_dir=out / "train", progress=False)
 except ValueError as error:
-    assert "holds another run" in str(error)
+    assert "holds a run already" in str(error)
 else:
     raise AssertionError("a folder in use was taken")
 leave_process_group()
