@@ -1,7 +1,8 @@
-"""Train the layers that a mask file opens, with a bare PyTorch loop.
+r"""Train the layers that a mask file opens, with a bare PyTorch loop.
 
 First: ila learn --model MODEL --data ROWS.jsonl --out run && ila select run --top 0.3
-Then give this script the same --model and --data, --mask run/mask-top-0.3.json and an --out.
+Then: python examples/train_with_loop.py --model MODEL --data ROWS.jsonl \
+          --mask run/mask-top-0.3.json --out adapter
 """
 
 import argparse
@@ -28,12 +29,14 @@ def main() -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    dataset, _ = encode(load_rows(options.data), tokenizer, max_length=512)
+    dataset, summary = encode(load_rows(options.data), tokenizer, max_length=512)
+    print(summary)
     batches = DataLoader(
         dataset, batch_size=4, shuffle=True, collate_fn=Collator(pad_token_id(tokenizer))
     )
 
     base = AutoModelForCausalLM.from_pretrained(options.model).to(device)
+    # The same target_modules as the mask was learned with: "all-linear" is the default there.
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = ila.attach(base, lora)
     ila.apply_mask(model, ila.LayerMask.load(options.mask))

@@ -1,9 +1,11 @@
 """Learn a mask, then train the best 30 % of the layers with transformers.Trainer.
 
 Run: python examples/train_with_trainer.py --model MODEL --data ROWS.jsonl --out adapter
+What was learned is in adapter/mask.json: cut it otherwise (ila select), compare it (ila compare).
 """
 
 import argparse
+from pathlib import Path
 
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
@@ -35,12 +37,14 @@ def main() -> None:
     search = ila.SearchConfig(
         stage1_steps=options.steps, stage2_steps=options.steps, batch_size=4, learning_rate=1e-3
     )
-    mask = ila.learn_mask(model, dataset, search, collator=collator).top(0.3)
+    mask = ila.learn_mask(model, dataset, search, collator=collator)
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    mask.save(options.out)  # the scores cost hours on a large model
 
     # 2. Start again from the base weights, with only those layers open.
     set_seed(0)
     model = ila.attach(model.unload(), lora)
-    print(ila.apply_mask(model, mask))
+    print(ila.apply_mask(model, mask.top(0.3)))
 
     # 3. Train as ever: closed layers hold no parameters, so Trainer does not see them.
     arguments = TrainingArguments(

@@ -62,6 +62,8 @@ def test_trainer_example_trains_the_best_30_percent(
     )
     assert "4 of 14 layers open" in capsys.readouterr().out
     assert_plain_adapter(out, tiny_model_folder, 4)
+    mask = ila.LayerMask.load(out)
+    assert len(mask) == len(mask.open) == 14 and mask.provenance["stage1"]["steps"] == 5
 
 
 def test_loop_example_trains_what_the_mask_opens(
