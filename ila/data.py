@@ -2,10 +2,10 @@
 
     labels = input_ids where a token belongs to an answer, else -100
 
-`ila.rendering` says which stretches of the text are answers. The text is tokenised once; a stretch
-begins at the first token at which the text up to it, tokenised alone, departs from the whole. That
-asks nothing of the tokenizer but that it be deterministic, and a token that straddles the border
-between prompt and answer counts as answer.
+``ila.rendering`` says which stretches of the text are answers. The text is tokenised once; a
+stretch begins at the first token at which the text up to it, tokenised alone, departs from the
+whole. That asks nothing of the tokenizer but that it be deterministic, and a token that straddles
+the border between prompt and answer counts as answer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ _ROWS_WORTH_A_BAR = 3000
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What `encode` made of its rows; kept and dropped rows add up to all rows.
+    """What ``encode`` made of its rows; kept and dropped rows add up to all rows.
 
     Attributes:
         rows: Rows given.
@@ -59,7 +59,7 @@ class DataSummary:
         return f"{', '.join(parts)}; {tokens}."
 
     def as_dict(self) -> dict[str, int]:
-        """Gives the counts by name, for JSON."""
+        """Give the counts by name, for JSON."""
         return asdict(self)
 
 
@@ -71,27 +71,27 @@ def encode(
     progress: bool = True,
     numbers: Sequence[int] | None = None,
 ) -> tuple[list[dict[str, list[int]]], DataSummary]:
-    """Turns rows into token ids and labels, with loss on the answers only.
+    """Turn rows into token ids and labels, with loss on the answers only.
 
     Every assistant turn is an answer, except one that opens a conversation (it answers nothing) and
-    one of `weight` 0. In a row of plain text all of the text is the answer. The first token of a
+    one of ``weight`` 0. In a row of plain text all of the text is the answer. The first token of a
     row never carries loss: nothing comes before it to predict it from.
 
     Args:
-        rows: Rows in the forms of `ila.rows.to_messages`.
+        rows: Rows in the forms of ``ila.rows.to_messages``.
         tokenizer: Tokenizer; its chat template is used if it has one, the plain one of
-            `ila.rendering` otherwise.
+            ``ila.rendering`` otherwise.
         max_length: Longest row in tokens, at least 2; longer rows are cut at the right end.
         progress: Show a progress bar on stderr when there are rows enough to wait for.
         numbers: The number of each row in the user's file, from 1, for errors; None counts the rows
             given.
 
     Returns:
-        (encoded, summary): for every kept row, in order, `{"input_ids", "labels"}` as lists of
+        (encoded, summary): for every kept row, in order, ``{"input_ids", "labels"}`` as lists of
         equal length, labels -100 outside the answers; and the counts.
 
     Raises:
-        ValueError: No rows, every row dropped, `max_length` below 2, a row of no known form, or a
+        ValueError: No rows, every row dropped, ``max_length`` below 2, a row of no known form, or a
             conversation that the chat template refuses or in which answers cannot be told apart.
     """
     if max_length < 2:
@@ -132,7 +132,7 @@ def encode(
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Finds an id to pad with: the padding token's, else the end-of-sequence token's.
+    """Find an id to pad with: the padding token's, else the end-of-sequence token's.
 
     Args:
         tokenizer: Any tokenizer; not changed.
@@ -154,7 +154,7 @@ class Collator:
     """Pads encoded rows on the right into one batch.
 
     Attributes:
-        pad_token_id: Id that fills `input_ids`.
+        pad_token_id: Id that fills ``input_ids``.
         pad_to_multiple_of: Round the batch's length up to a multiple of this; None leaves it at the
             longest row.
     """
@@ -163,20 +163,20 @@ class Collator:
     pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a multiple that is none."""
+        """Refuse a multiple that is none."""
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
             raise ValueError(
                 f"pad_to_multiple_of must be None or at least 1, got {self.pad_to_multiple_of}"
             )
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
-        """Makes a batch.
+        """Make a batch.
 
         Args:
-            rows: Rows as `encode` returns them, at least one.
+            rows: Rows as ``encode`` returns them, at least one.
 
         Returns:
-            `input_ids`, `attention_mask` (1 on rows, 0 on padding) and `labels` (-100 on
+            ``input_ids``, ``attention_mask`` (1 on rows, 0 on padding) and ``labels`` (-100 on
             padding), int64, each of shape (rows, length).
 
         Raises:
@@ -248,6 +248,6 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Gives the begin-of-sequence token, for tokenizers that put one before every text."""
+    """Give the begin-of-sequence token, for tokenizers that put one before every text."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []

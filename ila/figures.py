@@ -25,7 +25,7 @@ _COLOURS = ("#2f6db3", "#d9822b", "#3a9a5b", "#b8434e", "#7b5ea7", "#7a5c43", "#
 
 
 def heatmap_figure(mask: LayerMask, *, title: str | None = None) -> "Figure":
-    """Draws a mask as a grid: a row for each block, a column for each kind of layer.
+    """Draw a mask as a grid: a row for each block, a column for each kind of layer.
 
     Colour is the score; a hatched cell is a closed layer. Block 0, next to the input, is lowest.
 
@@ -98,7 +98,7 @@ def heatmap_figure(mask: LayerMask, *, title: str | None = None) -> "Figure":
 
 
 def heatmap(mask: LayerMask, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
-    """Saves `heatmap_figure` as a PNG, whole or not at all.
+    """Save ``heatmap_figure`` as a PNG, whole or not at all.
 
     Args:
         mask: Scores and gates to draw.
@@ -109,16 +109,16 @@ def heatmap(mask: LayerMask, path: str | os.PathLike[str], *, title: str | None 
         The path written.
 
     Raises:
-        FileNotFoundError: The folder of `path` does not exist.
+        FileNotFoundError: The folder of ``path`` does not exist.
     """
     return _save_png(heatmap_figure(mask, title=title), path)
 
 
 def draw_runs(runs: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Draws training runs: loss curves, and bars for what each run reached and what it cost.
+    """Draw training runs: loss curves, and bars for what each run reached and what it cost.
 
     Args:
-        runs: What `load_run` returned, one or more.
+        runs: What ``load_run`` returned, one or more.
 
     Returns:
         A figure that no global state of matplotlib knows of.
@@ -169,17 +169,17 @@ def draw_runs(runs: Sequence[Mapping[str, Any]]) -> "Figure":
 
 
 def runs_figure(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
-    """Saves `draw_runs` as a PNG, whole or not at all.
+    """Save ``draw_runs`` as a PNG, whole or not at all.
 
     Args:
-        runs: What `load_run` returned, one or more.
+        runs: What ``load_run`` returned, one or more.
         path: PNG file to write.
 
     Returns:
         The path written.
 
     Raises:
-        FileNotFoundError: The folder of `path` does not exist.
+        FileNotFoundError: The folder of ``path`` does not exist.
         ValueError: No runs.
     """
     return _save_png(draw_runs(runs), path)
@@ -227,7 +227,7 @@ def _draw_bars(
 
 
 def _smoothed(losses: np.ndarray) -> np.ndarray:
-    """Mean over a window of a tenth of the run, narrower at both ends."""
+    """Return the mean over a window of a tenth of the run, narrower at both ends."""
     reach = max(1, len(losses) // 20)
     total = np.concatenate([[0.0], np.cumsum(losses)])
     places = np.arange(len(losses))

@@ -18,7 +18,7 @@ from typing import Any
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes `data` to `path`; on any failure what was there before stays as it was.
+    """Write ``data`` to ``path``; on any failure what was there before stays as it was.
 
     Args:
         path: File to create or to overwrite. Its folder must exist. A symbolic link is followed.
@@ -26,8 +26,8 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         data: Content.
 
     Raises:
-        FileNotFoundError: The folder of `path` does not exist.
-        IsADirectoryError: `path` is a folder.
+        FileNotFoundError: The folder of ``path`` does not exist.
+        IsADirectoryError: ``path`` is a folder.
         OSError: The content could not be written, for example because the disk is full.
 
     >>> import tempfile
@@ -57,15 +57,15 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Writes `text` to `path` as UTF-8, line ends as given; see `write_bytes_atomic`.
+    """Write ``text`` to ``path`` as UTF-8, line ends as given; see ``write_bytes_atomic``.
 
     Args:
         path: File to create or to overwrite. Its folder must exist.
         text: Content.
 
     Raises:
-        FileNotFoundError: The folder of `path` does not exist.
-        ValueError: `text` cannot be written as UTF-8 (it holds a lone surrogate).
+        FileNotFoundError: The folder of ``path`` does not exist.
+        ValueError: ``text`` cannot be written as UTF-8 (it holds a lone surrogate).
         OSError: The content could not be written.
 
     >>> import tempfile
@@ -78,16 +78,16 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
-    """Writes `obj` to `path` as indented ASCII JSON without NaN; see `write_bytes_atomic`.
+    """Write ``obj`` to ``path`` as indented ASCII JSON without NaN; see ``write_bytes_atomic``.
 
     Args:
         path: File to create or to overwrite. Its folder must exist.
-        obj: Something that the `json` module can write.
+        obj: Something that the ``json`` module can write.
 
     Raises:
-        FileNotFoundError: The folder of `path` does not exist.
-        TypeError: `obj` holds something that JSON has no form for.
-        ValueError: `obj` holds NaN or an infinity, which are not JSON.
+        FileNotFoundError: The folder of ``path`` does not exist.
+        TypeError: ``obj`` holds something that JSON has no form for.
+        ValueError: ``obj`` holds NaN or an infinity, which are not JSON.
         OSError: The content could not be written.
 
     >>> import tempfile
@@ -101,23 +101,23 @@ def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
 
 @contextlib.contextmanager
 def write_folder_atomic(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
-    """Gives an empty folder to fill; it becomes `path` when the `with` block ends without an error.
+    """Give an empty folder to fill, which becomes ``path`` when the ``with`` block ends well.
 
-    On an error the new folder is removed and `path` is as it was. A folder that is being replaced
-    is first renamed to `<name>.replaced-<random>` beside `path` and removed last, so that a process
-    killed at any point leaves the old folder, the new one, or both.
+    On an error the new folder is removed and ``path`` is as it was. A folder that is being replaced
+    is first renamed to ``<name>.replaced-<random>`` beside ``path`` and removed last, so that a
+    process killed at any point leaves the old folder, the new one, or both.
 
     Args:
         path: Folder to make. Its parent must exist.
-        replace: Whether a folder that is already at `path` may be replaced.
+        replace: Whether a folder that is already at ``path`` may be replaced.
 
     Yields:
-        The temporary folder, beside `path` (thus on the same disk).
+        The temporary folder, beside ``path`` (thus on the same disk).
 
     Raises:
-        FileExistsError: `path` exists and `replace` is false, or `path` is a file. Raised before
-            anything is written.
-        FileNotFoundError: The parent of `path` does not exist.
+        FileExistsError: ``path`` exists and ``replace`` is false, or ``path`` is a file. Raised
+            before anything is written.
+        FileNotFoundError: The parent of ``path`` does not exist.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

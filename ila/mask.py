@@ -1,6 +1,6 @@
 """Which linear layers matter, and which of them are open: plain data, no model and no torch.
 
-A mask is made by the search, cut with `top` or `without_bottom`, compared with other masks, and
+A mask is made by the search, cut with ``top`` or ``without_bottom``, compared with other masks, and
 kept in a small JSON file. *Layer* means one linear module (q, k, v, o, gate, up, down of a block).
 """
 
@@ -31,8 +31,8 @@ class LayerMask:
 
     Args:
         scores: Module name -> importance, a finite number; larger is more important. Not empty.
-        gates: Module name -> open?, for exactly the modules of `scores`; at least one is open. None
-            opens all, and reads back as a mapping.
+        gates: Module name -> open?, for exactly the modules of ``scores``; at least one is open.
+            None opens all, and reads back as a mapping.
         provenance: Where the scores come from (model, data, configuration, versions, seed).
             Anything JSON can hold; it is kept as a read-only copy in which lists are tuples.
 
@@ -73,12 +73,12 @@ class LayerMask:
 
     @property
     def open(self) -> tuple[str, ...]:
-        """Names of the open modules, in the order of `scores`."""
+        """Names of the open modules, in the order of ``scores``."""
         return tuple(name for name in self.scores if self.gates[name])
 
     @property
     def closed(self) -> tuple[str, ...]:
-        """Names of the closed modules, in the order of `scores`."""
+        """Names of the closed modules, in the order of ``scores``."""
         return tuple(name for name in self.scores if not self.gates[name])
 
     @property
@@ -87,10 +87,10 @@ class LayerMask:
         return tuple(sorted(self.scores, key=lambda name: (-self.scores[name], name)))
 
     def top(self, fraction: float) -> "LayerMask":
-        """Opens the best `fraction` of all modules, at least one, and closes the others.
+        """Open the best ``fraction`` of all modules, at least one, and close the others.
 
-        Only the scores decide: what was closed before may be opened. `fraction * len(mask)` is
-        rounded half up, with `fraction` read as the decimal number it prints as.
+        Only the scores decide: what was closed before may be opened. ``fraction * len(mask)`` is
+        rounded half up, with ``fraction`` read as the decimal number it prints as.
 
         Args:
             fraction: Share of the modules to keep, in (0, 1].
@@ -99,8 +99,8 @@ class LayerMask:
             A new mask with the same scores and provenance.
 
         Raises:
-            TypeError: `fraction` is not a number.
-            ValueError: `fraction` is not in (0, 1].
+            TypeError: ``fraction`` is not a number.
+            ValueError: ``fraction`` is not in (0, 1].
 
         >>> LayerMask({"a": 3, "b": 1, "c": 2, "d": 0}).top(0.5).open
         ('a', 'c')
@@ -110,7 +110,7 @@ class LayerMask:
         return self._keep(max(1, _rounded_share(fraction, len(self))))
 
     def without_bottom(self, fraction: float) -> "LayerMask":
-        """Closes the worst `fraction` of all modules and opens the others; otherwise as `top`.
+        """Close the worst ``fraction`` of all modules and open the others; otherwise as ``top``.
 
         Args:
             fraction: Share of the modules to close, in [0, 1).
@@ -119,8 +119,8 @@ class LayerMask:
             A new mask with the same scores and provenance.
 
         Raises:
-            TypeError: `fraction` is not a number.
-            ValueError: `fraction` is not in [0, 1), or rounds to all modules.
+            TypeError: ``fraction`` is not a number.
+            ValueError: ``fraction`` is not in [0, 1), or rounds to all modules.
 
         >>> LayerMask({"a": 3, "b": 1, "c": 2, "d": 0}).without_bottom(0.25).closed
         ('d',)
@@ -135,7 +135,7 @@ class LayerMask:
         return self._keep(kept)
 
     def jaccard(self, other: "LayerMask") -> float:
-        """|open in both| / |open in either|; compare it with `chance_jaccard`.
+        """|open in both| / |open in either|; compare it with ``chance_jaccard``.
 
         Args:
             other: Mask over the same modules.
@@ -144,8 +144,8 @@ class LayerMask:
             Agreement in [0, 1]; 1 means that the same modules are open.
 
         Raises:
-            TypeError: `other` is not a mask.
-            ValueError: `other` is about other modules.
+            TypeError: ``other`` is not a mask.
+            ValueError: ``other`` is about other modules.
 
         >>> mask = LayerMask({"a": 1, "b": 2, "c": 3, "d": 4})
         >>> mask.jaccard(mask.top(0.5))
@@ -156,7 +156,7 @@ class LayerMask:
         return len(mine & theirs) / len(mine | theirs)
 
     def spearman(self, other: "LayerMask") -> float:
-        """Spearman's rank correlation of the scores; equal scores share their mean rank.
+        """Return Spearman's rank correlation of the scores; equal scores share their mean rank.
 
         Args:
             other: Mask over the same modules.
@@ -166,8 +166,8 @@ class LayerMask:
             ranks nothing and agreement with it means nothing.
 
         Raises:
-            TypeError: `other` is not a mask.
-            ValueError: `other` is about other modules.
+            TypeError: ``other`` is not a mask.
+            ValueError: ``other`` is about other modules.
 
         >>> LayerMask({"a": 1, "b": 2, "c": 3}).spearman(LayerMask({"a": 10, "b": 20, "c": 15}))
         0.5
@@ -181,12 +181,12 @@ class LayerMask:
         return min(1.0, max(-1.0, float(mine @ theirs) / norm))
 
     def spread(self) -> dict[str, float]:
-        """Minimum, maximum, mean and standard deviation of the scores, over all modules.
+        """Return minimum, maximum, mean and standard deviation of the scores, over all modules.
 
         Scores that hardly differ rank by noise: look at this before trusting a ranking.
 
         Returns:
-            A dict with the keys `min`, `max`, `mean` and `std` (of the population).
+            A dict with the keys ``min``, ``max``, ``mean`` and ``std`` (of the population).
 
         >>> LayerMask({"a": 1, "b": 3}).spread()
         {'min': 1.0, 'max': 3.0, 'mean': 2.0, 'std': 1.0}
@@ -200,13 +200,13 @@ class LayerMask:
         return {"min": low, "max": high, "mean": min(high, max(low, mean)), "std": std}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the mask as JSON; a failure leaves what was there before.
+        """Write the mask as JSON; a failure leaves what was there before.
 
         Args:
-            path: File, or a folder, in which the file is called `mask.json`.
+            path: File, or a folder, in which the file is called ``mask.json``.
 
         Raises:
-            FileNotFoundError: The folder of `path` does not exist.
+            FileNotFoundError: The folder of ``path`` does not exist.
             OSError: The file could not be written.
         """
         modules = {n: {"score": s, "open": self.gates[n]} for n, s in self.scores.items()}
@@ -215,10 +215,10 @@ class LayerMask:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "LayerMask":
-        """Reads a mask that `save` wrote; scores come back bit for bit.
+        """Read a mask that ``save`` wrote; scores come back bit for bit.
 
         Args:
-            path: File, or a folder that holds `mask.json`.
+            path: File, or a folder that holds ``mask.json``.
 
         Returns:
             The mask.
@@ -254,7 +254,7 @@ class LayerMask:
 
 
 def chance_jaccard(p: float) -> float:
-    """Jaccard index that two independent random choices of a share p reach: p / (2 - p).
+    """Return the Jaccard index that two random choices of a share p reach: p / (2 - p).
 
     Args:
         p: Share of the modules that each choice keeps, in [0, 1].
@@ -263,8 +263,8 @@ def chance_jaccard(p: float) -> float:
         The chance level (its limit for many modules).
 
     Raises:
-        TypeError: `p` is not a number.
-        ValueError: `p` is not in [0, 1].
+        TypeError: ``p`` is not a number.
+        ValueError: ``p`` is not in [0, 1].
 
     >>> chance_jaccard(0.75)
     0.6
@@ -275,10 +275,10 @@ def chance_jaccard(p: float) -> float:
 
 
 def parse_module_name(name: str) -> tuple[int, str] | None:
-    """Splits a module name into its block number and its kind.
+    """Split a module name into its block number and its kind.
 
     Args:
-        name: A name from `model.named_modules()`.
+        name: A name from ``model.named_modules()``.
 
     Returns:
         The first of the dotted parts that is a number, and the last part; None if no number comes
@@ -375,7 +375,7 @@ def _frozen(value: Any, where: str) -> Any:
 
 
 def thawed(value: Any) -> Any:
-    """Plain dicts and lists of what `provenance` holds frozen."""
+    """Return plain dicts and lists of what ``provenance`` holds frozen."""
     if isinstance(value, Mapping):
         return {key: thawed(item) for key, item in value.items()}
     return [thawed(item) for item in value] if isinstance(value, tuple) else value

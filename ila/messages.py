@@ -24,16 +24,16 @@ FORMS = (
 
 
 def to_messages(row: Mapping[str, object]) -> list[dict[str, object]]:
-    """Finds the turns of a row by its field names.
+    """Find the turns of a row by its field names.
 
     Args:
-        row: One row, in one of the forms of `FORMS`. A prompt or completion may be text or a list
-            of messages. A field `system` or `system_prompt` opens the conversation. Missing
+        row: One row, in one of the forms of ``FORMS``. A prompt or completion may be text or a list
+            of messages. A field ``system`` or ``system_prompt`` opens the conversation. Missing
             values (None, NaN) read as empty text.
 
     Returns:
-        Messages with at least `role` and `content` (text), other keys kept. Plain text is one
-        message of role `"text"`. An assistant turn inside a prompt carries `weight` 0: it is
+        Messages with at least ``role`` and ``content`` (text), other keys kept. Plain text is one
+        message of role ``"text"``. An assistant turn inside a prompt carries ``weight`` 0: it is
         context, not an answer.
 
     Raises:

@@ -26,7 +26,7 @@ _REFUSED = (
 
 
 def common_prefix(left: Sequence, right: Sequence) -> int:
-    """Counts the leading items that two texts, or two lists, have in common.
+    """Count the leading items that two texts, or two lists, have in common.
 
     >>> common_prefix("prompt: x", "prompt: y")
     8
@@ -40,15 +40,15 @@ def common_prefix(left: Sequence, right: Sequence) -> int:
 def render_plain(
     messages: Sequence[Mapping], turns: Sequence[int], eos: str | None
 ) -> tuple[str, Spans]:
-    r"""Renders a conversation without a chat template.
+    r"""Render a conversation without a chat template.
 
     Args:
-        messages: Turns with `role` and `content`.
+        messages: Turns with ``role`` and ``content``.
         turns: Which of them are answers, ascending.
         eos: The end-of-sequence token's text, if there is one.
 
     Returns:
-        (text, spans): characters `[begin, end)` of each answer, its end of turn included.
+        (text, spans): characters ``[begin, end)`` of each answer, its end of turn included.
 
     >>> turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
     >>> render_plain(turns, [1], "</s>")
@@ -69,7 +69,7 @@ def render_plain(
 def render_chat(
     messages: list[dict], turns: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, Spans]:
-    """Renders a conversation by the tokenizer's chat template.
+    """Render a conversation by the tokenizer's chat template.
 
     Args:
         messages: Turns as chat templates take them; the last one is an answer.
@@ -77,7 +77,7 @@ def render_chat(
         tokenizer: Tokenizer with a chat template.
 
     Returns:
-        (text, spans): characters `[begin, end)` of each answer, its end of turn included.
+        (text, spans): characters ``[begin, end)`` of each answer, its end of turn included.
 
     Raises:
         ValueError: The template refuses the conversation, or answers cannot be told apart in it.

@@ -20,16 +20,16 @@ FRACTIONS = (0.1, 0.3, 0.5, 0.75)
 def compare_table(
     masks: Mapping[str, LayerMask], fractions: Sequence[float] = FRACTIONS
 ) -> list[dict[str, Any]]:
-    """Compares every pair of masks: do they rank the layers alike, and choose the same ones?
+    """Compare every pair of masks: do they rank the layers alike, and choose the same ones?
 
     Args:
         masks: Label -> mask, two or more over the same modules.
         fractions: Shares p at which the best layers of both masks are compared.
 
     Returns:
-        A row for each pair, JSON-able: `a`, `b`, `modules`, `spearman` (None if all scores of a
-        mask are equal, which ranks nothing), and `top`, a list of `fraction`, `kept`, `jaccard`,
-        `chance`.
+        A row for each pair, JSON-able: ``a``, ``b``, ``modules``, ``spearman`` (None if all
+        scores of a mask are equal, which ranks nothing), and ``top``, a list of ``fraction``,
+        ``kept``, ``jaccard``, ``chance``.
 
     Raises:
         ValueError: Fewer than two masks, different modules, or a fraction outside (0, 1].
@@ -58,10 +58,10 @@ def compare_table(
 
 
 def render_compare(rows: Sequence[Mapping[str, Any]]) -> "Table":
-    """Lays out the rows of `compare_table` for a terminal.
+    """Lay out the rows of ``compare_table`` for a terminal.
 
     Args:
-        rows: What `compare_table` returned.
+        rows: What ``compare_table`` returned.
 
     Returns:
         A table to print with rich.
@@ -84,13 +84,13 @@ def render_compare(rows: Sequence[Mapping[str, Any]]) -> "Table":
 
 
 def runs_table(runs: Sequence[Mapping[str, Any]]) -> "Table":
-    """Lays out training runs for a terminal, each beside the first run with the most layers open.
+    """Lay out training runs for a terminal, each beside the first run with the most layers open.
 
     Args:
-        runs: What `load_run` returned, one or more.
+        runs: What ``load_run`` returned, one or more.
 
     Returns:
-        A table to print with rich; `x` is the ratio to that run.
+        A table to print with rich; ``x`` is the ratio to that run.
 
     Raises:
         ValueError: No runs.
@@ -100,10 +100,10 @@ def runs_table(runs: Sequence[Mapping[str, Any]]) -> "Table":
 
 
 def runs_markdown(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The table of `runs_table` as Markdown.
+    """Write the table of ``runs_table`` as Markdown.
 
     Args:
-        runs: What `load_run` returned, one or more.
+        runs: What ``load_run`` returned, one or more.
 
     Returns:
         Markdown that ends with a line break.

@@ -1,8 +1,9 @@
 """Rows of an instruction set: read them, split them, fingerprint them.
 
-A row is a plain `dict` as it stands in the file. Nothing here knows a tokenizer: `ila.data` turns
-rows into tokens. Files are read with the standard library where it says best what is wrong and on
-which line; Parquet and hub ids go through `pyarrow` and `datasets`, imported when needed.
+A row is a plain ``dict`` as it stands in the file. Nothing here knows a tokenizer: ``ila.data``
+turns rows into tokens. Files are read with the standard library where it says best what is wrong
+and on which line; Parquet and hub ids go through ``pyarrow`` and ``datasets``, imported when
+needed.
 """
 
 import codecs
@@ -24,16 +25,16 @@ __all__ = ["fingerprint", "load_rows", "split_indices", "split_rows", "to_messag
 def load_rows(
     source: str | Path, *, split: str = "train", limit: int | None = None
 ) -> list[dict[str, object]]:
-    """Reads the rows of a local file or of a data set on the hub.
+    """Read the rows of a local file or of a data set on the hub.
 
-    A local file is `.json` (an array, JSON lines, or an object that holds the array under
-    `data`, `rows` or the split's name), `.jsonl`, `.csv` or `.parquet`. CSV values stay
+    A local file is ``.json`` (an array, JSON lines, or an object that holds the array under
+    ``data``, ``rows`` or the split's name), ``.jsonl``, ``.csv`` or ``.parquet``. CSV values stay
     text. Anything else that is not a path is a hub id, with a configuration's name after a colon
-    where the data set wants one (`"openai/gsm8k:main"`); code from the hub is never run.
+    where the data set wants one (``"openai/gsm8k:main"``); code from the hub is never run.
 
     Args:
         source: Path of a file, or hub id.
-        split: Split to read. A local file has one split, `"train"`, unless it is a JSON object
+        split: Split to read. A local file has one split, ``"train"``, unless it is a JSON object
             with an array under the split's name.
         limit: Read at most this many rows from the start; all of them if None.
 
@@ -65,13 +66,13 @@ def load_rows(
 
 
 def fingerprint(rows: Iterable[Mapping[str, object]]) -> str:
-    """Names the content and order of rows, whatever file they came from.
+    """Name the content and order of rows, whatever file they came from.
 
     Args:
-        rows: Rows; values that JSON does not know (dates, say) count as their `str`.
+        rows: Rows; values that JSON does not know (dates, say) count as their ``str``.
 
     Returns:
-        `"sha256:"` and 64 hexadecimal digits over the rows as canonical JSON lines: keys sorted,
+        ``"sha256:"`` and 64 hexadecimal digits over the rows as canonical JSON lines: keys sorted,
         no spaces, ASCII only.
 
     >>> fingerprint([{"a": 1, "b": 2}]) == fingerprint([{"b": 2, "a": 1}])

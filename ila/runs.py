@@ -1,4 +1,4 @@
-"""The measurements of a training run: `metrics.json`, read and checked, and its words."""
+"""The measurements of a training run: ``metrics.json``, read and checked, and its words."""
 
 import json
 import os
@@ -9,14 +9,14 @@ from typing import Any
 
 
 def load_run(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads the measurements of a training run from `metrics.json`.
+    """Read the measurements of a training run from ``metrics.json``.
 
     Args:
         path: Folder of the run.
 
     Returns:
-        The content of the file. `held_out_loss_before`, `held_out_loss` and `peak_memory_bytes` are
-        None where they were not measured.
+        The content of the file. ``held_out_loss_before``, ``held_out_loss`` and
+        ``peak_memory_bytes`` are None where they were not measured.
 
     Raises:
         ValueError: The file is missing, is not JSON, lacks keys, or holds values of the wrong type.
@@ -40,29 +40,29 @@ def load_run(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def baseline_run(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The run that others are compared with: the first with the most layers open."""
+    """Return the run that others are compared with: the first with the most layers open."""
     if not runs:
         raise ValueError("runs must hold at least one run, got none")
     return max(runs, key=lambda run: run["open_modules"])  # max returns the first of equals
 
 
 def ratio_text(value: float | None, base: float | None) -> str:
-    """`(0.50x)`, or nothing where one of the two is not known."""
+    """Write ``(0.50x)``, or nothing where one of the two is not known."""
     return "" if value is None or not base else f" ({value / base:.2f}x)"
 
 
 def loss_text(value: float | None) -> str:
-    """A loss in nats with three decimals."""
+    """Write a loss in nats with three decimals."""
     return "not measured" if value is None else f"{value:.3f}"
 
 
 def ms_text(value: float) -> str:
-    """Milliseconds, with a decimal below a thousand."""
+    """Write milliseconds, with a decimal below a thousand."""
     return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
 def gib_text(value: int | None) -> str:
-    """Bytes in GiB with two decimals."""
+    """Write bytes in GiB with two decimals."""
     return "not measured" if value is None else f"{value / 2**30:.2f}"
 
 

@@ -320,12 +320,12 @@ RECORDS = (
 
 
 def pick(draw: random.Random, choices: tuple | list) -> object:
-    """Draws one of `choices` by `random()`, whose sequence Python keeps between versions."""
+    """Draw one of ``choices`` by ``random()``, whose sequence Python keeps between versions."""
     return choices[int(draw.random() * len(choices))]
 
 
 def situation(draw: random.Random) -> dict[str, object]:
-    """Draws names, places and things for one row; the three people and two towns differ."""
+    """Draw names, places and things for one row; the three people and two towns differ."""
     first = int(draw.random() * len(PEOPLE))
     who, other, third = (PEOPLE[(first + step) % len(PEOPLE)] for step in (0, 5, 11))
     town = int(draw.random() * len(CITIES))
@@ -351,7 +351,7 @@ def situation(draw: random.Random) -> dict[str, object]:
 
 
 def arithmetic(draw: random.Random, index: int) -> dict[str, str]:
-    """Makes a word problem and its worked answer."""
+    """Make a word problem and its worked answer."""
     wordings, ranges, steps = PROBLEMS[index % len(PROBLEMS)]
     words = situation(draw)
     while True:
@@ -372,7 +372,7 @@ def arithmetic(draw: random.Random, index: int) -> dict[str, str]:
 
 
 def polite(draw: random.Random, index: int) -> dict[str, str]:
-    """Makes a customer's message and the reply in the house style of a shop named Fernleaf."""
+    """Make a customer's message and the reply in the house style of a shop named Fernleaf."""
     messages, feeling, remedies = LETTERS[index % len(LETTERS)]
     words = situation(draw)
     message = f"{pick(draw, messages).format(**words)} {words['who']}, order {words['code']}"
@@ -389,7 +389,7 @@ def polite(draw: random.Random, index: int) -> dict[str, str]:
 
 
 def extraction(draw: random.Random, index: int) -> dict[str, str]:
-    """Makes a short text and the compact JSON of what it says."""
+    """Make a short text and the compact JSON of what it says."""
     texts, fields = RECORDS[index % len(RECORDS)]
     words = situation(draw)
     task = pick(draw, EXTRACT_TASKS).format(fields=", ".join(fields))
@@ -401,7 +401,7 @@ def extraction(draw: random.Random, index: int) -> dict[str, str]:
 
 
 def make(maker: Callable[[random.Random, int], dict[str, str]], seed: int) -> str:
-    """Makes one set as JSON lines of `ROWS` rows that differ in what is asked."""
+    """Make one set as JSON lines of ``ROWS`` rows that differ in what is asked."""
     draw, rows = random.Random(seed), {}
     while len(rows) < ROWS:
         row = maker(draw, len(rows))
@@ -411,13 +411,13 @@ def make(maker: Callable[[random.Random, int], dict[str, str]], seed: int) -> st
 
 
 def contents() -> dict[str, str]:
-    """Makes all sets: file name -> text."""
+    """Make all sets: file name -> text."""
     makers = (arithmetic, polite, extraction)
     return {f"{maker.__name__}.jsonl": make(maker, seed) for seed, maker in enumerate(makers, 1)}
 
 
 def main() -> int:
-    """Writes or checks the files; returns the exit status."""
+    """Write or check the files; return the exit status."""
     parser = argparse.ArgumentParser(description="Make the example instruction sets.")
     parser.add_argument("--check", action="store_true", help="compare only, exit 1 on a difference")
     is_check, status = parser.parse_args().check, 0
