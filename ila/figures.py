@@ -19,6 +19,7 @@ from ila.runs import baseline_run, gib_text, loss_text, ms_text, ratio_text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _COLOURS = ("#2f6db3", "#d9822b", "#3a9a5b", "#b8434e", "#7b5ea7", "#7a5c43", "#c667a4", "#5f6b76")
@@ -37,7 +38,6 @@ def heatmap_figure(mask: LayerMask, *, title: str | None = None) -> "Figure":
         A figure that no global state of matplotlib knows of.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch, Rectangle
 
     cells = _place(mask.scores)
     blocks = sorted({block for block, _ in cells}, key=lambda b: -1 if b is None else b)
@@ -59,27 +59,9 @@ def heatmap_figure(mask: LayerMask, *, title: str | None = None) -> "Figure":
     image = axes.imshow(
         grid, aspect="auto", origin="lower", cmap="viridis", interpolation="none", **limits
     )
-    for (block, kind), name in cells.items():
-        if not mask.gates[name]:
-            row, column = blocks.index(block), kinds.index(kind)
-            red, green, blue, _ = image.cmap(image.norm(grid[row, column]))
-            dark = 0.30 * red + 0.59 * green + 0.11 * blue < 0.55
-            corner = (column - 0.5, row - 0.5)
-            style = {"edgecolor": "white" if dark else "black", "hatch": "////", "linewidth": 0}
-            axes.add_patch(Rectangle(corner, 1, 1, fill=False, **style))
-
-    rotation = 0 if len(kinds) <= 12 else 90
-    axes.set_xticks(range(len(kinds)), kinds, rotation=rotation, parse_math=False)
-    step = 1 if len(blocks) <= 40 else 5
-    rows = [row for row, block in enumerate(blocks) if block is None or block % step == 0]
-    axes.set_yticks(rows, ["none" if blocks[row] is None else str(blocks[row]) for row in rows])
-    axes.set_xticks(np.arange(len(kinds) - 1) + 0.5, minor=True)
-    axes.set_yticks(np.arange(len(blocks) - 1) + 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.2)
-    axes.tick_params(which="both", length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel("Kind of linear layer")
-    axes.set_ylabel("Block (0 is next to the input)")
+    closed = [cell for cell, name in cells.items() if not mask.gates[name]]
+    _hatch(image, [(kinds.index(kind), blocks.index(block)) for block, kind in closed])
+    _label_grid(axes, blocks, kinds)
     figure.colorbar(
         image, ax=axes, label="Score (higher matters more)", fraction=0.06, aspect=3 * height
     )
@@ -89,11 +71,7 @@ def heatmap_figure(mask: LayerMask, *, title: str | None = None) -> "Figure":
         f"{spread['max']:.3g}, mean {spread['mean']:.3g}, standard deviation {spread['std']:.3g}"
     )
     axes.set_title(subtitle, fontsize=10, color="#444444")
-    keys = [
-        Patch(facecolor="#b8c4cc", label="open: adapted by training"),
-        Patch(facecolor="#b8c4cc", edgecolor="black", hatch="////", label="closed: left frozen"),
-    ]
-    figure.legend(handles=keys, loc="outside lower center", ncols=2, frameon=False)
+    _explain_hatching(figure)
     return figure
 
 
@@ -205,6 +183,43 @@ def _place(names: Mapping[str, Any]) -> dict[tuple[int | None, str], str]:
         (parsed[0] if parsed else None, labels[templates[name]]): name
         for name, parsed in found.items()
     }
+
+
+def _hatch(image: "AxesImage", cells: list[tuple[int, int]]) -> None:
+    """Hatch cells (column, row) in a colour that shows on theirs."""
+    from matplotlib.patches import Rectangle
+
+    for column, row in cells:
+        red, green, blue, _ = image.cmap(image.norm(image.get_array()[row, column]))
+        dark = 0.30 * red + 0.59 * green + 0.11 * blue < 0.55
+        corner = (column - 0.5, row - 0.5)
+        style = {"edgecolor": "white" if dark else "black", "hatch": "////", "linewidth": 0}
+        image.axes.add_patch(Rectangle(corner, 1, 1, fill=False, **style))
+
+
+def _label_grid(axes: "Axes", blocks: list[int | None], kinds: list[str]) -> None:
+    rotation = 0 if len(kinds) <= 12 else 90
+    axes.set_xticks(range(len(kinds)), kinds, rotation=rotation, parse_math=False)
+    step = 1 if len(blocks) <= 40 else 5
+    rows = [row for row, block in enumerate(blocks) if block is None or block % step == 0]
+    axes.set_yticks(rows, ["none" if blocks[row] is None else str(blocks[row]) for row in rows])
+    axes.set_xticks(np.arange(len(kinds) - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(len(blocks) - 1) + 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.2)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("Kind of linear layer")
+    axes.set_ylabel("Block (0 is next to the input)")
+
+
+def _explain_hatching(figure: "Figure") -> None:
+    from matplotlib.patches import Patch
+
+    keys = [
+        Patch(facecolor="#b8c4cc", label="open: adapted by training"),
+        Patch(facecolor="#b8c4cc", edgecolor="black", hatch="////", label="closed: left frozen"),
+    ]
+    figure.legend(handles=keys, loc="outside lower center", ncols=2, frameon=False)
 
 
 def _kind_order(kind: str) -> tuple[int, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
@@ -59,6 +60,11 @@ class Costs(TrainerCallback):
             name: times[round(q * last)]
             for name, q in (("median", 0.5), ("p10", 0.1), ("p90", 0.9))
         }
+
+    def measured(self) -> dict[str, Any]:
+        """Return both measurements by the names they have in ``metrics.json``."""
+        peak = self.peak_memory_bytes()
+        return {"step_time_ms": self.step_time_ms(), "peak_memory_bytes": peak}
 
     def save(self, folder: Path) -> None:
         """Write what was measured beside a checkpoint."""

@@ -127,22 +127,30 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
         "seed": inputs.seed,
     }
     set_seed(inputs.seed)
+    return Prepared(
+        attach(model, _lora_config(inputs)),
+        tokenizer,
+        dataset,
+        held_out,
+        summary,
+        held_out_summary,
+        Collator(pad_token_id(tokenizer)),
+        description,
+    )
+
+
+def _lora_config(inputs: Inputs) -> LoraConfig:
     targets: str | list[str] = inputs.target_modules
     if targets != "all-linear" and "," in targets:
         targets = [part.strip() for part in targets.split(",") if part.strip()]
     elif targets != "all-linear" and targets.isidentifier():
         targets = [targets]
-    config = LoraConfig(
+    return LoraConfig(
         r=inputs.rank,
         lora_alpha=inputs.alpha,
         lora_dropout=inputs.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
-    )
-    peft_model = attach(model, config)
-    collator = Collator(pad_token_id(tokenizer))
-    return Prepared(
-        peft_model, tokenizer, dataset, held_out, summary, held_out_summary, collator, description
     )
 
 

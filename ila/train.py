@@ -129,18 +129,9 @@ def train(
             if resume and (out / "metrics.json").exists():
                 what.load(out)
                 return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-        log = LogFile(out / "log.jsonl", "train") if output_dir is not None else None
-        args = arguments(
-            out / "checkpoints",
-            steps=config.steps,
-            save_every=config.save_every if output_dir is not None else None,
-            extra=config.training_args,
-            per_device_train_batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            warmup_steps=round(0.03 * config.steps),
-            seed=config.seed,
-        )
+        args = _arguments(config, out, keep=output_dir is not None)
         costs = Costs(args.device)
+        log = LogFile(out / "log.jsonl", "train") if output_dir is not None else None
         own = stage_callbacks(f"Training {name}", log, progress=progress, also_save=costs.save)
         trainer = what.trainer(model, args, collator, dataset, callbacks=[costs, *own])
         before = _held_out(trainer, held_out, collator, config, out)
@@ -149,7 +140,7 @@ def train(
             costs.load(start)
         costs.begin()
         run(trainer, start)
-        peak = costs.peak_memory_bytes()
+        measured = costs.measured()  # before the held-out loss, which is not training
         after = _loss(trainer, held_out, collator, config)
         metrics = {
             "name": name,
@@ -157,8 +148,7 @@ def train(
             "steps": trainer.state.global_step,
             "held_out_loss_before": before,
             "held_out_loss": after,
-            "step_time_ms": costs.step_time_ms(),
-            "peak_memory_bytes": peak,
+            **measured,
             "tokens_per_step": _tokens_per_step(dataset, args),
             "losses": losses(trainer),
             "device": str(args.device),
@@ -169,6 +159,19 @@ def train(
             _save(what, out, metrics)
         trainer.accelerator.wait_for_everyone()
     return metrics
+
+
+def _arguments(config: TrainConfig, out: Path, *, keep: bool) -> TrainingArguments:
+    return arguments(
+        out / "checkpoints",
+        steps=config.steps,
+        save_every=config.save_every if keep else None,
+        extra=config.training_args,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        warmup_steps=round(0.03 * config.steps),
+        seed=config.seed,
+    )
 
 
 class _Adapter:
