@@ -155,12 +155,15 @@ def learn_mask(
     if output_dir is None and resume:
         raise ValueError("resume=True needs the output_dir of the search to go on with")
     with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
-        work = _Work(Path(folder), output_dir is not None, config, resume, progress)
-        on_main_process(lambda: work.claim(adapter, layers, len(dataset)))
+        work = _Work(
+            *(peft_model, adapter, layers, dataset, collator, config),
+            *(Path(folder), output_dir is not None, resume, progress),
+        )
+        on_main_process(work.claim)
         training = peft_model.training
         try:
-            stage1 = _stage1(peft_model, adapter, layers, dataset, collator, work)
-            scores, stage2 = _stage2(peft_model, adapter, layers, dataset, collator, work, stage1)
+            stage1 = _stage1(work)
+            scores, stage2 = _stage2(work, stage1)
         finally:
             peft_model.train(training)
     gate_gradient = stage1.pop("gate_gradient")
@@ -176,25 +179,26 @@ def learn_mask(
 
 @dataclass(frozen=True)
 class _Work:
-    """The folder of one search and how to use it."""
+    """One search: what is searched on which data, and the folder of it."""
 
+    peft_model: PeftModel
+    adapter: str
+    layers: Mapping[str, MaskedLoraLayer]
+    dataset: Sequence[Mapping[str, Any]]
+    collator: Any
+    config: SearchConfig
     folder: Path
     keep: bool
-    config: SearchConfig
     resume: bool
     progress: bool
 
-    def claim(self, adapter: str, layers: Mapping[str, MaskedLoraLayer], rows: int) -> None:
+    def claim(self) -> None:
         """Mark the folder as this search's, or check that it is."""
         if self.keep:
-            mine = {"config": self.config.as_dict(), "adapter": adapter, "layers": list(layers)}
-            claims.claim(
-                self.folder,
-                {**mine, "rows": rows},
-                marker="search.json",
-                resume=self.resume,
-                beside=(RUN_MARKER,),
-            )
+            mine = {"config": self.config.as_dict(), "adapter": self.adapter}
+            mine |= {"layers": list(self.layers), "rows": len(self.dataset)}
+            where = {"marker": "search.json", "beside": (RUN_MARKER,)}
+            claims.claim(self.folder, mine, resume=self.resume, **where)
 
     def log(self, stage: str) -> LogFile | None:
         return LogFile(self.folder / "log.jsonl", stage) if self.keep else None
@@ -217,19 +221,16 @@ def _check_layers(layers: Mapping[str, MaskedLoraLayer], adapter: str) -> None:
             raise ValueError(f"layer {name!r} cannot be scored: {route.reason}")
 
 
-def _stage1(peft_model, adapter, layers, dataset, collator, work: _Work) -> dict[str, Any]:
+def _stage1(work: _Work) -> dict[str, Any]:
     config, done = work.config, work.folder / "stage1.json"
     if work.resume and done.exists():
-        load_adapter(peft_model, adapter, work.folder / "adapter")
+        load_adapter(work.peft_model, work.adapter, work.folder / "adapter")
         return json.loads(done.read_text(encoding="utf-8"))
-    signal = GateGradient(layers, adapter)
+    signal = GateGradient(work.layers, work.adapter)
     stable = StopWhenStable(config.epsilon, config.stability_window)
     trainer = _train(
-        SignalTrainer,
-        peft_model,
-        dataset,
-        collator,
         work,
+        SignalTrainer,
         stage="stage1",
         title="Stage 1: LoRA",
         steps=config.stage1_steps,
@@ -246,7 +247,7 @@ def _stage1(peft_model, adapter, layers, dataset, collator, work: _Work) -> dict
     }
     if work.keep and trainer.is_world_process_zero():
         with write_folder_atomic(work.folder / "adapter", replace=True) as target:
-            save_adapter(peft_model, adapter, target)
+            save_adapter(work.peft_model, work.adapter, target)
         write_json_atomic(done, result)
     trainer.accelerator.wait_for_everyone()
     return result
@@ -263,56 +264,46 @@ def _course(losses: Sequence[float], window: int) -> dict[str, Any]:
     }
 
 
-def _stage2(
-    peft_model, adapter, layers, dataset, collator, work: _Work, stage1: Mapping[str, Any]
-) -> tuple[dict[str, float], dict[str, Any]]:
-    config = work.config
-    if config.method == "gate_gradient":
+def _stage2(work: _Work, stage1: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+    if work.config.method == "gate_gradient":
         return stage1["gate_gradient"], {"steps": 0}
-    common = {
-        "stage": "stage2",
-        "title": f"Stage 2: {config.method}",
-        "steps": config.stage2_steps,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1e30,  # clips nothing
-        "lr_scheduler_type": "constant",
-    }
-    with stages.scored(peft_model, layers, adapter, config.score_init):
-        if config.method == "path":
-            path = PathGradient(layers, adapter, stages.PATH_POINTS)
-            # The gates are set by hand; the optimiser only has to leave them alone.
-            still = {"optim": "sgd", "learning_rate": 0.0}
-            trainer = _train(
-                stages.ScoreTrainer,
-                peft_model,
-                dataset,
-                collator,
-                work,
-                signal=path,
-                **still,
-                **common,
-            )
-            return path.mean(), {"steps": trainer.state.global_step}
-        spread = stages.LogSpread(layers, adapter, work.log("stage2"))
-        trainer = _train(
-            stages.ScoreTrainer,
-            peft_model,
-            dataset,
-            collator,
-            work,
-            callbacks=[spread],
-            learning_rate=config.score_learning_rate,
-            **common,
-        )
-        return stages.read_scores(layers, adapter), {"steps": trainer.state.global_step}
+    with stages.scored(work.peft_model, work.layers, work.adapter, work.config.score_init):
+        by = _path_scores if work.config.method == "path" else _trained_scores
+        return by(work)
+
+
+def _path_scores(work: _Work) -> tuple[dict[str, float], dict[str, Any]]:
+    path = PathGradient(work.layers, work.adapter, stages.PATH_POINTS)
+    # The gates are set by hand; the optimiser only has to leave them alone.
+    trainer = _train_scores(work, signal=path, optim="sgd", learning_rate=0.0)
+    return path.mean(), {"steps": trainer.state.global_step}
+
+
+def _trained_scores(work: _Work) -> tuple[dict[str, float], dict[str, Any]]:
+    spread = stages.LogSpread(work.layers, work.adapter, work.log("stage2"))
+    rate = work.config.score_learning_rate
+    trainer = _train_scores(work, callbacks=[spread], learning_rate=rate)
+    scores = stages.read_scores(work.layers, work.adapter)
+    return scores, {"steps": trainer.state.global_step}
+
+
+def _train_scores(work: _Work, **settings: Any) -> Trainer:
+    return _train(
+        work,
+        stages.ScoreTrainer,
+        stage="stage2",
+        title=f"Stage 2: {work.config.method}",
+        steps=work.config.stage2_steps,
+        weight_decay=0.0,
+        max_grad_norm=1e30,  # clips nothing
+        lr_scheduler_type="constant",
+        **settings,
+    )
 
 
 def _train(
-    trainer_class: type[SignalTrainer],
-    peft_model: PeftModel,
-    dataset: Sequence[Mapping[str, Any]],
-    collator: Any,
     work: _Work,
+    trainer_class: type[SignalTrainer],
     *,
     stage: str,
     title: str,
@@ -339,13 +330,8 @@ def _train(
         title, work.log(stage), progress=work.progress, also_save=signal and signal.save
     )
     signals = [] if signal is None else [signal]
-    trainer = trainer_class(
-        peft_model,
-        args,
-        collator,
-        dataset,
-        callbacks=[*signals, *callbacks, *own],
-    )
+    callbacks = [*signals, *callbacks, *own]
+    trainer = trainer_class(work.peft_model, args, work.collator, work.dataset, callbacks=callbacks)
     trainer.signal = signal
     start = resume_point(folder, work.resume)
     if start is not None and signal is not None:
