@@ -63,7 +63,10 @@ def main() -> None:
     )
     same = {k: v for k, v in vars(options).items() if k not in ("work", "json")}
     mine = {"what": "benchmarks.real_data", "options": same}
-    claim(options.work, mine, marker=PLAN_MARKER, resume=True, remedy="give another --work")
+    try:
+        claim(options.work, mine, marker=PLAN_MARKER, resume=True, remedy="give another --work")
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     run_plan(plan, Console())
     write_json_atomic(options.json, collect(plan, vars(options)))
 
