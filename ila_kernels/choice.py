@@ -66,8 +66,8 @@ def prefer(*, auto: str | None = None, gemm: str | None = None) -> None:
     """Set what ``impl="auto"`` takes on a GPU, and the form of the Triton GEMM, for this process.
 
     The defaults hold only what was measured; this is how to try the rest. It applies to every
-    later call, backward passes included, and ``prefer()`` goes back to the defaults. Calls that
-    ``torch.compile`` has traced already keep their choice of ``auto``.
+    later call, backward passes included, and ``prefer()`` goes back to the defaults. Set it before
+    ``torch.compile`` traces a model.
 
     Args:
         auto: ``"triton"``: the fused kernels wherever they can run. ``"eager"``: library GEMMs

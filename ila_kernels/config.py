@@ -95,40 +95,43 @@ SHARED_LIMIT_BYTES: dict[str, int] = {
 # `benchmarks/compile_report.py` shows registers, spills and shared memory of every one.
 # BLOCK_R is filled in from R.
 
-# mma.sync with its operands in registers, 48 KiB in flight: two blocks by shared memory even where
-# a multiprocessor has 100 KiB. 8 warps, not 4: 64 accumulators a thread instead of 128 leave room
-# for the update's operands (126 to 188 registers; one block by registers at R = 8).
+# mma.sync with its operands in registers: 175 to 188 of them a thread on sm_80 to sm_89 (one block
+# of 8 warps a multiprocessor), 126 to 183 on sm_120. 8 warps, not 4: 64 accumulators a thread
+# instead of 128 leave room for the update's operands. 48 KiB in three buffers; 99 are the least.
 _MMA_SYNC = Tile(128, 128, 32, 0, warps=8, stages=4)
 GEMM_16BIT: dict[str, Tile] = {
     "sm_80": _MMA_SYNC,
     "sm_86": _MMA_SYNC,
     "sm_89": _MMA_SYNC,
+    # Not GEMM_SAFE: at R = 8 its dx had a K loop 9 % longer than the plain one's.
     "sm_120": _MMA_SYNC,
-    # wgmma reads its operands from shared memory: a longer step over K, 96 KiB in three stages, two
-    # blocks of 111 to 118 registers. Not 128 x 256: there the forward's K loop grew from 139 to 150
-    # instructions with the update.
+    # wgmma reads its operands from shared memory: a longer step over K, 96 KiB in three buffers,
+    # two blocks of at most 128 registers (one in the forward at R = 8: 165). Not 128 x 256: there
+    # the forward's K loop grew from 139 to 150 instructions with the update.
     "sm_90": Tile(128, 128, 64, 0, warps=8, stages=3),
-    # As sm_90; the accumulators live in tensor memory.
+    # As sm_90, with the accumulators in tensor memory: two blocks of at most 124 registers.
     "sm_100": Tile(128, 128, 64, 0, warps=8, stages=3),
 }
 # For every other GPU, and where M or N would leave most of a larger block empty: 24 KiB of shared
-# memory in flight, within what every target allows, and at most 122 registers.
+# memory at most, within what every target allows.
 GEMM_SAFE = Tile(64, 64, 32, 0, warps=4, stages=3)
-# IEEE fp32 products run on the ordinary units, whose operands live in registers.
-# 64 x 64 and 64 x 32 spilled in the forward on sm_90; this one on none of the five targets.
+# IEEE fp32 products run on the ordinary units, whose operands live in registers: 77 to 122 here, a
+# quarter to five eighths of the warps, 8 KiB of shared memory. 64 x 64 and 64 x 32 spilled in the
+# forward on sm_90; this one on none of the five targets.
 GEMM_FP32 = Tile(32, 64, 16, 0, warps=4, stages=2)
 
 # The same kernel in its persistent form: operands come by tensor descriptor, and one program on
 # each multiprocessor walks over the tiles.
 GEMM_PERSISTENT: dict[str, Tile] = {
-    # 128 KiB in four stages, one block: 138 to 201 registers in the forward. K loop 88 instructions
-    # against 123 with pointers. Not 128 x 256: 226 to 255 registers, spills at R = 8 and R >= 64.
+    # 128 KiB in four buffers, one block of 130 to 201 registers. K loop: 89 instructions at most
+    # against 106 (dx) and 124 (forward) with pointers. Not 128 x 256: 226 to 255 registers, and
+    # spills at R >= 64.
     "sm_90": Tile(128, 128, 64, 0, warps=8, stages=4),
-    # 192 KiB in four stages, one block; accumulators in half of the tensor memory leave registers
-    # for 128 x 256 (202 to 223, no spill), which reads a quarter less through L2 for each FLOP than
-    # 128 x 128. K loop 86 instructions against 174. 128 x 128 with 3 stages spilled at R = 8.
+    # 192 KiB in four buffers, one block. Accumulators in half of the tensor memory leave registers
+    # for 128 x 256 (202 to 223), which reads a quarter less through L2 for each FLOP than
+    # 128 x 128. K loop: 88 instructions at most. 128 x 128 with three stages spilled at R = 8.
     "sm_100": Tile(128, 256, 64, 0, warps=8, stages=4),
-    # 64 of 99 KiB in three stages; with two, one buffer is left and no load runs ahead.
+    # 64 of 99 KiB in two buffers, one block of 165 to 197 registers.
     "sm_120": Tile(128, 128, 64, 0, warps=8, stages=3),
 }
 # Where the persistent form runs unasked: nowhere. It has been compiled, emulated and compared with
@@ -239,7 +242,7 @@ def gemm_form(
     if preferred == "pointer":
         return "pointer", "preferred"
     if target not in GEMM_PERSISTENT:
-        return "pointer", f"no tensor descriptors on {target}"
+        return "pointer", f"no tile of the persistent form for {target}"
     if preferred is None and target not in PERSISTENT_BY_DEFAULT:
         return "pointer", f"the persistent form is not measured on {target}"
     if element_bytes != 2:
@@ -253,7 +256,12 @@ def gemm_form(
 
 
 def shrink_tile(r: int, element_bytes: int) -> Tile:
-    """Tile of t (M, R) = x̂ Aᵀ: few rows, so that few thousand tokens already fill a GPU."""
+    """Tile of t (M, R) = x̂ Aᵀ: few rows, so that few thousand tokens already fill a GPU.
+
+    At M = 8192 these are 128 programs at 16 bits. 4 warps: at R = 64 up to 144 registers a thread
+    (209 with dropout, whose Philox rounds take them), three blocks or more (two); shared memory
+    is at most 40 KiB, within what every target allows.
+    """
     if element_bytes == 4:
         return Tile(32, 1, 32, rank_block(r, 32), warps=4, stages=2)
     return Tile(64, 1, 64, rank_block(r, 64), warps=4, stages=2)
@@ -262,7 +270,9 @@ def shrink_tile(r: int, element_bytes: int) -> Tile:
 def grad_tile(r: int, element_bytes: int) -> Tile:
     """Tile of the gradients that sum over M: the result's block stays in registers meanwhile.
 
-    Wider blocks of N mean fewer shares of u to write and add: M·R·4·(N/BLOCK_N) bytes.
+    Wider blocks of N mean fewer shares of u to write and add: M·R·4·(N/BLOCK_N) bytes. 128 x 32
+    of fp32 is 32 registers of the 68 to 170 that a thread has; three blocks or more of 4 warps, at
+    most 24 KiB of shared memory.
     """
     if element_bytes == 4:
         return Tile(32, 32, 1, rank_block(r, 16), warps=4, stages=1)

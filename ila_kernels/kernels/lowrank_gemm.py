@@ -10,9 +10,9 @@ is in the plain GEMM, while a product before it changed how the loop's addresses
 16 % more instructions in it on sm_80). γ is read on the device; γ = 0 makes the loop over R empty.
 
 On sm_90 and newer the same kernel has a persistent form: P and Q come by tensor descriptor (TMA,
-no address arithmetic in the loop: 88 instructions for 123), one program on each multiprocessor
-walks over the tiles. U, V and C stay on pointers: they are read or written once, in any dtype and
-with any strides.
+no address arithmetic in the loop over K: 88 instructions instead of 124 in the forward on sm_90),
+and one program on each multiprocessor walks over the tiles. U, V and C stay on pointers: they are
+read or written once, in any dtype and with any strides.
 """
 
 from __future__ import annotations

@@ -249,6 +249,26 @@ def test_a_group_equals_its_members():
     )
 
 
+def test_auto_takes_the_kernels_only_where_they_are_preferred(monkeypatch):
+    from ila_kernels import ops, prefer
+
+    taken, function = [], ops.MaskedLoraLinearFunction.apply
+    monkeypatch.setattr(
+        ops.MaskedLoraLinearFunction,
+        "apply",
+        lambda *inputs: taken.append(inputs[-1]) or function(*inputs),
+    )
+    i = make_inputs(*ODD, dtype=BF16, adapter_dtype=FP32, gate=0.5, device="cuda")
+    arguments = (i.x, i.weight, i.lora_a, i.lora_b, i.gate)
+    masked_lora_linear(*arguments)
+    try:
+        prefer(auto="triton")
+        masked_lora_linear(*arguments)
+    finally:
+        prefer()
+    assert taken == ["eager", "triton"]
+
+
 def test_fp64_is_refused():
     i = make_inputs(*ODD, dtype=torch.float64, device="cuda")
     with pytest.raises(TypeError, match="computes in bfloat16, float16 or float32"):
