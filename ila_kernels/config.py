@@ -140,7 +140,7 @@ GEMM_PERSISTENT: dict[str, Tile] = {
 PERSISTENT_BY_DEFAULT: frozenset[str] = frozenset()
 
 # Rows of one program of a gradient that sums over M. A constant: the order of the sum, hence the
-# bits of the result, then depend on the shape alone and not on the GPU.
+# bits of dA and dB, then depend on the shape alone and not on the GPU.
 ROWS_PER_PROGRAM = 1024
 
 
@@ -267,13 +267,18 @@ def shrink_tile(r: int, element_bytes: int) -> Tile:
     return Tile(64, 1, 64, rank_block(r, 64), warps=4, stages=2)
 
 
-def grad_tile(r: int, element_bytes: int) -> Tile:
+def grad_tile(r: int, element_bytes: int, target: str) -> Tile:
     """Tile of the gradients that sum over M: the result's block stays in registers meanwhile.
 
-    Wider blocks of N mean fewer shares of u to write and add: M·R·4·(N/BLOCK_N) bytes. 128 x 32
-    of fp32 is 32 registers of the 68 to 170 that a thread has; three blocks or more of 4 warps, at
-    most 24 KiB of shared memory.
+    Every block of N leaves a share of u, written and read as fp32: 8·R/BLOCK_N bytes for each
+    element of dy, whose own second read, which sharing saves, is 2. So N is wide: at 256 columns
+    the shares are 0.5 bytes at R = 16 and 2 at R = 64, against 1 and 4 at 128 (and at 32 ranks a
+    block, dy twice). 92 to 255 registers of 8 warps and no spill; at most 64 KiB of shared memory.
+    AMD's compiler spills 200 registers of that tile at R = 64, and an unknown GPU may not have the
+    shared memory: both get 128 x 32, 24 KiB.
     """
     if element_bytes == 4:
         return Tile(32, 32, 1, rank_block(r, 16), warps=4, stages=1)
+    if target.startswith("sm_"):
+        return Tile(32, 256, 1, rank_block(r, 64), warps=8, stages=2)
     return Tile(32, 128, 1, rank_block(r, 32), warps=4, stages=2)

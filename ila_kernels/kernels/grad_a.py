@@ -47,7 +47,7 @@ def _grad_a(
 def launch(u: Tensor, x: Tensor, da: Tensor, seed: int, dropout_p: float, target: str) -> Launch:
     """Describe the launch that writes the shares of dA (·, R, K)."""
     (m, k), r = x.shape, u.shape[1]
-    tile = grad_tile(r, x.element_size())
+    tile = grad_tile(r, x.element_size(), target)
     arguments = {
         "u_ptr": u, "x_ptr": x, "da_ptr": da, "M": m, "K": k, "R": r, "seed": seed,
         "threshold": threshold(dropout_p), "u_m": u.stride(0), "u_r": u.stride(1),

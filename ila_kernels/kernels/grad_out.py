@@ -50,7 +50,7 @@ def _grad_out(
 def launch(dy: Tensor, b: Tensor, t: Tensor, u: Tensor, db: Tensor, target: str) -> Launch:
     """Describe the launch that writes the shares of u (·, M, R) and of dB (·, N, R)."""
     (m, n), r = dy.shape, b.shape[1]
-    tile = grad_tile(r, dy.element_size())
+    tile = grad_tile(r, dy.element_size(), target)
     arguments = {
         "dy_ptr": dy, "b_ptr": b, "t_ptr": t, "u_ptr": u, "db_ptr": db, "M": m, "N": n, "R": r,
         "dy_m": dy.stride(0), "dy_n": dy.stride(1), "b_n": b.stride(0), "b_r": b.stride(1),
@@ -63,8 +63,8 @@ def launch(dy: Tensor, b: Tensor, t: Tensor, u: Tensor, db: Tensor, target: str)
 
 
 def shares(dy: Tensor, r: int, target: str) -> tuple[Tensor, Tensor]:
-    """Room for the shares of u and of dB, both fp32; how many there are depends on shapes only."""
-    (m, n), tile = dy.shape, grad_tile(r, dy.element_size())
+    """Room for the shares of u and of dB, both fp32."""
+    (m, n), tile = dy.shape, grad_tile(r, dy.element_size(), target)
     wide = {"dtype": torch.float32, "device": dy.device}
     u = torch.empty(triton.cdiv(n, tile.n), m, r, **wide)
     return u, torch.empty(triton.cdiv(m, ROWS_PER_PROGRAM), n, r, **wide)

@@ -174,7 +174,7 @@ def test_eager_is_the_reference_in_fp64(shape, gate, dropout_p):
 
 
 @settings(
-    max_examples=60,
+    max_examples=500,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # the seed, which is drawn anew

@@ -1,0 +1,144 @@
+"""Bytes that the kernels load and store, counted by the emulator, against the cost model.
+
+A launch's traffic with a tensor is the tensor's bytes that it loads, each once, and those that it
+stores: what reaches memory if re-reads by neighbouring programs hit the cache. Real re-reads are
+the tiles' business, as in any GEMM.
+"""
+
+import sys
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ila_kernels import masked_lora_linear
+from ila_kernels.config import grad_tile
+from ila_kernels.kernels.launch import Launch
+from ila_kernels.roofline import Problem, backward_cost, forward_cost
+from ila_kernels.testing import make_inputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif("ttsem" not in sys.modules, reason="only the emulator counts bytes"),
+]
+
+M, K, N, R = 1100, 72, 300, 5  # two stretches of rows, several tiles each way, none full
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+class Traffic:
+    """Distinct bytes per launch: ``(kernel, argument, "load" or "store") -> bytes``."""
+
+    def __init__(self):
+        self.launches: list[dict] = []
+
+    def total(self) -> int:
+        return sum(sum(launch.values()) for launch in self.launches)
+
+    def of(self, kernel: str, argument: str, kind: str) -> int:
+        """Bytes over all launches of a kernel."""
+        return sum(launch.get((kernel, argument, kind), 0) for launch in self.launches)
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    """Record every launch from here on; the gate and the last sum of dγ's shares are left out."""
+    from ttsem.memory import Memory
+
+    found = Traffic()
+    touched: dict[str, list[np.ndarray]] = defaultdict(list)
+    load, store, run = Memory.load, Memory.store, Launch.run
+
+    def spy(kind, addresses, mask, itemsize):
+        live = np.broadcast_to(True if mask is None else mask, np.shape(addresses)).reshape(-1)
+        flat = np.asarray(addresses, dtype=np.int64).reshape(-1)[live.astype(bool)]
+        touched[kind].append((flat[:, None] + np.arange(itemsize)).reshape(-1))
+
+    def spy_load(self, addrs, mask, other, dtype):
+        spy("load", addrs, mask, np.dtype(dtype).itemsize)
+        return load(self, addrs, mask, other, dtype)
+
+    def spy_store(self, addrs, values, mask):
+        spy("store", addrs, mask, np.asarray(values).dtype.itemsize)
+        return store(self, addrs, values, mask)
+
+    def counted(launch):
+        touched.clear()
+        run(launch)
+        kernel, bytes_of = launch.kernel.fn.__name__.strip("_"), {}
+        for kind, pieces in touched.items():
+            seen = np.unique(np.concatenate(pieces))
+            inside = np.zeros(len(seen), dtype=bool)
+            for name, tensor in launch.arguments.items():
+                if not isinstance(tensor, torch.Tensor):
+                    continue
+                first = tensor.untyped_storage().data_ptr()
+                own = (seen >= first) & (seen < first + tensor.untyped_storage().nbytes())
+                inside |= own
+                if own.any() and name not in ("gate_ptr", "inner_ptr"):
+                    bytes_of[kernel, name.removesuffix("_ptr"), kind] = int(own.sum())
+            assert inside.all(), f"{kernel} touches memory of none of its arguments"
+        found.launches.append(bytes_of)
+
+    monkeypatch.setattr(Memory, "load", spy_load)
+    monkeypatch.setattr(Memory, "store", spy_store)
+    monkeypatch.setattr(Launch, "run", counted)
+    return found
+
+
+def problem(dropout_p: float = 0.0) -> Problem:
+    from ila_kernels.device import target_of
+
+    x = torch.empty(0, device="cuda")
+    block_n = grad_tile(R, 2, target_of(x)).n
+    return Problem(M, K, N, R, 2, 4, dropout=dropout_p > 0, block_n=block_n)
+
+
+def ours(i, dropout_p):
+    return masked_lora_linear(
+        i.x, i.weight, i.lora_a, i.lora_b, i.gate, dropout_p=dropout_p, impl="triton"
+    )
+
+
+def draw(requires):
+    return make_inputs(
+        M, K, N, R, dtype=BF16, adapter_dtype=FP32, gate=0.5, requires=requires, device="cuda"
+    )
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_forward_moves_what_the_cost_model_says(traffic, dropout_p):
+    i = draw(())
+    traffic.launches.clear()  # the self-check's
+    ours(i, dropout_p)
+    counted = [launch for launch in traffic.launches if launch][-2:]
+    assert [sorted({key[0] for key in launch}) for launch in counted] == [
+        ["shrink"],
+        ["lowrank_gemm"],
+    ]
+    traffic.launches = counted
+    assert traffic.of("shrink", "x", "load") == 2 * M * K  # x once for t, ...
+    assert traffic.total() == forward_cost("fused", problem(dropout_p)).bytes
+
+
+BACKWARD = {
+    "LoRA training with dropout": ({"x", "lora_a", "lora_b"}, 0.3),
+    "LoRA training with dropout and a gate": ({"x", "lora_a", "lora_b", "gate"}, 0.3),
+    "B and the gate, no dx": ({"lora_b", "gate"}, 0.0),
+    "dx only: A and B frozen": ({"x"}, 0.0),
+}
+
+
+@pytest.mark.parametrize(("needs", "dropout_p"), BACKWARD.values(), ids=BACKWARD)
+def test_backward_moves_what_the_cost_model_says(traffic, needs, dropout_p):
+    i = draw(needs)
+    y = ours(i, dropout_p)
+    traffic.launches.clear()
+    y.backward(i.dy)
+    if "lora_b" in needs:
+        # One read of dy gives u, dB and dγ; the second one is that of the input gradient.
+        assert traffic.of("grad_out", "dy", "load") == 2 * M * N
+    assert traffic.total() == backward_cost("fused", problem(dropout_p), needs).bytes
