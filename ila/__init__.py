@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ila.checkpointing import gradient_checkpointing as gradient_checkpointing
     from ila.explanation import Explanation as Explanation
     from ila.explanation import explain as explain
     from ila.layer import MaskedLoraLinear as MaskedLoraLinear
@@ -35,6 +36,7 @@ _HOME = {
     "attach": "model",
     "convert": "model",
     "explain": "explanation",
+    "gradient_checkpointing": "checkpointing",
     "learn_mask": "search",
     "restore": "model",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "attach",
     "convert",
     "explain",
+    "gradient_checkpointing",
     "learn_mask",
     "restore",
 ]

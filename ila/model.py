@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ila.checkpointing import make_prefix_aware, undo_prefix_aware
 from ila.layer import MaskedLoraLayer, MaskedLoraLinear
 from ila.mask import LayerMask
 
@@ -114,6 +115,7 @@ def attach(
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
         raise
+    make_prefix_aware(peft_model)
     return peft_model
 
 
@@ -160,6 +162,7 @@ def convert(model: nn.Module) -> ConversionReport:
     for module in swap.values():
         module.__class__ = next(c for c in _masked_classes() if c.peft_class is type(module))
         module.prepare()
+    make_prefix_aware(model)
     return ConversionReport(tuple(swap), left)
 
 
@@ -196,6 +199,7 @@ def restore(model: nn.Module) -> ConversionReport:
         _restore_targets(config)
         if isinstance(config, LoraConfig) and config._custom_modules:
             config._custom_modules.pop(nn.Linear, None)
+    undo_prefix_aware(model)
     return ConversionReport(tuple(layers))
 
 
