@@ -32,7 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 _SHADOWED = ("_set_gradient_checkpointing", "enable_input_require_grads")
 _FORCED = "_ila_forced_input_grads"
 # Modules of a decoder that run after its blocks.
-_AFTER_BLOCKS = ("norm", "final_layernorm", "ln_f")
+AFTER_BLOCKS = ("norm", "final_layernorm", "ln_f")
 
 
 class Blocks(NamedTuple):
@@ -66,7 +66,7 @@ def frozen_blocks(model: nn.Module) -> int:
     if blocks is None:
         return 0
     for name, child in blocks.decoder.named_children():
-        if child is not blocks.layers and name not in _AFTER_BLOCKS and is_trained(child):
+        if child is not blocks.layers and name not in AFTER_BLOCKS and is_trained(child):
             return 0
     if any(p.requires_grad for p in blocks.decoder.parameters(recurse=False)):
         return 0
@@ -100,7 +100,10 @@ class PrefixAware:
         block = _module_of(function)
         if block is not None and not is_trained(block):
             return function(*args)
-        # The first open block. Reentrant checkpointing connects outputs to inputs that require
+        # The first open block.
+        if getattr(self.inner, "keywords", {}).get("use_reentrant") is False:
+            return self.inner(function, *args)
+        # Reentrant checkpointing connects outputs to inputs that require
         # grad, and none does; this one is not part of any formula, so that backward still ends at
         # the lowest open layer instead of crossing the block.
         witness = torch.zeros((), requires_grad=True)

@@ -119,6 +119,13 @@ def train(
     mask: Annotated[Path | None, typer.Option(help="Mask file; without it all layers.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Train the layers' own weights.")] = False,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 400,
+    cache_prefix: Annotated[
+        bool, typer.Option("--cache-prefix", help="Compute what is frozen once per row.")
+    ] = False,
+    cache_folder: Annotated[
+        Path | None, typer.Option(help="Keep the cache here, for other runs too.")
+    ] = None,
+    cache_limit_gib: Annotated[float, typer.Option(help="Most it may take on the disk.")] = 20.0,
     gguf_file: GgufFile = None,
     split: Split = "train",
     limit: Limit = None,
@@ -154,6 +161,8 @@ def train(
         learning_rate=usual if learning_rate is None else learning_rate,
         batch_size=batch_size,
         save_every=save_every or None,
+        cache_prefix=str(cache_folder) if cache_prefix and cache_folder else cache_prefix,
+        cache_limit_gib=cache_limit_gib,
         training_args=_accumulation(gradient_accumulation),
     )
     metrics, data_note = commands.train_selected(

@@ -22,6 +22,7 @@ from ila.full import OpenLayers
 from ila.layer import MaskedLoraLayer
 from ila.measure import Costs
 from ila.model import masked_layers, single_adapter
+from ila.prefix import PrefixCache
 from ila.ranks import on_main_process
 from ila.trainer import (
     LogFile,
@@ -36,6 +37,7 @@ from ila.trainer import (
     stage_callbacks,
 )
 
+PREFIX_FOLDER = "prefix-cache"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
@@ -49,6 +51,10 @@ class TrainConfig:
         batch_size: Rows per device and step.
         seed: Of data order and dropout.
         save_every: Steps between checkpoints; None keeps none. Needs an ``output_dir``.
+        cache_prefix: Compute the hidden states at the first open block once per row and train on
+            those, so that forward too skips what is frozen below. True keeps them in
+            ``output_dir`` until the run is finished; a path keeps them there for other runs.
+        cache_limit_gib: Most that they may take on the disk.
         training_args: Further ``transformers.TrainingArguments`` by name, e.g. ``bf16``; they win
             over Trainer's defaults and must not set what a field here decides.
     """
@@ -58,6 +64,8 @@ class TrainConfig:
     batch_size: int = 8
     seed: int = 0
     save_every: int | None = 50
+    cache_prefix: bool | str = False
+    cache_limit_gib: float = 20.0
     training_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,6 +76,8 @@ class TrainConfig:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
         if self.save_every is not None and self.save_every < 1:
             raise ValueError(f"save_every must be None or ≥ 1, got {self.save_every!r}")
+        if not self.cache_limit_gib > 0:
+            raise ValueError(f"cache_limit_gib must be positive, got {self.cache_limit_gib!r}")
         check_training_args(self.training_args, "steps")
 
     def as_dict(self) -> dict[str, Any]:
@@ -138,8 +148,10 @@ def train(
         start = resume_point(out / "checkpoints", resume)
         if start is not None:
             costs.load(start)
+        cache = _prefix_cache(trainer, config, out, progress) if config.cache_prefix else None
         costs.begin()
-        run(trainer, start)
+        with nullcontext() if cache is None else cache.skipping():
+            run(trainer, start)
         measured = costs.measured()  # before the held-out loss, which is not training
         after = _loss(trainer, held_out, collator, config)
         metrics = {
@@ -151,6 +163,7 @@ def train(
             **measured,
             "tokens_per_step": _tokens_per_step(dataset, args),
             "losses": losses(trainer),
+            "prefix_cache": None if cache is None else cache.as_dict(),
             "device": str(args.device),
             "dtype": _dtype_text(model),
             "config": config.as_dict(),
@@ -242,6 +255,24 @@ def _loss(trainer, held_out, collator, config) -> float | None:
     return held_out_loss(trainer.model, held_out, collator, config.batch_size)
 
 
+def _prefix_cache(trainer: Trainer, config: TrainConfig, out: Path, progress: bool) -> PrefixCache:
+    """Let a trainer read cached states in place of tokens."""
+    if trainer.args.neftune_noise_alpha:
+        raise ValueError("cache_prefix would not be exact: NEFTune adds noise to the embeddings")
+    cache = PrefixCache.prepare(
+        trainer.model,
+        trainer.train_dataset,
+        trainer.data_collator,
+        out / PREFIX_FOLDER if config.cache_prefix is True else Path(config.cache_prefix),
+        batch_size=config.batch_size,
+        limit_bytes=int(config.cache_limit_gib * 2**30),
+        autocast=trainer.accelerator.autocast,
+        progress=progress,
+    )
+    trainer.train_dataset, trainer.data_collator = cache.dataset, cache.collator
+    return cache
+
+
 def _save(what: _Adapter | OpenLayers, out: Path, metrics: Mapping[str, Any]) -> None:
     """The weights, then the metrics, then the checkpoints go: each step leaves a usable folder.
 
@@ -254,4 +285,5 @@ def _save(what: _Adapter | OpenLayers, out: Path, metrics: Mapping[str, Any]) ->
         move_in(folder, out)
     write_json_atomic(out / "metrics.json", metrics)
     (out / "before.json").unlink(missing_ok=True)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    for folder in ("checkpoints", PREFIX_FOLDER):
+        shutil.rmtree(out / folder, ignore_errors=True)

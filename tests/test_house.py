@@ -52,6 +52,7 @@ STOREYS = {
         "memory",
         "measure",
         "ranks",
+        "states",
         "prefix",
         "trainer",
         "signals",
