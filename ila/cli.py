@@ -178,6 +178,44 @@ def train(
 
 
 @app.command()
+def explain(
+    model: Model,
+    mask: Annotated[Path | None, typer.Option(help="Mask file; without it all layers.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of a step, rows times length.")] = 4096,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = "auto",
+    load_in: LoadIn = None,
+    rank: Rank = 8,
+    alpha: Alpha = 16.0,
+    dropout: Dropout = 0.0,
+    target_modules: Targets = "all-linear",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write JSON.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Say what each layer computes, whether it is in the frozen prefix, and what it keeps."""
+    from ila import commands
+    from ila.files import write_json_atomic
+    from ila.pipeline import Inputs
+
+    inputs = Inputs(
+        model,
+        data="",
+        gguf_file=gguf_file,
+        dtype=dtype,
+        load_in=load_in,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=target_modules,
+        trust_remote_code=trust_remote_code,
+    )
+    found = commands.explain_layers(inputs, tokens, mask_file=mask)
+    screen.print(found.table())
+    if json_file is not None:
+        write_json_atomic(json_file, found.as_dict())
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Two or more folders of `ila learn`.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write JSON.")] = None,

@@ -14,13 +14,14 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from ila.explanation import Explanation, explain
 from ila.figures import heatmap, runs_figure
 from ila.files import write_folder_atomic, write_json_atomic, write_text_atomic
 from ila.full import CHANGED_FILE, OpenLayers, load_changed, open_layers
 from ila.loading import find_source, load_model, load_tokenizer
 from ila.mask import LayerMask, thawed
 from ila.model import apply_mask
-from ila.pipeline import Inputs, check_folder, claim_folder, prepare, read_run
+from ila.pipeline import Inputs, adapt, check_folder, claim_folder, prepare, read_run
 from ila.report import runs_markdown
 from ila.runs import load_run
 from ila.search import SearchConfig, learn_mask
@@ -135,6 +136,20 @@ def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, Any])
             f"{model['source']!r} ({model['architecture']}) is another; learn a mask on it. "
             "ila.apply_mask, in Python, asks for the same layer names only"
         )
+
+
+def explain_layers(inputs: Inputs, tokens: int, *, mask_file: Path | None = None) -> Explanation:
+    """Say which layers of a model a mask opens, what computes them, and what they keep.
+
+    Of ``inputs`` only what makes the model and its adapter is read, no data.
+    """
+    mask = None if mask_file is None else LayerMask.load(mask_file)
+    source = find_source(inputs.model, inputs.gguf_file, inputs.trust_remote_code)
+    model = load_model(source, inputs.dtype, inputs.load_in, PartialState().device)
+    model = adapt(model, inputs)
+    if mask is not None:
+        apply_mask(model, mask)
+    return explain(model, tokens)
 
 
 def report(runs: list[Path], out: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ila import claims
 from ila.data import Collator, DataSummary, encode, pad_token_id
@@ -128,7 +128,7 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
     }
     set_seed(inputs.seed)
     return Prepared(
-        attach(model, _lora_config(inputs)),
+        adapt(model, inputs),
         tokenizer,
         dataset,
         held_out,
@@ -139,19 +139,21 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
     )
 
 
-def _lora_config(inputs: Inputs) -> LoraConfig:
+def adapt(model: PreTrainedModel, inputs: Inputs) -> PeftModel:
+    """Attach the adapter that ``inputs`` describe."""
     targets: str | list[str] = inputs.target_modules
     if targets != "all-linear" and "," in targets:
         targets = [part.strip() for part in targets.split(",") if part.strip()]
     elif targets != "all-linear" and targets.isidentifier():
         targets = [targets]
-    return LoraConfig(
+    config = LoraConfig(
         r=inputs.rank,
         lora_alpha=inputs.alpha,
         lora_dropout=inputs.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
+    return attach(model, config)
 
 
 def _encode(

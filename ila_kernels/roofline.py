@@ -147,6 +147,30 @@ def _fused_extra(p: Problem, needs: AbstractSet[str]) -> int:
     return moved
 
 
+def saved_bytes(contestant: str, p: Problem, needs: AbstractSet[str]) -> int:
+    """Count what one forward keeps for backward: activations, not parameters.
+
+    ``addmm`` and ``fused`` keep x where dA or dW reads it, and t (M, R) for dB and dγ; a dropout
+    mask is drawn again. ``peft`` keeps its branch's own x (a copy in the adapters' dtype), and with
+    dropout the mask (1 byte an element, as on a GPU) and x̂. dx of a frozen linear reads W alone.
+
+    >>> saved_bytes("addmm", Problem(m=2, k=8, n=8, r=1), {"x", "lora_a", "lora_b"})
+    36
+    """
+    _check(contestant, needs)
+    mk, mr, e, a = p.m * p.k, p.m * p.r, p.base_bytes, p.adapter_bytes
+    if contestant == "frozen":
+        return e * mk * ("weight" in needs)
+    if contestant != "peft":
+        return e * mk * bool(needs & {"lora_a", "weight"}) + e * mr * bool(
+            needs & {"lora_b", "gate"}
+        )
+    own_x = "lora_a" in needs and (a != e or p.dropout)
+    saved = e * mk * ("weight" in needs or ("lora_a" in needs and not own_x))
+    saved += a * mk * own_x + mk * (p.dropout and "x" in needs)
+    return saved + a * mr * ("lora_b" in needs)
+
+
 def _check(contestant: str, needs: AbstractSet[str]) -> None:
     if contestant not in CONTESTANTS:
         raise ValueError(f"contestant must be one of {CONTESTANTS}, got {contestant!r}")

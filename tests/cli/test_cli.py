@@ -388,6 +388,37 @@ def test_a_mask_of_another_model_with_the_same_layers_is_refused(
     assert train(tmp_path / "bare", "--mask", tmp_path / "bare.json", "--model", other).code == 0
 
 
+def test_the_frozen_prefix_is_shown_and_cached(ila, learn, train, tmp_path, tiny_model_folder):
+    assert learn(tmp_path / "learned").code == 0
+    mask = LayerMask.load(tmp_path / "learned")
+    gates = {name: "layers.1." in name for name in mask.scores}
+    LayerMask(mask.scores, gates).save(tmp_path / "top.json")
+    options = ("--model", tiny_model_folder, "--mask", tmp_path / "top.json", "--rank", "2")
+    answer = ila("explain", *options, "--tokens", "100", "--json", tmp_path / "layers.json")
+    assert answer.code == 0 and "14 layers: 7 bare, 7 eager" in answer.out
+    found = json.loads((tmp_path / "layers.json").read_text())
+    assert {row["module"] for row in found["layers"] if not row["in_prefix"]} == {
+        name for name, is_open in gates.items() if is_open
+    }
+    # float32: x of width 16 in four layers (q, k, v share it) and 24 in down_proj, t everywhere.
+    assert found["saved_bytes"] == 100 * 4 * (16 * 3 + 24 + 2 * 7)
+    top = ("--mask", tmp_path / "top.json", "--steps", "8", "--save-every", "0")
+    cached = (*top, "--cache-prefix", "--cache-folder", tmp_path / "cache")
+    assert train(tmp_path / "plain", *top).code == 0
+    assert train(tmp_path / "cached", *cached).code == 0
+    plain, with_cache = (
+        json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("plain", "cached")
+    )
+    assert with_cache["prefix_cache"]["blocks"] == 1 and plain["prefix_cache"] is None
+    assert (tmp_path / "cache" / "states" / "states.bin").is_file()
+    for (_, one), (_, other) in zip(plain["losses"], with_cache["losses"], strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    line = train(tmp_path / "none", "--cache-prefix").error()
+    assert "there is none: the first block has an open layer" in line
+    tight = (*cached, "--cache-folder", tmp_path / "other", "--cache-limit-gib", "1e-9")
+    assert "exceed its limit" in train(tmp_path / "tight", *tight).error()
+
+
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_what_is_no_run_is_left_alone(kind, learn, train, tmp_path):
     out = tmp_path / "mine"
@@ -701,7 +732,7 @@ def test_code_of_a_model_is_off_unless_the_option_is_given(learn, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["learn", "select", "train", "compare", "report", "export", "demo"]
+    "command", ["learn", "select", "train", "explain", "compare", "report", "export", "demo"]
 )
 def test_every_command_explains_itself(command, ila):
     answer = ila(command, "--help")

@@ -14,6 +14,7 @@ from ila_kernels.roofline import (
     backward_cost,
     ceiling_of,
     forward_cost,
+    saved_bytes,
     time_bound_ms,
 )
 from ila_kernels.testing import Inputs, make_inputs
@@ -159,3 +160,67 @@ def test_time_bound_is_the_slower_of_the_two():
     assert time_bound_ms(2e11, 0, ceiling) == pytest.approx(2.0)
     assert time_bound_ms(2e11, 3e9, ceiling) == pytest.approx(3.0)
     assert time_bound_ms(0, 0, ceiling) == 0.0
+
+
+# ---- what forward keeps
+
+
+def counted(run, inputs: list[torch.Tensor]) -> int:
+    """Bytes that autograd holds after a forward, each storage once, parameters left out."""
+    own = {t.untyped_storage().data_ptr() for t in inputs[1:]}
+    held: dict[int, int] = {}
+
+    def pack(t):
+        if t.device.type == "cpu" and t.numel() > 1:  # seeds are one integer each
+            held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        keep.append(t)  # no storage is freed and used again while we count
+        return t
+
+    keep: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        keep.append(run(inputs))
+    return sum(size for at, size in held.items() if at not in own)
+
+
+ROWS = 80  # more than eager.SHORT_ROWS, where overheads decide and tensors may be wider
+DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+
+
+@pytest.mark.parametrize("needs", [set(), {"x"}, TRAINING, {"lora_a", "lora_b"}, {"x", "lora_b"},
+                                   {"x", "weight"}, {"lora_a"}])  # fmt: skip
+@pytest.mark.parametrize(("base", "adapter"), [(8, 8), (2, 4), (4, 4)])
+@pytest.mark.parametrize("contestant", ["frozen", "peft", "addmm"])
+def test_saved_bytes_are_those_that_autograd_holds(contestant, base, adapter, needs):
+    x = torch.randn(ROWS, K, dtype=DTYPES[base])
+    weight = torch.randn(N, K, dtype=DTYPES[base])
+    a, b = torch.randn(R, K, dtype=DTYPES[adapter]), torch.randn(N, R, dtype=DTYPES[adapter])
+    for name, tensor in (("x", x), ("weight", weight), ("lora_a", a), ("lora_b", b)):
+        tensor.requires_grad_(name in needs)
+
+    def run(inputs):
+        x, weight, a, b = inputs
+        if contestant == "addmm":
+            return masked_lora_linear(x, weight, a, b, scale=2.0)
+        y = torch.nn.functional.linear(x, weight)
+        if contestant == "frozen":
+            return y
+        return y + torch.nn.functional.linear(x.to(a.dtype) @ a.t(), b) * 2.0
+
+    p = Problem(ROWS, K, N, R, base, adapter)
+    assert counted(run, [x, weight, a, b]) == saved_bytes(contestant, p, needs)
+
+
+def test_dropout_keeps_nothing_more_of_ours_and_two_copies_of_peft():
+    p = Problem(ROWS, K, N, R, 2, 4)
+    dropped = dataclasses.replace(p, dropout=True)
+    assert saved_bytes("addmm", dropped, TRAINING) == saved_bytes("addmm", p, TRAINING)
+    extra = saved_bytes("peft", dropped, TRAINING) - saved_bytes("peft", p, TRAINING)
+    assert extra == ROWS * K  # the mask; x was copied to float32 before
+    x = torch.randn(ROWS, K, dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(N, K, dtype=torch.bfloat16)
+    a, b = torch.randn(R, K).requires_grad_(), torch.randn(N, R).requires_grad_()
+
+    def run(inputs):
+        return masked_lora_linear(*inputs, dropout_p=0.3)
+
+    assert counted(run, [x, weight, a, b]) == saved_bytes("addmm", dropped, TRAINING)
