@@ -156,12 +156,14 @@ def train(
         _refuse(context, ("rank", "alpha", "dropout", "load_in"), "--full trains no adapter")
     inputs = _inputs(locals())
     usual = 2e-5 if full else 2e-4
+    if cache_folder is not None and not cache_prefix:
+        raise ValueError("--cache-folder says where --cache-prefix keeps its file; give both")
     config = TrainConfig(
         steps=steps,
         learning_rate=usual if learning_rate is None else learning_rate,
         batch_size=batch_size,
         save_every=save_every or None,
-        cache_prefix=str(cache_folder) if cache_prefix and cache_folder else cache_prefix,
+        cache_prefix=cache_prefix if cache_folder is None else str(cache_folder),
         cache_limit_gib=cache_limit_gib,
         training_args=_accumulation(gradient_accumulation),
     )

@@ -415,6 +415,7 @@ def test_the_frozen_prefix_is_shown_and_cached(ila, learn, train, tmp_path, tiny
         assert one == pytest.approx(other, rel=1e-5)
     line = train(tmp_path / "none", "--cache-prefix").error()
     assert "there is none: the first block has an open layer" in line
+    assert "give both" in train(tmp_path / "one", "--cache-folder", tmp_path / "cache").error()
     tight = (*cached, "--cache-folder", tmp_path / "other", "--cache-limit-gib", "1e-9")
     assert "exceed its limit" in train(tmp_path / "tight", *tight).error()
 
