@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
@@ -19,6 +19,7 @@ from torch import nn
 
 from ila.checkpointing import find_blocks, frozen_blocks, is_trained
 from ila.layer import BARE, PEFT, MaskedLoraLayer
+from ila.mlp import LEAN, MlpRoute, lean_mlps
 from ila_kernels.config import resolve_impl
 from ila_kernels.device import call_of
 from ila_kernels.roofline import Problem, saved_bytes
@@ -53,10 +54,14 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The rows of ``explain`` for a number of tokens; printing it shows the table."""
+    """The rows of ``explain`` for a number of tokens; printing it shows the table.
+
+    ``mlps`` says of each SwiGLU block what it keeps for backward.
+    """
 
     rows: tuple[LayerRow, ...]
     tokens: int = 0
+    mlps: Mapping[str, MlpRoute] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[LayerRow]:
         return iter(self.rows)
@@ -97,6 +102,10 @@ class Explanation:
             saved = "?" if row.saved_bytes is None else _mib(row.saved_bytes)
             flags = ("yes" if flag else "no" for flag in (row.open, row.in_prefix))
             table.add_row(row.module, *flags, saved, row.path, row.why)
+        if self.mlps:
+            counts = Counter(f"{path} ({reason})" for path, reason in self.mlps.values())
+            kept = ", ".join(f"{count} {what}" for what, count in counts.items())
+            table.caption = f"{len(self.mlps)} SwiGLU blocks keep for backward: {kept}"
         return table
 
     def _flags(self) -> Iterator[tuple[bool, bool]]:
@@ -131,7 +140,10 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     if not layers:
         raise ValueError("model has no LoRA layer to explain")
-    rows, kept_x, of_model = [], set(), getattr(model, "dtype", None)
+    mlps = {name: block.route() for name, block in lean_mlps(model).items()}
+    rows, of_model = [], getattr(model, "dtype", None)
+    # A lean block makes the x of its down_proj again; what it keeps instead is not a layer's.
+    kept_x = {(name, _STEP_OF["down_proj"]) for name, route in mlps.items() if route.path == LEAN}
     flows = _inputs_that_require_grad(model, layers)
     for name, layer in layers.items():
         if isinstance(layer, MaskedLoraLayer):
@@ -148,7 +160,7 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
                 saved -= tokens * layer.in_features * dtype.itemsize
             kept_x.add(group)
         rows.append(LayerRow(name, is_open, path, why, not needs, saved))
-    return Explanation(tuple(rows), tokens)
+    return Explanation(tuple(rows), tokens, mlps)
 
 
 def _masked_row(layer: MaskedLoraLayer) -> tuple[bool, str, str]:

@@ -44,7 +44,8 @@ _ADAPTER_TYPE = Route(PEFT, "an adapter module is not a plain nn.Linear or dropo
 _SHARDED = Route(PEFT, "a weight is sharded (DTensor)")
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody may see or change what goes into this module or comes out of it."""
     own = module.__dict__
     return bool(
         own["_forward_hooks"]
@@ -212,17 +213,22 @@ class MaskedLoraLayer:
             return _ADAPTER_TYPE
         if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1):
             return _ADAPTER_TYPE
-        if _has_hooks(base) or _has_hooks(a) or _has_hooks(b) or _has_hooks(dropout):
+        if has_hooks(base) or has_hooks(a) or has_hooks(b) or has_hooks(dropout):
             return _HOOKS
         if _is_sharded(_weight(base)) or _is_sharded(_weight(a)):
             return _SHARDED
         return Route(FUSED, self.plain, adapter)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the layer by its route; extra arguments (``adapter_names`` …) take PEFT's."""
+    def forward(
+        self, x: torch.Tensor, *args: Any, swiglu: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Compute the layer by its route; extra arguments (``adapter_names`` …) take PEFT's.
+
+        ``swiglu``, from ``LeanMLP``, says what x can be recomputed from; only the op reads it.
+        """
         route = self.route()
         if route.adapter is not None and not args and not kwargs:
-            return self._fused(x, route.adapter)
+            return self._fused(x, route.adapter, swiglu)
         if route.path == BARE and not kwargs:
             return self.base_layer(x, *args)
         if self.lora_score and not self._disable_adapters:
@@ -241,7 +247,7 @@ class MaskedLoraLayer:
             modules["lora_dropout"]._modules[adapter],
         )
 
-    def _fused(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+    def _fused(self, x: torch.Tensor, adapter: str, swiglu: Any) -> torch.Tensor:
         base, a, b, dropout = self._parts(adapter)
         return masked_lora_linear(
             x,
@@ -252,6 +258,7 @@ class MaskedLoraLayer:
             bias=base._parameters["bias"] if "bias" in base._parameters else base.bias,
             scale=self.scaling[adapter],
             dropout_p=dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
+            swiglu=swiglu,
         )
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from ila.checkpointing import make_prefix_aware, undo_prefix_aware
 from ila.layer import MaskedLoraLayer, MaskedLoraLinear
 from ila.mask import LayerMask
+from ila.mlp import make_lean, make_plain
 
 # They move part of W into B A, so that W is not there once the adapter is gone.
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -28,13 +29,18 @@ _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What ``convert`` or ``restore`` did: swapped module names, and module name -> why left."""
+    """What ``convert`` or ``restore`` did: swapped module names, and module name -> why left.
+
+    ``mlps`` names the SwiGLU blocks made lean, or plain again; one that was left is in ``left``.
+    """
 
     swapped: tuple[str, ...]
     left: Mapping[str, str] = field(default_factory=dict)
+    mlps: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{len(self.swapped)} layers swapped, {len(self.left)} left"]
+        blocks = f", {len(self.mlps)} SwiGLU blocks" if self.mlps else ""
+        lines = [f"{len(self.swapped)} layers swapped{blocks}, {len(self.left)} left"]
         lines += [f"  left {name}: {reason}" for name, reason in self.left.items()]
         return "\n".join(lines)
 
@@ -116,6 +122,7 @@ def attach(
             parameter.requires_grad_(flag)
         raise
     make_prefix_aware(peft_model)
+    make_lean(peft_model)
     return peft_model
 
 
@@ -163,7 +170,8 @@ def convert(model: nn.Module) -> ConversionReport:
         module.__class__ = next(c for c in _masked_classes() if c.peft_class is type(module))
         module.prepare()
     make_prefix_aware(model)
-    return ConversionReport(tuple(swap), left)
+    mlps, left_mlps = make_lean(model)
+    return ConversionReport(tuple(swap), left | left_mlps, tuple(mlps))
 
 
 def _why_not_convertible(module: LoraLayer) -> str | None:
@@ -195,12 +203,13 @@ def restore(model: nn.Module) -> ConversionReport:
     for layer in layers.values():
         layer.strip()
         layer.__class__ = layer.peft_class
+    mlps = make_plain(model)
     for config in getattr(model, "peft_config", {}).values():
         _restore_targets(config)
         if isinstance(config, LoraConfig) and config._custom_modules:
             config._custom_modules.pop(nn.Linear, None)
     undo_prefix_aware(model)
-    return ConversionReport(tuple(layers))
+    return ConversionReport(tuple(layers), mlps=tuple(mlps))
 
 
 def masked_layers(model: nn.Module, adapter: str) -> dict[str, MaskedLoraLayer]:

@@ -15,7 +15,7 @@ from ila_kernels.config import resolve_impl
 from ila_kernels.device import call_of
 from ila_kernels.dropout import draw_seed, keep_mask
 from ila_kernels.quant import PackedWeight
-from ila_kernels.validate import check_dropout, check_group, check_linear, check_x
+from ila_kernels.validate import check_dropout, check_group, check_linear, check_swiglu, check_x
 
 
 def masked_lora_linear(
@@ -30,6 +30,7 @@ def masked_lora_linear(
     dropout_p: float = 0.0,
     impl: str = "auto",
     seed: Tensor | None = None,
+    swiglu: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Apply a linear layer with a gated low-rank update.
 
@@ -57,6 +58,9 @@ def masked_lora_linear(
             dropout mask for a seed is not eager's.
         seed: int64 CPU tensor of shape (1,) that fixes the dropout mask; drawn from torch's
             default generator if ``None``.
+        swiglu: (pre, up) of the shape of x, where x is ``swiglu_product(pre, up)``: backward
+            recomputes x from them instead of keeping it, and its gradient goes to them directly.
+            ``"reference"``, and a CPU at few rows, keep x and go through it.
 
     Returns:
         y, shape (..., N), dtype of x (of autocast where it is on and W is not packed), accumulated
@@ -86,12 +90,14 @@ def masked_lora_linear(
     if dtype is not None and packed:
         options = {"bias": bias, "scale": scale, "dropout_p": dropout_p, "impl": impl, "seed": seed}
         adapter = (lora_a, lora_b, gate)
-        apart = partial(masked_lora_linear, **options)
+        apart = partial(masked_lora_linear, **options, swiglu=swiglu)
         return _outside_autocast(x, dtype, [weight], lambda x: apart(x, weight, *adapter))
     if dtype is not None:
         x, weight, bias = (_rounded(t, dtype) for t in (x, weight, bias))
     check_linear(x, weight, lora_a, lora_b, gate, bias, scale)
     scale = float(scale)
+    if swiglu is not None:
+        check_swiglu(*swiglu, x)
     x2d = _flat(x)
     chosen = _chosen(impl, x2d, [weight])
     seed = _seeds(dropout_p, seed, 1)
@@ -104,8 +110,11 @@ def masked_lora_linear(
             x2d, weight, lora_a, lora_b, gate, bias, scale, keep, dropout_p
         )
     else:
-        arguments = (x2d, weight, lora_a, lora_b, gate, bias, seed, scale, float(dropout_p))
-        arguments += (chosen,)
+        arguments = (weight, lora_a, lora_b, gate, bias, seed, scale, float(dropout_p))
+        if swiglu is None:
+            arguments = (x2d, *arguments, chosen, None, None)
+        else:
+            arguments = (x2d.detach(), *arguments, chosen, *map(_flat, swiglu))
         plain = chosen == "eager" and gate is None and seed is None and not packed
         if torch.compiler.is_compiling() and not packed:
             y, _ = torch.ops.ila.masked_lora_linear(*arguments)
@@ -220,7 +229,7 @@ def _member_by_member(x, columns, seeds, scales, dropout_p) -> list[Tensor]:
             ys.append(torch.nn.functional.linear(x, w, bias))
             continue
         seed = None if seeds is None else seeds[i : i + 1]
-        arguments = (x, w, a, b, gate, bias, seed, scales[i], dropout_p, "triton")
+        arguments = (x, w, a, b, gate, bias, seed, scales[i], dropout_p, "triton", None, None)
         if torch.compiler.is_compiling():
             ys.append(torch.ops.ila.masked_lora_linear(*arguments)[0])
         else:

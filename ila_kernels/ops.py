@@ -13,8 +13,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ila_kernels import eager, group
+from ila_kernels import eager, group, swiglu
 from ila_kernels.eager import Needs
 from ila_kernels.group import Member
 from ila_kernels.quant import PackedWeight
@@ -42,20 +43,24 @@ def _forward(impl: str, inputs: tuple) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx, inputs, t) -> None:
-    x, weight, lora_a, lora_b, gate, _bias, seed, scale, dropout_p, impl = inputs
-    needs = Needs(*ctx.needs_input_grad[:6])
+    x, weight, lora_a, lora_b, gate, _bias, seed, scale, dropout_p, impl, pre, up = inputs
+    # A custom op is not told of arguments at the end that were left out.
+    wanted = (*ctx.needs_input_grad, False, False, False)
+    needs = Needs(wanted[0] or wanted[10] or wanted[11], *wanted[1:6])
     ctx.needs, ctx.scale, ctx.dropout_p, ctx.impl = needs, scale, dropout_p, impl
     ctx.set_materialize_grads(False)
     # A packed weight is bytes of the model and how to read them: nothing of it is made to be kept.
     ctx.packed = weight if isinstance(weight, PackedWeight) and needs.x else None
     ctx.save_for_backward(
-        x if needs.saves_x else None,
+        x if needs.saves_x and pre is None else None,
         weight if needs.x and ctx.packed is None else None,
         lora_a,
         lora_b,
         gate,
         t if needs.saves_t else None,
         seed,
+        pre,
+        up,
     )
 
 
@@ -72,12 +77,20 @@ def _refuse_create_graph() -> None:
 def _backward(ctx, dy, _dt=None):
     _refuse_create_graph()
     if dy is None:
-        return (None,) * 10
-    x, weight, *rest = ctx.saved_tensors
+        return (None,) * 12
+    x, weight, *rest, pre, up = ctx.saved_tensors
+    if pre is not None:
+        silu = F.silu(pre)
+        x = (silu * up).to(dy.dtype) if ctx.needs.saves_x else None  # autocast may have rounded x
     options = {"scale": ctx.scale, "dropout_p": ctx.dropout_p, "needs": ctx.needs}
     with _own_dtypes(dy, ctx.packed is not None):
         grads = _path(ctx.impl).backward(dy, x, ctx.packed or weight, *rest, **options)
-    return (*grads, None, None, None, None)
+    dpre = dup = None
+    if pre is not None and grads.x is not None:
+        wanted = ctx.needs_input_grad[10:]
+        dpre, dup = swiglu.input_grads(grads.x.to(pre.dtype), silu, pre, up, *wanted)
+        grads = grads._replace(x=None)
+    return (*grads, None, None, None, None, dpre, dup)
 
 
 def _own_dtypes(dy: Tensor, packed: bool) -> AbstractContextManager:
@@ -90,8 +103,8 @@ class MaskedLoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        """Run the forward of ``impl``, the last input, and keep what backward will read."""
-        y, t = _forward(inputs[-1], inputs[:-1])
+        """Run the forward of ``impl``, the tenth input, and keep what backward will read."""
+        y, t = _forward(inputs[9], inputs[:9])
         _save(ctx, inputs, t)
         return y
 
@@ -110,14 +123,22 @@ def masked_lora_linear(
     scale: float,
     dropout_p: float,
     impl: str = "eager",
+    pre: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x (M, K), W (N, K), A (R, K), B (N, R) -> y (M, N), t (M, R); t is not differentiable."""
+    """x (M, K), W (N, K), A (R, K), B (N, R) -> y (M, N), t (M, R); t is not differentiable.
+
+    Where pre and up (M, K) are given, x = silu(pre) ⊙ up and is not differentiable here: backward
+    recomputes x instead of keeping it, and goes on to pre and up.
+    """
     inputs = (x, weight, lora_a, lora_b, gate, bias, seed, scale, dropout_p)
     return _forward(impl, inputs)
 
 
 @masked_lora_linear.register_fake
-def _(x, weight, lora_a, lora_b, gate, bias, seed, scale, dropout_p, impl="eager"):
+def _(
+    x, weight, lora_a, lora_b, gate, bias, seed, scale, dropout_p, impl="eager", pre=None, up=None
+):
     t = x.new_empty(x.shape[0], lora_a.shape[0], dtype=eager.thin_dtype(x))
     return x.new_empty(x.shape[0], weight.shape[0]), t
 

@@ -118,6 +118,20 @@ def check_group(
             check_linear(x, weight, a, b, gate, bias, scale, f" of member {i}")
 
 
+def check_swiglu(pre: Tensor, up: Tensor, x: Tensor | None = None) -> None:
+    """Raise unless both are floating tensors of one shape, that of x, and of one dtype."""
+    for name, tensor in (("pre", pre), ("up", up)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        _check_tensor(name, tensor, pre.device if x is None else x.device)
+    if up.dtype != pre.dtype:
+        raise TypeError(f"up must have the dtype of pre, {pre.dtype}, got {up.dtype}")
+    if up.shape != pre.shape:
+        raise ValueError(f"up must have shape {tuple(pre.shape)} like pre, got {tuple(up.shape)}")
+    if x is not None and pre.shape != x.shape:
+        raise ValueError(f"pre must have shape {tuple(x.shape)} like x, got {tuple(pre.shape)}")
+
+
 def check_dropout(dropout_p: float, seed: Tensor | None, count: int) -> None:
     """Raise unless 0 ≤ p < 1 and the seed, if given, holds one int64 per member on the CPU."""
     if not isinstance(dropout_p, (int, float)):

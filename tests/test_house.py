@@ -25,6 +25,7 @@ STOREYS = {
         "validate",
         "dropout",
         "reference",
+        "swiglu",
         "eager",
         "group",
         "kernels",
@@ -43,6 +44,7 @@ STOREYS = {
         "layer",
         "quantized",
         "checkpointing",
+        "mlp",
         "model",
         "explanation",
         "rows",
@@ -86,7 +88,7 @@ MODEL_LIBRARIES = {
     "trl",
 }
 # Below the public functions of ila_kernels; `ila` does not reach past those.
-INNER_STOREYS = {"validate", "dropout", "eager", "group", "kernels", "ops"}
+INNER_STOREYS = {"validate", "dropout", "swiglu", "eager", "group", "kernels", "ops"}
 # Importable in a millisecond, wherever a mask or a row is read.
 PURE_STOREYS = {"files", "claims", "mask", "selection", "messages"}
 
