@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
@@ -118,6 +123,19 @@ def test_autocast(tiny):
     model = tiny.attached(tiny.config(**ALL), tiny.base(dtype=torch.float32))
     autocast = assert_same_bits(tiny, model, context=lambda: torch.autocast("cpu", dtype=BF16))
     assert tiny.differs(autocast, tiny.run(model, input_ids=tiny.tokens(12)))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_packed_bases(tiny, tmp_path, autocast):
+    pytest.importorskip("bitsandbytes")
+    tiny.base(dtype=torch.float32, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=BF16)
+    options = {"quantization_config": how, "dtype": BF16, "device_map": {"": "cpu"}}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, **options).train()
+    model = tiny.attached(tiny.config(**ALL), base)
+    assert routes(model) == {(LEAN, "gate and up")}
+    context = (lambda: torch.autocast("cpu", dtype=BF16)) if autocast else contextlib.nullcontext
+    assert len(assert_same_bits(tiny, model, context=context)) == 1 + 2 * 14
 
 
 # --- where h is kept, or nothing is changed
