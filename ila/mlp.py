@@ -9,6 +9,11 @@ A block stays what it is, with its parameters, names and hooks: only its class c
 subclass of its own, and back (``make_lean``, ``make_plain``). ``forward`` calls the submodules that
 the plain class calls, in that order, and hands on the same bits. What must see h kept (an adapter
 of down_proj on PEFT's own code, a hook there) sees it kept; ``route`` says so.
+
+It is on for memory's sake: on a busy 2-core CPU a step of SmolLM2-135M (bf16, 4×256 tokens) took
+1.04 times the CPU time of the plain block's [0.99–1.08]. ``make_plain`` turns it off. One
+``masked_lora_linear_group`` for gate_proj and up_proj took 0.88 to 0.98 of this block's CPU time
+(ten runs); not done, because dx is then rounded elsewhere and hooks on the two are passed by.
 """
 
 from __future__ import annotations
