@@ -141,9 +141,9 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
     if not layers:
         raise ValueError("model has no LoRA layer to explain")
     mlps = {name: block.route() for name, block in lean_mlps(model).items()}
-    rows, of_model = [], getattr(model, "dtype", None)
-    # A lean block makes the x of its down_proj again; what it keeps instead is not a layer's.
-    kept_x = {(name, _STEP_OF["down_proj"]) for name, route in mlps.items() if route.path == LEAN}
+    rows, kept_x, of_model = [], set(), getattr(model, "dtype", None)
+    # Its down_proj keeps gate and up in place of x: as wide, twice.
+    lean = {f"{name}.down_proj" for name, route in mlps.items() if route.path == LEAN}
     flows = _inputs_that_require_grad(model, layers)
     for name, layer in layers.items():
         if isinstance(layer, MaskedLoraLayer):
@@ -158,6 +158,8 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
             group = (parent, _STEP_OF.get(own, own))
             if group in kept_x:
                 saved -= tokens * layer.in_features * dtype.itemsize
+            elif name in lean:
+                saved += tokens * layer.in_features * dtype.itemsize
             kept_x.add(group)
         rows.append(LayerRow(name, is_open, path, why, not needs, saved))
     return Explanation(tuple(rows), tokens, mlps)

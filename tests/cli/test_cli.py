@@ -400,9 +400,9 @@ def test_the_frozen_prefix_is_shown_and_cached(ila, learn, train, tmp_path, tiny
     assert {row["module"] for row in found["layers"] if not row["in_prefix"]} == {
         name for name, is_open in gates.items() if is_open
     }
-    # float32: x of width 16 in three places (q, k, v share one, gate and up another), t everywhere;
-    # the x of down_proj is made again.
-    assert found["saved_bytes"] == 100 * 4 * (16 * 3 + 2 * 7)
+    # float32: x of width 16 in three places (q, k, v share one, gate and up another), gate and up
+    # of width 24 in place of down_proj's x, t everywhere.
+    assert found["saved_bytes"] == 100 * 4 * (16 * 3 + 2 * 24 + 2 * 7)
     top = ("--mask", tmp_path / "top.json", "--steps", "8", "--save-every", "0")
     cached = (*top, "--cache-prefix", "--cache-folder", tmp_path / "cache")
     assert train(tmp_path / "plain", *top).code == 0

@@ -36,9 +36,11 @@ def held_by_layers(model, layers):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         ids = torch.arange(ROWS * LENGTH).remainder(64).view(ROWS, LENGTH)
         keep.append(model(input_ids=ids, labels=ids).loss)
+    # While the hooks are there: one on its down_proj makes a lean block keep h.
+    found = ila.explain(model, ROWS * LENGTH)
     for handle in handles:
         handle.remove()
-    return bytes_of, flows
+    return bytes_of, flows, found
 
 
 MASKS = {
@@ -59,8 +61,7 @@ def test_bytes_and_prefix_are_those_of_autograd(mask, dropout, dtype, tiny):
     model = tiny.attached(config, tiny.base(dtype=dtype, num_hidden_layers=3)).train()
     ila.apply_mask(model, tiny.mask(model, lambda _, name: not MASKS[mask](name)))
     layers = tiny.layers(model)
-    held, flows = held_by_layers(model, layers)
-    found = ila.explain(model, ROWS * LENGTH)
+    held, flows, found = held_by_layers(model, layers)
     assert {row.module: row.saved_bytes for row in found} == held
     assert {r.module: r.in_prefix for r in found} == {
         name: not flows[name] and not MASKS[mask](name) for name in layers
@@ -75,12 +76,31 @@ def test_plain_peft_layers_are_counted_too(tiny):
     config = tiny.config(target_modules="all-linear")
     model = tiny.plain(config, tiny.base(dtype=torch.bfloat16)).train()
     layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
-    held, _ = held_by_layers(model, layers)
-    assert {r.module: r.saved_bytes for r in ila.explain(model, ROWS * LENGTH)} == held
-    ila.convert(model)
-    ours = ila.explain(model, ROWS * LENGTH)
-    held, _ = held_by_layers(model, layers)
-    assert {row.module: row.saved_bytes for row in ours} == held
+    for convert in (lambda model: None, ila.convert):
+        convert(model)
+        held, _, found = held_by_layers(model, layers)
+        assert {row.module: row.saved_bytes for row in found} == held
+
+
+def test_a_lean_block_is_counted_with_what_it_keeps_instead_of_x(tiny):
+    config = tiny.config(target_modules="all-linear")
+    model = tiny.attached(config, tiny.base(dtype=torch.float64)).train()
+    block = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp"))
+    x = torch.randn(ROWS, LENGTH, 32, dtype=torch.float64, requires_grad=True)
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = block(x)
+    rows = [r for r in ila.explain(model, ROWS * LENGTH) if "layers.0.mlp" in r.module]
+    assert sum(row.saved_bytes for row in rows) == sum(kept.values())
+    assert y.shape == x.shape
 
 
 def test_what_is_trained_besides_adapters_moves_the_prefix(tiny):
