@@ -11,13 +11,13 @@ import json
 import re
 from pathlib import Path
 
-from accelerate import PartialState
 from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from ila.files import write_json_atomic
+from ila.ranks import processes
 
 MARKER = "complete.json"
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
@@ -87,7 +87,7 @@ class MarkComplete(TrainerCallback):
         self.also = also
 
     def on_save(self, args, state, control, **kwargs):
-        PartialState().wait_for_everyone()  # each process writes a random state of its own
+        processes().wait_for_everyone()  # each process writes a random state of its own
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"

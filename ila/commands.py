@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
@@ -20,6 +19,7 @@ from ila.loading import find_source, load_model, load_tokenizer
 from ila.mask import LayerMask, thawed
 from ila.model import apply_mask
 from ila.pipeline import Inputs, claim_folder, prepare, read_run
+from ila.ranks import processes
 from ila.report import runs_markdown
 from ila.runs import load_run
 from ila.search import SearchConfig, learn_mask
@@ -58,7 +58,7 @@ def learn(
     held = {"before": before, "after_stage1": after, "rows": len(held_out)}
     provenance = {**prepared.description, "search": mask.provenance, "held_out_loss": held}
     mask = LayerMask(mask.scores, provenance=provenance)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         title = f"{Path(inputs.model).name} on {Path(inputs.data).stem}: method {config.method}"
         heatmap(mask, out / "heatmap.png", title=title)
         mask.save(out / "mask.json")

@@ -13,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -21,7 +20,7 @@ from ila.data import Collator, DataSummary, encode, pad_token_id
 from ila.files import write_json_atomic
 from ila.loading import LOAD_IN, find_source, identity, load_model, load_tokenizer
 from ila.model import attach
-from ila.ranks import on_main_process
+from ila.ranks import on_main_process, processes
 from ila.rows import fingerprint, load_rows, split_rows
 from ila_kernels._version import __version__
 
@@ -96,7 +95,7 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
     held_out = []
     if held_rows:
         held_out, _ = encode(held_rows, tokenizer, max_length=inputs.max_length, progress=progress)
-    model = load_model(source, inputs.dtype, inputs.load_in, PartialState().device)
+    model = load_model(source, inputs.dtype, inputs.load_in, processes().device)
     description = {
         "model": identity(model, source),
         "data": {

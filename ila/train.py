@@ -13,7 +13,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from ila.checkpoint import load_adapter, save_adapter
 from ila.files import write_json_atomic
@@ -122,7 +122,7 @@ def train(
             names = [n for n, p in model.named_parameters() if p.requires_grad]
             mine = {"config": config.as_dict(), **counts, "rows": len(dataset), "trained": names}
             on_main_process(lambda: _claim(out, mine, resume))
-            if resume and (out / "metrics.json").exists():
+            if resume and on_main_process((out / "metrics.json").exists):
                 what.load(out)
                 return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
         log = LogFile(out / "log.jsonl", "train") if output_dir is not None else None
@@ -155,7 +155,7 @@ def train(
             "held_out_loss": after,
             "step_time_ms": timer.summary(),
             "peak_memory_bytes": peak,
-            "tokens_per_step": config.batch_size
+            "tokens_per_step": _rows_per_step(args)
             * sum(len(row["input_ids"]) for row in dataset)
             / len(dataset),
             "losses": losses(trainer),
@@ -236,11 +236,17 @@ def _claim(out: Path, mine: Mapping[str, Any], resume: bool) -> None:
 def _held_out(trainer, held_out, collator, config, out: Path) -> float | None:
     """Loss before training; a resumed run reads what the first start measured."""
     file = out / "before.json"
-    if file.exists():
-        return json.loads(file.read_text(encoding="utf-8"))["held_out_loss_before"]
+    known = on_main_process(lambda: json.loads(file.read_text("utf-8")) if file.exists() else None)
+    if known is not None:
+        return known["held_out_loss_before"]
     before = _loss(trainer, held_out, collator, config)
-    write_json_atomic(file, {"held_out_loss_before": before})
+    on_main_process(lambda: write_json_atomic(file, {"held_out_loss_before": before}))
     return before
+
+
+def _rows_per_step(args: TrainingArguments) -> int:
+    """Rows of one optimiser step, over all processes and accumulated batches."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def _loss(trainer, held_out, collator, config) -> float | None:

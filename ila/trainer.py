@@ -28,6 +28,7 @@ from transformers import (
 from ila.checkpoint import MarkComplete, is_finished, last_complete
 from ila.data import Collator
 from ila.files import write_json_atomic, write_text_atomic
+from ila.ranks import on_main_process, processes, sum_over_processes
 
 # What accelerate puts on a model for mixed precision, and leaves there.
 _AUTOCAST = ("forward", "_original_forward")
@@ -56,6 +57,7 @@ def arguments(
     unknown = sorted(set(extra) - set(TrainingArguments.__dataclass_fields__))
     if unknown:
         raise ValueError(f"training_args has names that TrainingArguments does not know: {unknown}")
+    ranks = processes()
     settings: dict[str, Any] = {
         "save_strategy": "steps" if save_every else "no",
         "save_steps": save_every or 500,
@@ -64,6 +66,9 @@ def arguments(
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_nan_inf_filter": False,
+        # Every parameter that requires grad is used: closed layers have none.
+        "ddp_find_unused_parameters": False,
+        "use_cpu": ranks.num_processes > 1 and ranks.device.type == "cpu",
         **own,
         **extra,
     }
@@ -125,7 +130,7 @@ def run(trainer: Trainer, resume_from: Path | None) -> None:
 
 def resume_point(folder: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from, if resuming was asked for and there is one."""
-    return last_complete(folder) if resume else None
+    return on_main_process(lambda: last_complete(folder)) if resume else None
 
 
 def stage_callbacks(
@@ -279,21 +284,31 @@ def losses(trainer: Trainer) -> list[list[float]]:
 def held_out_loss(
     model: nn.Module, dataset: Sequence[Mapping[str, Any]], collator: Any, batch_size: int
 ) -> float:
-    """Mean cross-entropy per answer token over a data set, in nats; the mode is kept."""
+    """Mean cross-entropy per answer token over a data set, in nats; the mode is kept.
+
+    Several processes share the batches and get the same number.
+    """
     training = model.training
     model.eval()
     device = next(model.parameters()).device
+    ranks = processes()
+    starts = range(0, len(dataset), batch_size)
     total, count = 0.0, 0
     with torch.no_grad():
-        for start in range(0, len(dataset), batch_size):
+        # All run the model equally often: where it is sharded, each forward is a joint one.
+        for turn in range(0, len(starts), ranks.num_processes):
+            mine = turn + ranks.process_index
+            start = starts[min(mine, len(starts) - 1)]
             rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
             batch = {name: value.to(device) for name, value in collator(rows).items()}
+            loss = float(model(**batch).loss)
             # The first position predicts nothing, so its label carries no loss.
             tokens = int((batch["labels"][:, 1:] != -100).sum())
-            if tokens:  # the mean over none is NaN
-                total += float(model(**batch).loss) * tokens
+            if tokens and mine < len(starts):  # the mean over none is NaN
+                total += loss * tokens
                 count += tokens
     model.train(training)
+    total, count = sum_over_processes([total, count])
     if count == 0:
         raise ValueError(f"dataset must have a label to predict; its {len(dataset)} rows have none")
     return total / count
