@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, get_int_from_env, parse_flag_from_env
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -68,6 +70,35 @@ def sum_over_processes(values: Sequence[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=state.device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def average_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its mean over all processes: one collective for all of them."""
+    if processes().num_processes == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= processes().num_processes
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def stack_whole(values: Sequence[Tensor]) -> Tensor:
+    """Stack numbers, each a tensor of no dimension; sums over sharded tensors are completed.
+
+    The parts that a sharded sum has on every process are added in one collective for all of them.
+    """
+    first = values[0]
+    if not isinstance(first, DTensor):
+        return torch.stack(list(values))
+    parts = torch.stack([value.to_local() for value in values])
+    return DTensor.from_local(parts, first.device_mesh, first.placements).full_tensor()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor, gathered; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def leave_process_group() -> None:

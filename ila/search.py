@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
 from ila import stages
-from ila.checkpoint import load_adapter, save_adapter
+from ila.checkpoint import load_adapter, save_adapter, whole_state
 from ila.files import write_folder_atomic, write_json_atomic
 from ila.layer import FUSED, MaskedLoraLayer
 from ila.mask import LayerMask
@@ -225,7 +225,7 @@ def _check_layers(layers: Mapping[str, MaskedLoraLayer], adapter: str) -> None:
 
 def _stage1(peft_model, adapter, layers, dataset, collator, work: _Work) -> dict[str, Any]:
     config, done = work.config, work.folder / "stage1.json"
-    if work.resume and done.exists():
+    if work.resume and on_main_process(done.exists):
         load_adapter(peft_model, adapter, work.folder / "adapter")
         return json.loads(done.read_text(encoding="utf-8"))
     signal = GateGradient(layers, adapter)
@@ -251,12 +251,16 @@ def _stage1(peft_model, adapter, layers, dataset, collator, work: _Work) -> dict
         "last_loss": stable.smoothed(trainer.state),
         "gate_gradient": signal.mean(),
     }
-    if work.keep and trainer.is_world_process_zero():
-        with write_folder_atomic(work.folder / "adapter", replace=True) as target:
-            save_adapter(peft_model, adapter, target)
-        write_json_atomic(done, result)
-    trainer.accelerator.wait_for_everyone()
+    if work.keep:
+        state = whole_state(peft_model, adapter)
+        on_main_process(lambda: _finish_stage1(peft_model, adapter, state, work.folder, result))
     return result
+
+
+def _finish_stage1(peft_model, adapter: str, state, folder: Path, result: Mapping) -> None:
+    with write_folder_atomic(folder / "adapter", replace=True) as target:
+        save_adapter(peft_model, adapter, target, state)
+    write_json_atomic(folder / "stage1.json", result)
 
 
 def _stage2(

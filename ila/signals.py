@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from ila.files import write_json_atomic
 from ila.layer import MaskedLoraLayer
+from ila.ranks import stack_whole
 
 
 class LayerMean(TrainerCallback):
@@ -35,7 +36,7 @@ class LayerMean(TrainerCallback):
         self.counts = [0] * groups
 
     def values(self) -> list[torch.Tensor]:
-        """One number per layer from the gradients of this step, one element each."""
+        """One number per layer from the gradients of this step, of shape ()."""
         raise NotImplementedError
 
     def group(self, step: int) -> int:
@@ -44,8 +45,8 @@ class LayerMean(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         group = self.group(state.global_step)
-        values = [value.reshape(()).to(self.device, torch.float64) for value in self.values()]
-        self.totals[group] += torch.stack(values)
+        values = [value.to(torch.float64) for value in self.values()]
+        self.totals[group] += stack_whole(values).to(self.device)
         self.counts[group] += 1
 
     def mean(self) -> dict[str, float]:
@@ -76,7 +77,8 @@ class GateGradient(LayerMean):
         products = []
         for layer in self.layers.values():
             b = layer.lora_B[self.adapter].weight
-            products.append(b.new_zeros(()) if b.grad is None else -(b.grad * b.detach()).sum())
+            gradient = torch.zeros_like(b) if b.grad is None else b.grad
+            products.append(-(gradient * b.detach()).sum())
         return products
 
 
@@ -107,4 +109,4 @@ class PathGradient(LayerMean):
         # s = logit γ, so dL/dγ = dL/ds / (γ (1 − γ)).
         slope = self.gamma * (1.0 - self.gamma)
         scores = (layer.lora_score[self.adapter] for layer in self.layers.values())
-        return [score.grad.double() / -slope for score in scores]
+        return [score.grad.double().reshape(()) / -slope for score in scores]

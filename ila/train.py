@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from ila.checkpoint import load_adapter, save_adapter
+from ila.checkpoint import load_adapter, save_adapter, whole_state
 from ila.files import write_json_atomic
 from ila.full import OpenLayers
 from ila.layer import MaskedLoraLayer
@@ -163,9 +163,9 @@ def train(
             "dtype": _dtype_text(model),
             "config": config.as_dict(),
         }
-        if output_dir is not None and trainer.is_world_process_zero():
-            _save(what, out, metrics)
-        trainer.accelerator.wait_for_everyone()
+        if output_dir is not None:
+            state = what.state()
+            on_main_process(lambda: _save(what, state, out, metrics))
     return metrics
 
 
@@ -180,8 +180,11 @@ class _Adapter:
     def counts(self) -> dict[str, Any]:
         return _counts(self.model, self.adapter)
 
-    def save(self, folder: Path) -> None:
-        save_adapter(self.model, self.adapter, folder)
+    def state(self) -> dict[str, Tensor]:
+        return whole_state(self.model, self.adapter)
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        save_adapter(self.model, self.adapter, folder, state)
 
     def load(self, folder: Path) -> None:
         load_adapter(self.model, self.adapter, folder)
@@ -255,10 +258,12 @@ def _loss(trainer, held_out, collator, config) -> float | None:
     return held_out_loss(trainer.model, held_out, collator, config.batch_size)
 
 
-def _save(what: _Adapter | OpenLayers, out: Path, metrics: Mapping[str, Any]) -> None:
+def _save(
+    what: _Adapter | OpenLayers, state: dict[str, Tensor], out: Path, metrics: Mapping[str, Any]
+) -> None:
     """The weights, then the metrics, then the checkpoints go: each step leaves a usable folder."""
     with tempfile.TemporaryDirectory(dir=out, prefix=".adapter-") as folder:
-        what.save(Path(folder))
+        what.save(Path(folder), state)
         for path in Path(folder).iterdir():
             path.replace(out / path.name)
     write_json_atomic(out / "metrics.json", metrics)

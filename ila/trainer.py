@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -115,6 +116,10 @@ def run(trainer: Trainer, resume_from: Path | None) -> None:
         trainer._load_from_checkpoint(str(resume_from))
         trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
         return
+    if trainer.is_fsdp_enabled and isinstance(trainer.model, FSDPModule):
+        # An earlier stage sharded it. Accelerate would look again for the classes to shard, by
+        # names that sharding has changed.
+        trainer.accelerator.state.fsdp_plugin.auto_wrap_policy = None
     attributes = vars(trainer.model)
     before = {name: attributes[name] for name in _AUTOCAST if name in attributes}
     try:
