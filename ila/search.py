@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 from ila import stages
 from ila.checkpoint import load_adapter, save_adapter, whole_state
 from ila.files import write_folder_atomic, write_json_atomic
-from ila.layer import FUSED, MaskedLoraLayer
+from ila.layer import FUSED, SHARDED, MaskedLoraLayer
 from ila.mask import LayerMask
 from ila.model import masked_layers, single_adapter
 from ila.ranks import on_main_process
@@ -219,7 +219,7 @@ def _check_layers(layers: Mapping[str, MaskedLoraLayer], adapter: str) -> None:
         if layer.is_closed(adapter):
             raise ValueError(f"layer {name!r} is closed; the search needs every layer open")
         route = layer.route()
-        if route.path != FUSED:
+        if route.path != FUSED and route is not SHARDED:  # forward raises if it is not gathered
             raise ValueError(f"layer {name!r} cannot be scored: {route.reason}")
 
 
@@ -281,8 +281,9 @@ def _stage2(
     with stages.scored(peft_model, layers, adapter, config.score_init):
         if config.method == "path":
             path = PathGradient(layers, adapter, stages.PATH_POINTS)
-            # The gates are set by hand; the optimiser only has to leave them alone.
-            still = {"optim": "sgd", "learning_rate": 0.0}
+            # The gates are set by hand; the optimiser only has to leave them alone. Not SGD: an
+            # optimiser without state cannot be read back from a checkpoint of FSDP.
+            still = {"optim": "adamw_torch", "learning_rate": 0.0}
             trainer = _train(
                 stages.ScoreTrainer,
                 peft_model,

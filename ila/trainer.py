@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -117,8 +118,8 @@ def run(trainer: Trainer, resume_from: Path | None) -> None:
         trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
         return
     if trainer.is_fsdp_enabled and isinstance(trainer.model, FSDPModule):
-        # An earlier stage sharded it. Accelerate would look again for the classes to shard, by
-        # names that sharding has changed.
+        _check_sharded(trainer.model)
+        # Accelerate would look again for the classes to shard, by names that sharding has changed.
         trainer.accelerator.state.fsdp_plugin.auto_wrap_policy = None
     attributes = vars(trainer.model)
     before = {name: attributes[name] for name in _AUTOCAST if name in attributes}
@@ -131,6 +132,17 @@ def run(trainer: Trainer, resume_from: Path | None) -> None:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressBar):
                 callback.close()
+
+
+def _check_sharded(model: nn.Module) -> None:
+    """Raise if a model that an earlier run sharded cannot be trained again as it is."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    empty = sum(isinstance(p, DTensor) and p.to_local().numel() == 0 for p in trained)
+    if sum_over_processes([empty])[0]:
+        raise ValueError(
+            "peft_model must be loaded again before it is trained: it is sharded already, over "
+            "more processes than some parameters have rows, and accelerate would confuse those"
+        )
 
 
 def resume_point(folder: Path, resume: bool) -> Path | None:

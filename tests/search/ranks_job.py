@@ -4,23 +4,31 @@ Run as a script: model folder, output folder, rows per process and step, what to
 Each process writes its results beside the output folder.
 """
 
+import gc
 import json
 import os
 import random
 import sys
 import time
 import warnings
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import LlamaForCausalLM
+from peft.tuners.lora.layer import Linear
+from transformers import LlamaForCausalLM, Trainer
 
 import ila
+from ila.layer import MaskedLoraLinear
 from ila.ranks import leave_process_group
 from ila.train import TrainConfig, train
 
 WORDS = 24
+
+
+TOLERANCE = 1e-5  # fp32: the same sums, added in another order
 
 
 def make_model(folder, **changes):
@@ -41,9 +49,9 @@ def make_rows(count=16):
     return rows
 
 
-def search(folder, out, size, method, training_args, *, resume=False):
+def search(folder, out, size, method, training_args, *, resume=False, **changes):
     """Learn a mask; return it with the model and what the search logged."""
-    model = make_model(folder)
+    model = make_model(folder, **changes)
     config = ila.SearchConfig(
         method=method,
         stage1_steps=4,
@@ -108,23 +116,102 @@ def count_synchronised(traffic):
     DistributedDataParallel.__init__ = noting
 
 
+class BrokenOffError(BaseException):
+    """What a kill looks like from inside."""
+
+
+def broken_off(name, call, run, *, after=False):
+    """Run until the given call of a method of ``Trainer``, before or after its work."""
+    original, calls = getattr(Trainer, name), 0
+
+    def breaking(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls < call:
+            return original(self, *args, **kwargs)
+        if after:
+            original(self, *args, **kwargs)
+        raise BrokenOffError
+
+    setattr(Trainer, name, breaking)
+    try:
+        run()
+    except BrokenOffError:
+        return
+    finally:
+        setattr(Trainer, name, original)
+    raise AssertionError(f"{name} was not called {call} times")
+
+
+def resumed(folder, out, size, methods, training_args, scores):
+    """Searches and a training, each broken off at several points; what they end with."""
+    options = (size, methods[0], training_args)
+    broken_off("training_step", 3, lambda: search(folder, out / "broken", *options))
+    for name, call, after in (("train", 1, True), ("training_step", 4, False), ("train", 1, True)):
+        again = partial(search, folder, out / "broken", *options, resume=True)
+        broken_off(name, call, again, after=after)
+    _, ended = again()
+    options = (out / "broken-train", size, training_args)
+    broken_off("training_step", 5, lambda: train_selected(selected(folder, scores), *options))
+    trained = train_selected(selected(folder, scores), *options, resume=True)
+    return {"search": ended, "train": trained}
+
+
+def note_gradients(noted):
+    """Let ``Trainer`` note, step by step, what kinds of parameters have a gradient."""
+    original = Trainer.training_step
+
+    def noting(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        graded = (name for name, p in self.model.named_parameters() if p.grad is not None)
+        noted.append(sorted({name.split(".lora_")[-1].split(".")[0] for name in graded}))
+        return loss
+
+    Trainer.training_step = noting
+
+
+def count_paths(paths):
+    """Let every layer note whether it ran fused or as PEFT's."""
+
+    def count(path, owner, name):
+        original = getattr(owner, name)
+
+        def noting(self, *args, **kwargs):
+            paths[path] += 1
+            return original(self, *args, **kwargs)
+
+        setattr(owner, name, noting)
+
+    count("fused", MaskedLoraLinear, "_fused")
+    count("peft", Linear, "forward")
+
+
 def main(folder, out, size, methods, training_args):
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     torch.set_num_threads(1)
+    gc.freeze()  # each training collects garbage, over all modules imported
     rank = os.environ.get("RANK", "0")
     time.sleep(int(rank))  # the second process comes when the first has begun
     traffic: list[int] = []
     count_synchronised(traffic)
+    graded: list[list[str]] = []
+    note_gradients(graded)
+    paths = Counter()
+    count_paths(paths)
     results = {}
     for method in methods:
         traffic.clear()
-        model, results[method] = search(folder, out / method, size, method, training_args)
-        results[method]["synchronised"] = list(traffic)
+        graded.clear()
+        _, results[method] = search(folder, out / method, size, method, training_args)
+        results[method] |= {"synchronised": list(traffic), "graded": list(graded)}
     traffic.clear()
+    paths.clear()
     model = selected(folder, results[methods[0]]["scores"])
     results["train"] = train_selected(model, out / "train", size, training_args)
-    results["train"]["synchronised"] = list(traffic)
+    results["train"] |= {"synchronised": list(traffic), "paths": dict(paths)}
+    scores = results[methods[0]]["scores"]
+    results["resumed"] = resumed(folder, out, size, methods, training_args, scores)
     # The same model again: whatever wrapped it for the search must be gone.
     traffic.clear()
     model, _ = search(folder, out / "again", size, methods[0], training_args)
@@ -136,8 +223,60 @@ def main(folder, out, size, methods, training_args):
         train_selected(model, out / "train", size, training_args)
     except ValueError as error:
         results["refused"] = str(error)
+    if "fsdp" in training_args:
+        model, _ = search(folder, out / "thin", size, "path", training_args, r=1)
+        try:
+            train_selected(model, out / "thin-train", size, training_args)
+        except ValueError as error:
+            results["refused thin"] = str(error)
     Path(f"{out}-{rank}.json").write_text(json.dumps(results))
     leave_process_group()
+
+
+def close(found, expected):
+    """Whether numbers of one kind agree; those that cancel are held to the largest of them."""
+    largest = max(map(abs, expected))
+    pairs = zip(found, expected, strict=True)
+    return all(abs(a - b) <= TOLERANCE * max(abs(b), largest) for a, b in pairs)
+
+
+def check_search(found, expected):
+    """Assert that two searches had the same course and the same end."""
+    assert close(found["losses"], expected["losses"])
+    assert close(found["norms"], expected["norms"])
+    for kind in ("scores", "signal"):
+        assert list(found[kind]) == list(expected[kind])
+        assert close(list(found[kind].values()), list(expected[kind].values()))
+    masks = [ila.LayerMask(result["scores"]).top(0.3) for result in (found, expected)]
+    assert masks[0].open == masks[1].open
+
+
+def check_training(found, expected):
+    """Assert that two trainings had the same losses, before, during and after."""
+    assert [step for step, _ in found["losses"]] == [step for step, _ in expected["losses"]]
+    assert close([x for _, x in found["losses"]], [x for _, x in expected["losses"]])
+    for name in ("held_out_loss", "held_out_loss_before"):
+        assert close([found[name]], [expected[name]])
+    for name in ("steps", "tokens_per_step", "trainable_parameters"):
+        assert found[name] == expected[name]
+
+
+def check_as_one(results, folder, out):
+    """Assert that what two processes found is what this one finds with all of each batch."""
+    methods = [name for name in ("path", "ila", "gate_gradient") if name in results]
+    for method in methods:
+        _, expected = search(folder, out / method, 4, method, {})
+        check_search(results[method], expected)
+    model = selected(folder, results[methods[0]]["scores"])
+    check_training(results["train"], train_selected(model, out / "train", 4, {}))
+
+
+def check_resumed(results):
+    """Assert that runs broken off and resumed ended with the bits of those that were not."""
+    for name, found in results["resumed"]["search"].items():
+        assert found == results["path"][name], name
+    for name, found in results["resumed"]["train"].items():
+        assert found == results["train"][name], name
 
 
 if __name__ == "__main__":
