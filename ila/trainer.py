@@ -32,8 +32,9 @@ from ila.data import Collator
 from ila.files import write_json_atomic, write_text_atomic
 from ila.ranks import on_main_process, processes, sum_over_processes
 
-# What accelerate puts on a model for mixed precision, and leaves there.
-_AUTOCAST = ("forward", "_original_forward")
+# What accelerate puts on a model and leaves there. The mark would make it pass the model over when
+# the next stage prepares it: no autocast, no compilation.
+_PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
 # What the stages decide themselves; overriding it would change what they measure.
 _OWN = ("output_dir", "max_steps", "seed", "logging_steps", "logging_strategy", "disable_tqdm")
 
@@ -122,11 +123,11 @@ def run(trainer: Trainer, resume_from: Path | None) -> None:
         # Accelerate would look again for the classes to shard, by names that sharding has changed.
         trainer.accelerator.state.fsdp_plugin.auto_wrap_policy = None
     attributes = vars(trainer.model)
-    before = {name: attributes[name] for name in _AUTOCAST if name in attributes}
+    before = {name: attributes[name] for name in _PREPARED if name in attributes}
     try:
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
-        for name in _AUTOCAST:
+        for name in _PREPARED:
             attributes.pop(name, None)
         attributes.update(before)
         for callback in trainer.callback_handler.callbacks:
