@@ -82,6 +82,7 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
         FileNotFoundError: If model or data cannot be found.
         ValueError: If they do not fit; see ``load_rows``, ``encode``, ``attach``.
     """
+    progress = progress and processes().is_main_process
     source = find_source(inputs.model, inputs.gguf_file, inputs.trust_remote_code)
     rows = load_rows(inputs.data, split=inputs.split, limit=inputs.limit)
     held_rows: list[dict] = []

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, get_int_from_env, parse_flag_from_env
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 T = TypeVar("T")
 
@@ -60,6 +61,19 @@ def on_main_process(action: Callable[[], T]) -> T:
             failure.raised_by_main_process = True
         raise failure
     return value
+
+
+def leave_the_screen_to_the_main_process() -> bool:
+    """Silence the progress bars and log lines of libraries on every other process.
+
+    Returns:
+        Whether this is one of the others.
+    """
+    other = not processes().is_main_process
+    if other:
+        disable_progress_bar()
+        set_verbosity_error()
+    return other
 
 
 def sum_over_processes(values: Sequence[float]) -> list[float]:

@@ -64,15 +64,15 @@ def train_steps(model, parameters):
     return [*losses, *(p.detach().clone() for p in parameters)]
 
 
-def check_same_steps(compiled, model, twin):
-    """The compiled model against an eager twin: fp64, and Adam's √v + 1e-8 forgives no more."""
+def check_same_steps(compiled, model, twin, tolerance=1e-11):
+    """The compiled model against an eager twin, which runs the same operations."""
     found, expected = (
         train_steps(callee, [p for p in owner.parameters() if p.requires_grad])
         for callee, owner in ((compiled, model), (twin, twin))
     )
     assert len(found) > STEPS
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def half_open(model) -> LayerMask:
@@ -116,7 +116,10 @@ def test_a_compiled_step_of_the_scores_is_the_eager_step():
 def test_inductor_compiles_the_step_of_a_masked_model():
     model = make_model()
     ila.apply_mask(model, half_open(model))
-    check_same_steps(torch.compile(model, backend="inductor"), model, copy.deepcopy(model))
+    compiled = torch.compile(model, backend="inductor")
+    # Llama's norms, softmax and loss are fp32 inside whatever the dtype, and inductor adds up in
+    # another order: a few dozen roundings of 6e-8.
+    check_same_steps(compiled, model, copy.deepcopy(model), tolerance=64 * 2**-24)
     assert graphs() == 1
 
 
