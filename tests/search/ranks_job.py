@@ -211,6 +211,11 @@ def main(folder, out, size, methods, training_args):
     results["train"] = train_selected(model, out / "train", size, training_args)
     results["train"] |= {"synchronised": list(traffic), "paths": dict(paths)}
     scores = results[methods[0]]["scores"]
+    if "fsdp" in training_args:
+        try:
+            ila.apply_mask(model, ila.LayerMask(scores))
+        except RuntimeError as error:
+            results["refused to open"] = str(error)
     results["resumed"] = resumed(folder, out, size, methods, training_args, scores)
     # The same model again: whatever wrapped it for the search must be gone.
     traffic.clear()
