@@ -11,13 +11,18 @@ import json
 import re
 from pathlib import Path
 
-from accelerate import PartialState
 from peft import PeftModel
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils import (
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import TrainerCallback
 
 from ila.files import sync_tree, write_json_atomic
+from ila.ranks import processes, whole
 
 MARKER = "complete.json"
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
@@ -40,9 +45,27 @@ def is_finished(checkpoint: Path) -> bool:
     return bool(control.get("args", {}).get("should_training_stop", False))
 
 
-def save_adapter(peft_model: PeftModel, adapter: str, folder: Path) -> None:
-    """Write one adapter into ``folder`` itself; PEFT gives all but "default" a subfolder."""
-    peft_model.save_pretrained(folder, selected_adapters=[adapter])
+def whole_state(peft_model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """The model's state dict with the tensors of one adapter gathered; called by all processes."""
+    state = peft_model.state_dict()
+    # What PEFT would save of it, by PEFT's own rules; they change names but not the tensors.
+    saved = get_peft_model_state_dict(peft_model, state_dict=dict(state), adapter_name=adapter)
+    wanted = {id(tensor) for tensor in saved.values()}
+    return {name: whole(t) if id(t) in wanted else t for name, t in state.items()}
+
+
+def save_adapter(
+    peft_model: PeftModel, adapter: str, folder: Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """Write one adapter into ``folder`` itself; PEFT gives all but "default" a subfolder.
+
+    Args:
+        peft_model: The model.
+        adapter: Name of the adapter.
+        folder: An empty folder.
+        state: From ``whole_state``; needed where the model is sharded.
+    """
+    peft_model.save_pretrained(folder, selected_adapters=[adapter], state_dict=state)
     if adapter != "default":
         for path in (folder / adapter).iterdir():
             path.replace(folder / path.name)
@@ -87,7 +110,7 @@ class MarkComplete(TrainerCallback):
         self.also = also
 
     def on_save(self, args, state, control, **kwargs):
-        PartialState().wait_for_everyone()  # each process writes a random state of its own
+        processes().wait_for_everyone()  # each process writes a random state of its own
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -277,7 +277,9 @@ def demo(
 def _inputs(options: dict[str, Any]) -> Any:
     """The options that `learn` and `train` share, by their names."""
     from ila.pipeline import Inputs
+    from ila.ranks import leave_the_screen_to_the_main_process
 
+    screen.quiet = leave_the_screen_to_the_main_process()
     return Inputs(**{name: options[name] for name in Inputs.__dataclass_fields__})
 
 
@@ -335,7 +337,8 @@ def main() -> None:
         *(ValueError, TypeError, FloatingPointError, RuntimeError, OSError),
         ImportError,  # of what only some inputs need: the message names the package
     ) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
+        if not getattr(error, "raised_by_main_process", False):  # which says it itself
+            Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
         sys.exit(2)
     except SystemExit as done:
         if done.code == 130:  # typer's answer to Ctrl-C, given without a word

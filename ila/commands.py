@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
@@ -22,6 +21,7 @@ from ila.loading import find_source, load_model, load_tokenizer
 from ila.mask import LayerMask, thawed
 from ila.model import apply_mask
 from ila.pipeline import Inputs, adapt, check_folder, claim_folder, prepare, read_run
+from ila.ranks import processes
 from ila.report import runs_markdown
 from ila.runs import load_run
 from ila.search import SearchConfig, learn_mask
@@ -63,7 +63,7 @@ def learn(
     held = {"before": before, "after_stage1": after, "rows": len(held_out)}
     provenance = {**prepared.description, "search": mask.provenance, "held_out_loss": held}
     mask = LayerMask(mask.scores, provenance=provenance)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         title = f"{Path(inputs.model).name} on {Path(inputs.data).stem}: method {config.method}"
         heatmap(mask, out / "heatmap.png", title=title)
         mask.save(out / "mask.json")
@@ -145,7 +145,7 @@ def explain_layers(inputs: Inputs, tokens: int, *, mask_file: Path | None = None
     """
     mask = None if mask_file is None else LayerMask.load(mask_file)
     source = find_source(inputs.model, inputs.gguf_file, inputs.trust_remote_code)
-    model = load_model(source, inputs.dtype, inputs.load_in, PartialState().device)
+    model = load_model(source, inputs.dtype, inputs.load_in, processes().device)
     model = adapt(model, inputs)
     if mask is not None:
         apply_mask(model, mask)

@@ -67,13 +67,16 @@ class OpenLayers:
             "full": True,
         }
 
-    def save(self, folder: Path) -> None:
-        """Write the changed weights into ``folder``, in the dtypes of the base."""
-        weights = {
+    def state(self) -> dict[str, torch.Tensor]:
+        """The changed weights in the dtypes of the base."""
+        return {
             name: self.model.get_parameter(name).detach().to("cpu", dtype).contiguous()
             for name, dtype in self.dtypes.items()
         }
-        save_file(weights, folder / CHANGED_FILE, metadata={"format": "pt"})
+
+    def save(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+        """Write what ``state`` returned into ``folder``."""
+        save_file(dict(state), folder / CHANGED_FILE, metadata={"format": "pt"})
 
     def load(self, folder: Path) -> None:
         """Read what ``save`` wrote."""
@@ -192,6 +195,11 @@ class _OpenTrainer(Trainer):
     def __init__(self, names: tuple[str, ...], *args: Any, **kwargs: Any):
         self._names = names
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "full training of layers cannot shard them (FSDP): its checkpoints hold whole "
+                "weights; use several processes without FSDP, or adapters"
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

@@ -41,7 +41,8 @@ _LORA_BIAS = Route(PEFT, "lora_bias=True")
 _BASE_TYPE = Route(PEFT, "the base layer is not a plain nn.Linear")
 _HOOKS = Route(PEFT, "the base layer or an adapter module has hooks or a forward of its own")
 _ADAPTER_TYPE = Route(PEFT, "an adapter module is not a plain nn.Linear or dropout")
-_SHARDED = Route(PEFT, "a weight is sharded (DTensor)")
+# Outside of forward only, with FSDP2: it gathers weights before a block runs.
+SHARDED = Route(PEFT, "a weight is sharded here (DTensor)")
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -144,7 +145,19 @@ class MaskedLoraLayer:
         self._closed[adapter] = parts
 
     def open(self, adapter: str) -> None:
-        """Put an adapter back as it was when it was closed, on the device of the base layer."""
+        """Put an adapter back as it was when it was closed, on the device of the base layer.
+
+        Raises:
+            RuntimeError: If the base layer was sharded since: nobody would add up the gradients
+                that each process computes for an adapter put back now.
+        """
+        if adapter in self._closed and _is_sharded(_weight(self.get_base_layer())):
+            a = self._closed[adapter]["lora_A"]
+            if not _is_sharded(a.weight):
+                raise RuntimeError(
+                    f"adapter {adapter!r} was closed before the model was sharded and cannot be "
+                    "opened after; load the model again and apply the mask first"
+                )
         parts = self._closed.pop(adapter, None)
         if parts is None:
             return
@@ -216,7 +229,7 @@ class MaskedLoraLayer:
         if has_hooks(base) or has_hooks(a) or has_hooks(b) or has_hooks(dropout):
             return _HOOKS
         if _is_sharded(_weight(base)) or _is_sharded(_weight(a)):
-            return _SHARDED
+            return SHARDED
         return Route(FUSED, self.plain, adapter)
 
     def forward(

@@ -13,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -21,7 +20,7 @@ from ila import claims
 from ila.data import Collator, DataSummary, encode, pad_token_id
 from ila.loading import LOAD_IN, find_source, identity, load_model, load_tokenizer
 from ila.model import attach
-from ila.ranks import on_main_process
+from ila.ranks import on_main_process, processes
 from ila.rows import fingerprint, load_rows, split_indices
 from ila_kernels._version import __version__
 
@@ -101,6 +100,7 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
         FileNotFoundError: If model or data cannot be found.
         ValueError: If they do not fit; see ``load_rows``, ``encode``, ``attach``.
     """
+    progress = progress and processes().is_main_process
     inputs = inputs.located()
     source = find_source(inputs.model, inputs.gguf_file, inputs.trust_remote_code)
     rows = load_rows(inputs.data, split=inputs.split, limit=inputs.limit)
@@ -112,7 +112,7 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
     held_out, held_out_summary = [], None
     if aside:
         held_out, held_out_summary = _encode(rows, aside, tokenizer, inputs, "held out", progress)
-    model = load_model(source, inputs.dtype, inputs.load_in, PartialState().device)
+    model = load_model(source, inputs.dtype, inputs.load_in, processes().device)
     description = {
         "model": identity(model, source),
         "data": {

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from ila import claims, stages
-from ila.checkpoint import load_adapter, save_adapter
+from ila.checkpoint import load_adapter, save_adapter, whole_state
 from ila.claims import RUN_MARKER
 from ila.files import write_folder_atomic, write_json_atomic
-from ila.layer import FUSED, MaskedLoraLayer
+from ila.layer import FUSED, SHARDED, MaskedLoraLayer
 from ila.mask import LayerMask
 from ila.model import masked_layers, single_adapter
 from ila.ranks import on_main_process
@@ -217,13 +218,13 @@ def _check_layers(layers: Mapping[str, MaskedLoraLayer], adapter: str) -> None:
         if layer.is_closed(adapter):
             raise ValueError(f"layer {name!r} is closed; the search needs every layer open")
         route = layer.route()
-        if route.path != FUSED:
+        if route.path != FUSED and route is not SHARDED:  # forward raises if it is not gathered
             raise ValueError(f"layer {name!r} cannot be scored: {route.reason}")
 
 
 def _stage1(work: _Work) -> dict[str, Any]:
     config, done = work.config, work.folder / "stage1.json"
-    if work.resume and done.exists():
+    if work.resume and on_main_process(done.exists):
         load_adapter(work.peft_model, work.adapter, work.folder / "adapter")
         return json.loads(done.read_text(encoding="utf-8"))
     signal = GateGradient(work.layers, work.adapter)
@@ -245,12 +246,16 @@ def _stage1(work: _Work) -> dict[str, Any]:
         **_course([loss for _, loss in losses(trainer)], config.stability_window),
         "gate_gradient": signal.mean(),
     }
-    if work.keep and trainer.is_world_process_zero():
-        with write_folder_atomic(work.folder / "adapter", replace=True) as target:
-            save_adapter(work.peft_model, work.adapter, target)
-        write_json_atomic(done, result)
-    trainer.accelerator.wait_for_everyone()
+    if work.keep:
+        state = whole_state(work.peft_model, work.adapter)
+        on_main_process(lambda: _finish_stage1(work, state, result))
     return result
+
+
+def _finish_stage1(work: _Work, state: dict[str, Tensor], result: Mapping[str, Any]) -> None:
+    with write_folder_atomic(work.folder / "adapter", replace=True) as target:
+        save_adapter(work.peft_model, work.adapter, target, state)
+    write_json_atomic(work.folder / "stage1.json", result)
 
 
 def _course(losses: Sequence[float], window: int) -> dict[str, Any]:
@@ -274,8 +279,9 @@ def _stage2(work: _Work, stage1: Mapping[str, Any]) -> tuple[dict[str, float], d
 
 def _path_scores(work: _Work) -> tuple[dict[str, float], dict[str, Any]]:
     path = PathGradient(work.layers, work.adapter, stages.PATH_POINTS)
-    # The gates are set by hand; the optimiser only has to leave them alone.
-    trainer = _train_scores(work, signal=path, optim="sgd", learning_rate=0.0)
+    # The gates are set by hand; the optimiser only has to leave them alone. Not SGD: an optimiser
+    # without state cannot be read back from a checkpoint of FSDP.
+    trainer = _train_scores(work, signal=path, optim="adamw_torch", learning_rate=0.0)
     return path.mean(), {"steps": trainer.state.global_step}
 
 

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from ila.files import write_json_atomic
 from ila.layer import MaskedLoraLayer
+from ila.ranks import stack_whole
 
 
 class LayerMean(TrainerCallback):
@@ -35,7 +36,7 @@ class LayerMean(TrainerCallback):
         self.counts = torch.zeros(groups, dtype=torch.float64, device=self.device)
 
     def values(self) -> list[torch.Tensor]:
-        """One number per layer from the gradients of this step, one element each."""
+        """One number per layer from the gradients of this step, of shape ()."""
         raise NotImplementedError
 
     def group(self, step: int) -> int:
@@ -51,8 +52,8 @@ class LayerMean(TrainerCallback):
                 optimiser skips, is then not counted. None where there is no such scaling.
         """
         group = self.group(step)
-        values = [value.reshape(()).to(self.device, torch.float64) for value in self.values()]
-        found = torch.stack(values)
+        values = [value.to(torch.float64) for value in self.values()]
+        found = stack_whole(values).to(self.device)
         counted = torch.ones((), dtype=torch.float64, device=self.device)
         if loss_scale is not None:
             counted = found.isfinite().all().to(torch.float64)
@@ -88,11 +89,17 @@ class SignalTrainer(Trainer):
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
+        if not self.accelerator.sync_gradients:
+            return loss
+        self.finish_gradients()
         # Accumulation is over, and Trainer's clipping, which would weigh steps unlike, comes next.
-        if self.signal is not None and self.accelerator.sync_gradients:
+        if self.signal is not None:
             scaler = self.accelerator.scaler
             self.signal.gather(self.state.global_step, scaler and scaler.get_scale())
         return loss
+
+    def finish_gradients(self) -> None:
+        """Complete the gradients of an optimiser step; nothing is left to do here."""
 
 
 class GateGradient(LayerMean):
@@ -102,7 +109,8 @@ class GateGradient(LayerMean):
         products = []
         for layer in self.layers.values():
             b = layer.lora_B[self.adapter].weight
-            products.append(b.new_zeros(()) if b.grad is None else -(b.grad * b.detach()).sum())
+            gradient = torch.zeros_like(b) if b.grad is None else b.grad
+            products.append(-(gradient * b.detach()).sum())
         return products
 
 
@@ -133,4 +141,4 @@ class PathGradient(LayerMean):
         # s = logit γ, so dL/dγ = dL/ds / (γ (1 − γ)).
         slope = self.gamma * (1.0 - self.gamma)
         scores = (layer.lora_score[self.adapter] for layer in self.layers.values())
-        return [score.grad.double() / -slope for score in scores]
+        return [score.grad.double().reshape(()) / -slope for score in scores]

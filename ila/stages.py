@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ila.layer import MaskedLoraLayer
+from ila.ranks import average_over_processes
 from ila.signals import SignalTrainer
 from ila.trainer import LogFile
 
@@ -31,7 +32,8 @@ def scored(
 
     Scores are fp32 (fp64 over an fp64 base), shape (1,), on the device of their layer.
     """
-    required = {p: p.requires_grad for p in peft_model.parameters()}
+    # By name: sharding replaces the parameters.
+    required = {name: p.requires_grad for name, p in peft_model.named_parameters()}
     for layer in layers.values():
         weight = layer.base_layer.weight
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -43,8 +45,8 @@ def scored(
     finally:
         for layer in layers.values():
             del layer.lora_score[adapter]
-        for parameter, flag in required.items():
-            parameter.requires_grad_(flag)
+        for name, parameter in peft_model.named_parameters():
+            parameter.requires_grad_(required[name])
 
 
 def freeze_all_but_scores(model: nn.Module) -> None:
@@ -60,7 +62,23 @@ def read_scores(layers: Mapping[str, MaskedLoraLayer], adapter: str) -> dict[str
 
 
 class ScoreTrainer(SignalTrainer):
-    """Trainer of the scores; undoes that PEFT makes an adapter trainable when it loads one."""
+    """Trainer of the scores; undoes that PEFT makes an adapter trainable when it loads one.
+
+    FSDP leaves the scores alone: one number each is not worth sharding, and a model that stage 1
+    has sharded takes no more parameters. Every process holds all of them and their mean gradient.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            named = self.model.named_modules()
+            scores = [module for name, module in named if name.endswith(".lora_score")]
+            self.accelerator.state.fsdp_plugin.ignored_modules = scores
+
+    def finish_gradients(self) -> None:
+        if self.is_fsdp_enabled:
+            trained = (p for p in self.model.parameters() if p.requires_grad)
+            average_over_processes([p.grad for p in trained if p.grad is not None])
 
     def _load_from_checkpoint(self, *args, **kwargs):
         super()._load_from_checkpoint(*args, **kwargs)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from ila.checkpoint import load_adapter, save_adapter
+from ila.checkpoint import load_adapter, save_adapter, whole_state
 from ila.claims import RUN_MARKER, claim
 from ila.files import move_in, write_json_atomic
 from ila.full import OpenLayers
@@ -136,7 +136,7 @@ def train(
             mine = {"config": config.as_dict(), **counts, "rows": len(dataset), "trained": names}
             where = {"marker": "train.json", "beside": (RUN_MARKER,)}
             on_main_process(lambda: claim(out, mine, resume=resume, **where))
-            if resume and (out / "metrics.json").exists():
+            if resume and on_main_process((out / "metrics.json").exists):
                 what.load(out)
                 return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
         args = _arguments(config, out, keep=output_dir is not None)
@@ -168,9 +168,9 @@ def train(
             "dtype": _dtype_text(model),
             "config": config.as_dict(),
         }
-        if output_dir is not None and trainer.is_world_process_zero():
-            _save(what, out, metrics)
-        trainer.accelerator.wait_for_everyone()
+        if output_dir is not None:
+            state = what.state()
+            on_main_process(lambda: _save(what, state, out, metrics))
     return metrics
 
 
@@ -198,8 +198,11 @@ class _Adapter:
     def counts(self) -> dict[str, Any]:
         return _counts(self.model, self.adapter)
 
-    def save(self, folder: Path) -> None:
-        save_adapter(self.model, self.adapter, folder)
+    def state(self) -> dict[str, Tensor]:
+        return whole_state(self.model, self.adapter)
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        save_adapter(self.model, self.adapter, folder, state)
 
     def load(self, folder: Path) -> None:
         load_adapter(self.model, self.adapter, folder)
@@ -242,10 +245,11 @@ def _counts(peft_model: PeftModel, adapter: str) -> dict[str, Any]:
 def _held_out(trainer, held_out, collator, config, out: Path) -> float | None:
     """Loss before training; a resumed run reads what the first start measured."""
     file = out / "before.json"
-    if file.exists():
-        return json.loads(file.read_text(encoding="utf-8"))["held_out_loss_before"]
+    known = on_main_process(lambda: json.loads(file.read_text("utf-8")) if file.exists() else None)
+    if known is not None:
+        return known["held_out_loss_before"]
     before = _loss(trainer, held_out, collator, config)
-    write_json_atomic(file, {"held_out_loss_before": before})
+    on_main_process(lambda: write_json_atomic(file, {"held_out_loss_before": before}))
     return before
 
 
@@ -273,7 +277,9 @@ def _prefix_cache(trainer: Trainer, config: TrainConfig, out: Path, progress: bo
     return cache
 
 
-def _save(what: _Adapter | OpenLayers, out: Path, metrics: Mapping[str, Any]) -> None:
+def _save(
+    what: _Adapter | OpenLayers, state: dict[str, Tensor], out: Path, metrics: Mapping[str, Any]
+) -> None:
     """The weights, then the metrics, then the checkpoints go: each step leaves a usable folder.
 
     Each is on the disk before the next begins, so that this holds for a power failure too.
@@ -281,7 +287,7 @@ def _save(what: _Adapter | OpenLayers, out: Path, metrics: Mapping[str, Any]) ->
     for left_over in out.glob(".adapter-*"):  # of a run killed while it saved
         shutil.rmtree(left_over)
     with tempfile.TemporaryDirectory(dir=out, prefix=".adapter-") as folder:
-        what.save(Path(folder))
+        what.save(Path(folder), state)
         move_in(folder, out)
     write_json_atomic(out / "metrics.json", metrics)
     (out / "before.json").unlink(missing_ok=True)

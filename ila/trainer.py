@@ -16,6 +16,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -27,9 +29,11 @@ from transformers import (
 from ila.checkpoint import MarkComplete, is_finished, last_complete
 from ila.data import Collator
 from ila.files import write_text_atomic
+from ila.ranks import on_main_process, processes, sum_over_processes
 
-# What accelerate puts on a model for mixed precision, and leaves there.
-_AUTOCAST = ("forward", "_original_forward")
+# What accelerate puts on a model and leaves there. The mark would make it pass the model over when
+# the next stage prepares it: no autocast, no compilation.
+_PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
 # TrainingArguments that a field of our configurations decides, and the name of that field.
 _FIELDS = {
     "per_device_train_batch_size": "batch_size",
@@ -84,6 +88,7 @@ def arguments(
         extra: The user's ``training_args``, which win over the defaults here.
         **own: This stage's settings, by the names of ``TrainingArguments``.
     """
+    ranks = processes()
     settings: dict[str, Any] = {
         "save_strategy": "steps" if save_every else "no",
         "save_steps": save_every or 500,
@@ -92,6 +97,9 @@ def arguments(
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_nan_inf_filter": False,
+        # Every parameter that requires grad is used: closed layers have none.
+        "ddp_find_unused_parameters": False,
+        "use_cpu": ranks.num_processes > 1 and ranks.device.type == "cpu",
         **own,
         **extra,
     }
@@ -138,12 +146,16 @@ def run(trainer: Trainer, resume_from: Path | None) -> None:
         trainer._load_from_checkpoint(str(resume_from))
         trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
         return
+    if trainer.is_fsdp_enabled and isinstance(trainer.model, FSDPModule):
+        _check_sharded(trainer.model)
+        # Accelerate would look again for the classes to shard, by names that sharding has changed.
+        trainer.accelerator.state.fsdp_plugin.auto_wrap_policy = None
     attributes = vars(trainer.model)
-    before = {name: attributes[name] for name in _AUTOCAST if name in attributes}
+    before = {name: attributes[name] for name in _PREPARED if name in attributes}
     try:
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
-        for name in _AUTOCAST:
+        for name in _PREPARED:
             attributes.pop(name, None)
         attributes.update(before)
         for callback in trainer.callback_handler.callbacks:
@@ -151,9 +163,20 @@ def run(trainer: Trainer, resume_from: Path | None) -> None:
                 callback.close()
 
 
+def _check_sharded(model: nn.Module) -> None:
+    """Raise if a model that an earlier run sharded cannot be trained again as it is."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    empty = sum(isinstance(p, DTensor) and p.to_local().numel() == 0 for p in trained)
+    if sum_over_processes([empty])[0]:
+        raise ValueError(
+            "peft_model must be loaded again before it is trained: it is sharded already, over "
+            "more processes than some parameters have rows, and accelerate would confuse those"
+        )
+
+
 def resume_point(folder: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from, if resuming was asked for and there is one."""
-    return last_complete(folder) if resume else None
+    return on_main_process(lambda: last_complete(folder)) if resume else None
 
 
 def stage_callbacks(
@@ -263,21 +286,31 @@ def losses(trainer: Trainer) -> list[list[float]]:
 def held_out_loss(
     model: nn.Module, dataset: Sequence[Mapping[str, Any]], collator: Any, batch_size: int
 ) -> float:
-    """Mean cross-entropy per answer token over a data set, in nats; the mode is kept."""
+    """Mean cross-entropy per answer token over a data set, in nats; the mode is kept.
+
+    Several processes share the batches and get the same number.
+    """
     training = model.training
     model.eval()
     device = next(model.parameters()).device
+    ranks = processes()
+    starts = range(0, len(dataset), batch_size)
     total, count = 0.0, 0
     with torch.no_grad():
-        for start in range(0, len(dataset), batch_size):
+        # All run the model equally often: where it is sharded, each forward is a joint one.
+        for turn in range(0, len(starts), ranks.num_processes):
+            mine = turn + ranks.process_index
+            start = starts[min(mine, len(starts) - 1)]
             rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
             batch = {name: value.to(device) for name, value in collator(rows).items()}
+            loss = float(model(**batch).loss)
             # The first position predicts nothing, so its label carries no loss.
             tokens = int((batch["labels"][:, 1:] != -100).sum())
-            if tokens:  # the mean over none is NaN
-                total += float(model(**batch).loss) * tokens
+            if tokens and mine < len(starts):  # the mean over none is NaN
+                total += loss * tokens
                 count += tokens
     model.train(training)
+    total, count = sum_over_processes([total, count])
     if count == 0:
         raise ValueError(f"dataset must have a label to predict; its {len(dataset)} rows have none")
     return total / count

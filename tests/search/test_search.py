@@ -362,6 +362,19 @@ def test_mixed_precision_is_taken_off_again(method, make_llama, rows, search, tr
     assert model(**batch).logits.dtype == torch.float32
 
 
+def test_both_stages_run_in_the_precision_asked_for(make_llama, rows, search, monkeypatch):
+    dtypes, original = [], MaskedLoraLinear.forward
+
+    def forward(self, x):
+        y = original(self, x)
+        dtypes.append(y.dtype)
+        return y
+
+    monkeypatch.setattr(MaskedLoraLinear, "forward", forward)
+    search(make_llama(), rows, training_args={"bf16": True, "use_cpu": True})
+    assert set(dtypes) == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     ("method", "step", "error"),  # of 8 steps in stage 1 and 7 in stage 2
     [
