@@ -365,8 +365,8 @@ def test_mixed_precision_is_taken_off_again(method, make_llama, rows, search, tr
 def test_both_stages_run_in_the_precision_asked_for(make_llama, rows, search, monkeypatch):
     dtypes, original = [], MaskedLoraLinear.forward
 
-    def forward(self, x):
-        y = original(self, x)
+    def forward(self, x, **kwargs):
+        y = original(self, x, **kwargs)
         dtypes.append(y.dtype)
         return y
 
