@@ -79,6 +79,7 @@ def pair(tiny, load):
         plain = tiny.plain(config, load(kind, *dtypes))
         ours = getattr(tiny, maker)(config, load(kind, *dtypes))
         assert set(ila.explain(ours).paths()) == {"eager"}
+        assert all("W is packed" in row.why for row in ila.explain(ours))
         return plain, ours
 
     return make
