@@ -42,15 +42,15 @@ def _tile(
     width = 8 * tl.cdiv(N, BLOCK_N)
     first = pid // width * 8
     rows = tl.minimum(tl.cdiv(M, BLOCK_M) - first, 8)
-    m0, n0 = (first + pid % width % rows) * BLOCK_M, pid % width // rows * BLOCK_N
-    m = m0.to(tl.int64) + tl.arange(0, BLOCK_M)
+    row, n0 = first + pid % width % rows, pid % width // rows * BLOCK_N
+    m = row.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = n0.to(tl.int64) + tl.arange(0, BLOCK_N)
     in_m, in_n = (m < M)[:, None], (n < N)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if PERSISTENT:
         # P and Q are tensor descriptors: what lies outside comes as zeros, without a mask.
         for k0 in range(0, K, BLOCK_K):
-            p_tile = p_ptr.load([m0, k0])
+            p_tile = p_ptr.load([row * BLOCK_M, k0])
             q_tile = q_ptr.load([k0, n0]) if Q_ROWS else q_ptr.load([n0, k0]).T
             acc = tl.dot(p_tile, q_tile, acc, input_precision=PRECISION)
     else:
