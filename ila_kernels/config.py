@@ -96,7 +96,7 @@ SHARED_LIMIT_BYTES: dict[str, int] = {
 # BLOCK_R is filled in from R.
 
 # mma.sync with its operands in registers: 175 to 188 of them a thread on sm_80 to sm_89 (one block
-# of 8 warps a multiprocessor), 126 to 183 on sm_120. 8 warps, not 4: 64 accumulators a thread
+# of 8 warps a multiprocessor), 124 to 181 on sm_120. 8 warps, not 4: 64 accumulators a thread
 # instead of 128 leave room for the update's operands. 48 KiB in three buffers; 99 are the least.
 _MMA_SYNC = Tile(128, 128, 32, 0, warps=8, stages=4)
 GEMM_16BIT: dict[str, Tile] = {
@@ -123,15 +123,15 @@ GEMM_FP32 = Tile(32, 64, 16, 0, warps=4, stages=2)
 # The same kernel in its persistent form: operands come by tensor descriptor, and one program on
 # each multiprocessor walks over the tiles.
 GEMM_PERSISTENT: dict[str, Tile] = {
-    # 128 KiB in four buffers, one block of 130 to 201 registers. K loop: 89 instructions at most
+    # 128 KiB in four buffers, one block of 126 to 202 registers. K loop: 89 instructions at most
     # against 106 (dx) and 124 (forward) with pointers. Not 128 x 256: 226 to 255 registers, and
     # spills at R >= 64.
     "sm_90": Tile(128, 128, 64, 0, warps=8, stages=4),
     # 192 KiB in four buffers, one block. Accumulators in half of the tensor memory leave registers
-    # for 128 x 256 (202 to 223), which reads a quarter less through L2 for each FLOP than
+    # for 128 x 256 (199 to 218), which reads a quarter less through L2 for each FLOP than
     # 128 x 128. K loop: 88 instructions at most. 128 x 128 with three stages spilled at R = 8.
     "sm_100": Tile(128, 256, 64, 0, warps=8, stages=4),
-    # 64 of 99 KiB in two buffers, one block of 165 to 197 registers.
+    # 64 of 99 KiB in two buffers, one block of 156 to 189 registers.
     "sm_120": Tile(128, 128, 64, 0, warps=8, stages=3),
 }
 # Where the persistent form runs unasked: nowhere. It has been compiled, emulated and compared with
