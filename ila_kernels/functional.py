@@ -193,19 +193,18 @@ def masked_lora_linear_group(
     chosen = _chosen(impl, x2d, weights)
     seeds = _seeds(dropout_p, seed, count)
     scales, columns = [float(s) for s in scales], (weights, lora_as, lora_bs, gates, biases)
-    if chosen == "triton":
-        ys = _member_by_member(x2d, columns, seeds, scales, float(dropout_p))
-    elif chosen != "reference" and torch.compiler.is_compiling() and not packed:
+    if chosen != "reference" and torch.compiler.is_compiling() and not packed:
         lists = [[ops.absent(x2d) if t is None else t for t in column] for column in columns]
-        ys = torch.ops.ila.masked_lora_linear_group(x2d, *lists, seeds, scales, float(dropout_p))
-        ys = ys[:count]
+        options = (seeds, scales, float(dropout_p), chosen)
+        ys = torch.ops.ila.masked_lora_linear_group(x2d, *lists, *options)[:count]
     else:
         columns += ([None] * count if seeds is None else seeds.split(1),)
         if chosen == "reference":
             ys = _reference_group(x2d, columns, scales, dropout_p)
         else:
             flat = (tensor for member in zip(*columns, strict=True) for tensor in member)
-            ys = ops.MaskedLoraLinearGroupFunction.apply(float(dropout_p), scales, x2d, *flat)
+            options = (chosen, float(dropout_p), scales)
+            ys = ops.MaskedLoraLinearGroupFunction.apply(*options, x2d, *flat)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
@@ -218,22 +217,6 @@ def _reference_group(x, columns, scales, dropout_p) -> list[Tensor]:
             continue
         keep = None if seed is None else keep_mask(seed, *x.shape, dropout_p, x.device)
         ys.append(reference.masked_lora_linear(x, w, a, b, gate, bias, scale, keep, dropout_p))
-    return ys
-
-
-def _member_by_member(x, columns, seeds, scales, dropout_p) -> list[Tensor]:
-    # The group has no kernels of its own yet: autograd adds the members' dx.
-    ys = []
-    for i, (w, a, b, gate, bias) in enumerate(zip(*columns, strict=True)):
-        if a is None:
-            ys.append(torch.nn.functional.linear(x, w, bias))
-            continue
-        seed = None if seeds is None else seeds[i : i + 1]
-        arguments = (x, w, a, b, gate, bias, seed, scales[i], dropout_p, "triton", None, None)
-        if torch.compiler.is_compiling():
-            ys.append(torch.ops.ila.masked_lora_linear(*arguments)[0])
-        else:
-            ys.append(ops.MaskedLoraLinearFunction.apply(*arguments))
     return ys
 
 

@@ -32,8 +32,16 @@ def _path(impl: str):
     raise ValueError(f"impl must be 'eager' or 'triton' here, got {impl!r}")
 
 
-def _forward(impl: str, inputs: tuple) -> tuple[Tensor, Tensor]:
-    path = _path(impl)
+def _group_path(impl: str):
+    """``_path`` of the group."""
+    if _path(impl) is eager:
+        return group
+    from ila_kernels.kernels import group as kernels_group
+
+    return kernels_group
+
+
+def _forward(path, impl: str, inputs: tuple) -> tuple:
     if impl == "triton":
         from ila_kernels.kernels import selfcheck
 
@@ -104,7 +112,7 @@ class MaskedLoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         """Run the forward of ``impl``, the tenth input, and keep what backward will read."""
-        y, t = _forward(inputs[9], inputs[:9])
+        y, t = _forward(_path(inputs[9]), inputs[9], inputs[:9])
         _save(ctx, inputs, t)
         return y
 
@@ -132,7 +140,7 @@ def masked_lora_linear(
     recomputes x instead of keeping it, and goes on to pre and up.
     """
     inputs = (x, weight, lora_a, lora_b, gate, bias, seed, scale, dropout_p)
-    return _forward(impl, inputs)
+    return _forward(_path(impl), impl, inputs)
 
 
 @masked_lora_linear.register_fake
@@ -151,8 +159,8 @@ def _setup_context(ctx, inputs, output):
 masked_lora_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _save_group(ctx, members: list[Member], needs: list[Needs], x, ts, dropout_p) -> None:
-    ctx.needs, ctx.dropout_p = needs, dropout_p
+def _save_group(ctx, members: list[Member], needs: list[Needs], x, ts, dropout_p, impl) -> None:
+    ctx.needs, ctx.dropout_p, ctx.impl = needs, dropout_p, impl
     ctx.scales = [m.scale for m in members]
     ctx.set_materialize_grads(False)
     ctx.packed = [m.weight if isinstance(m.weight, PackedWeight) else None for m in members]
@@ -175,28 +183,29 @@ def _group_grads(ctx, dys):
     ]
     dy = next((dy for dy in dys if dy is not None), None)
     with _own_dtypes(dy, dy is not None and any(ctx.packed)):
-        return group.backward(dys, x, members, [r[5] for r in rows], ctx.dropout_p, ctx.needs)
+        ts = [row[5] for row in rows]
+        return _group_path(ctx.impl).backward(dys, x, members, ts, ctx.dropout_p, ctx.needs)
 
 
 class MaskedLoraLinearGroupFunction(torch.autograd.Function):
-    """The group as an autograd function: (p, scales, x, then W, A, B, γ, bias, seed of each)."""
+    """The group as an autograd function: impl, p, scales, x; W, A, B, γ, bias, seed of each."""
 
     @staticmethod
-    def forward(ctx, dropout_p, scales, x, *flat):
-        """Run ``group.forward``; returns the tuple of y."""
+    def forward(ctx, impl, dropout_p, scales, x, *flat):
+        """Run the group's forward of ``impl``; returns the tuple of y."""
         rows = [flat[i : i + 6] for i in range(0, len(flat), 6)]
         members = [Member(*row, scale) for row, scale in zip(rows, scales, strict=True)]
-        ys, ts = group.forward(x, members, dropout_p)
-        wanted = ctx.needs_input_grad[3:]
-        needs = [Needs(ctx.needs_input_grad[2], *wanted[i : i + 5]) for i in range(0, len(flat), 6)]
-        _save_group(ctx, members, needs, x, ts, dropout_p)
+        ys, ts = _forward(_group_path(impl), impl, (x, members, dropout_p))
+        wanted = ctx.needs_input_grad[4:]
+        needs = [Needs(ctx.needs_input_grad[3], *wanted[i : i + 5]) for i in range(0, len(flat), 6)]
+        _save_group(ctx, members, needs, x, ts, dropout_p, impl)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *dys):
         """One dx, then the gradients of each member in the order of the arguments."""
         dx, grads = _group_grads(ctx, dys)
-        return (None, None, dx, *(g for member in grads for g in (*member[1:], None)))
+        return (None, None, None, dx, *(g for member in grads for g in (*member[1:], None)))
 
 
 def absent(x: Tensor) -> Tensor:
@@ -226,27 +235,29 @@ def masked_lora_linear_group(
     seeds: Tensor | None,
     scales: Sequence[float],
     dropout_p: float,
+    impl: str,
 ) -> list[Tensor]:
     """x (M, K) -> [y₁, y₂, …, t₁, t₂, …]; t is (M, 0) for a closed member, not differentiable.
 
-    A missing A, B, γ or bias is an empty tensor (``absent``).
+    A missing A, B, γ or bias is an empty tensor (``absent``). ``impl`` has no default: of an op
+    with lists, autograd wants as many gradients as arguments were given.
     """
     members = _members(weights, lora_as, lora_bs, gates, biases, seeds, scales)
-    ys, ts = group.forward(x, members, dropout_p)
+    ys, ts = _forward(_group_path(impl), impl, (x, members, dropout_p))
     # An op's outputs may not share memory: the t's are slices of one GEMM.
     thin = eager.thin_dtype(x)
     return ys + [x.new_empty(x.shape[0], 0, dtype=thin) if t is None else t.clone() for t in ts]
 
 
 @masked_lora_linear_group.register_fake
-def _(x, weights, lora_as, lora_bs, gates, biases, seeds, scales, dropout_p):
+def _(x, weights, lora_as, lora_bs, gates, biases, seeds, scales, dropout_p, impl):
     ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
     ranks = [a.shape[0] if a.dim() == 2 else 0 for a in lora_as]
     return ys + [x.new_empty(x.shape[0], r, dtype=eager.thin_dtype(x)) for r in ranks]
 
 
 def _setup_group_context(ctx, inputs, output):
-    x, weights, lora_as, lora_bs, gates, biases, seeds, scales, dropout_p = inputs
+    x, weights, lora_as, lora_bs, gates, biases, seeds, scales, dropout_p, impl = inputs
     members = _members(weights, lora_as, lora_bs, gates, biases, seeds, scales)
     ts = [t if m.is_open else None for m, t in zip(members, output[len(members) :], strict=True)]
     ctx.mark_non_differentiable(*output[len(members) :])
@@ -254,13 +265,13 @@ def _setup_group_context(ctx, inputs, output):
     columns = (weights, lora_as, lora_bs, gates, biases)
     wanted = zip(*([t.requires_grad for t in column] for column in columns), strict=True)
     needs = [Needs(x.requires_grad, *row) for row in wanted]
-    _save_group(ctx, members, needs, x, ts, dropout_p)
+    _save_group(ctx, members, needs, x, ts, dropout_p, impl)
 
 
 def _group_backward(ctx, d_outputs):
     dx, grads = _group_grads(ctx, d_outputs[: len(ctx.scales)])
     by_argument = [list(column) for column in zip(*(g[1:] for g in grads), strict=True)]
-    return (dx, *by_argument, None, None, None)
+    return (dx, *by_argument, None, None, None, None)
 
 
 masked_lora_linear_group.register_autograd(_group_backward, setup_context=_setup_group_context)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ila_kernels import eager
 from ila_kernels.eager import Grads, Needs
+from ila_kernels.group import Member
 from ila_kernels.kernels.grad_a import grad_a
 from ila_kernels.kernels.grad_out import grad_out
 from ila_kernels.kernels.launch import TL_DTYPES
@@ -38,8 +39,42 @@ def forward(
     """x (M, K), W (N, K), A (R, K), B (N, R) -> y (M, N) and t (M, R), both in the dtype of x."""
     check_dtype(x.dtype)
     with torch.cuda.device(x.device):
-        t = shrink(x, [lora_a], _on_host(seed), dropout_p)
+        t = shrink(x, [lora_a], on_host(seed), dropout_p)
         return lowrank_gemm(x, weight.t(), t, lora_b.t(), scale, gate, bias), t
+
+
+def parameter_grads(
+    dy: Tensor, x: Tensor | None, m: Member, t: Tensor | None, dropout_p: float, needs: Needs
+) -> tuple[Tensor | None, Grads]:
+    """u (M, R), for dx, and every wanted gradient but dx, from dy (M, N)."""
+    dweight = dbias = da = db = dgate = u = None
+    if needs.makes_u and needs.lora_b:
+        # t of a group is a slice, and the sum ⟨u, t⟩ reads it as one stretch.
+        u, db, inner = grad_out(dy, m.lora_b, t.contiguous(), m.scale, m.gate, m.lora_b.dtype)
+        dgate = inner.to(m.gate.dtype).reshape(m.gate.shape) if needs.gate else None
+    elif needs.makes_u:
+        u = shrink(dy, [m.lora_b.t()])
+    if needs.lora_a and m.seed is not None:
+        da = grad_a(u, x, on_host(m.seed), dropout_p, m.scale, m.gate, m.lora_a.dtype)
+    # What is left is one product of library GEMMs: nothing to fuse it with.
+    rest = needs._replace(
+        lora_a=needs.lora_a and da is None,
+        lora_b=needs.lora_b and db is None,
+        gate=needs.gate and dgate is None,
+    )
+    da_, db_, dgate_ = eager.adapter_grads(
+        dy, x, u, t, m.lora_a, m.lora_b, m.gate, None, m.scale, 0.0, rest
+    )
+    if needs.weight:
+        dweight = torch.mm(dy.t(), x)
+    if needs.bias:
+        dbias = dy.sum(0)
+    da, db, dgate = (
+        da_ if da is None else da,
+        db_ if db is None else db,
+        dgate_ if dgate is None else dgate,
+    )
+    return u, Grads(None, dweight, da, db, dgate, dbias)
 
 
 def backward(
@@ -56,40 +91,16 @@ def backward(
     needs: Needs,
 ) -> Grads:
     """All wanted gradients of ``forward`` from dy (M, N)."""
-    dx = dweight = dbias = da = db = dgate = u = None
     saved = next((s for s in (x, weight, t) if s is not None), dy)
-    dy, host_seed = dy.to(saved.dtype), _on_host(seed)
+    dy, m = dy.to(saved.dtype), Member(weight, lora_a, lora_b, gate, None, seed, scale)
     with torch.cuda.device(dy.device):
-        if needs.makes_u and needs.lora_b:
-            u, db, inner = grad_out(dy, lora_b, t, scale, gate, lora_b.dtype)
-            dgate = inner.to(gate.dtype).reshape(gate.shape) if needs.gate else None
-        elif needs.makes_u:
-            u = shrink(dy, [lora_b.t()])
-        if needs.x:
-            dx = lowrank_gemm(dy, weight, u, lora_a, scale, gate, None, host_seed, dropout_p)
-        if needs.lora_a and seed is not None:
-            da = grad_a(u, x, host_seed, dropout_p, scale, gate, lora_a.dtype)
-        # What is left is one product of library GEMMs: nothing to fuse it with.
-        rest = needs._replace(
-            lora_a=needs.lora_a and da is None,
-            lora_b=needs.lora_b and db is None,
-            gate=needs.gate and dgate is None,
-        )
-        da_, db_, dgate_ = eager.adapter_grads(
-            dy, x, u, t, lora_a, lora_b, gate, None, scale, 0.0, rest
-        )
-        if needs.weight:
-            dweight = torch.mm(dy.t(), x)
-        if needs.bias:
-            dbias = dy.sum(0)
-    da, db, dgate = (
-        da_ if da is None else da,
-        db_ if db is None else db,
-        dgate_ if dgate is None else dgate,
-    )
-    return Grads(dx, dweight, da, db, dgate, dbias)
+        u, grads = parameter_grads(dy, x, m, t, dropout_p, needs)
+        if not needs.x:
+            return grads
+        update = (u, lora_a, scale, gate, None, on_host(seed), dropout_p)
+        return grads._replace(x=lowrank_gemm(dy, weight, *update))
 
 
-def _on_host(seed: Tensor | None) -> int | None:
+def on_host(seed: Tensor | None) -> int | None:
     """The seed as an integer; its tensor lives on the CPU, so this waits for nothing."""
     return None if seed is None else int(seed)

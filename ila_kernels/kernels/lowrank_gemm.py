@@ -34,7 +34,7 @@ def _tile(
     pid, p_ptr, q_ptr, u_ptr, v_ptr, gate_ptr, bias_ptr, c_ptr,
     M, N, K, R, scale, seed, threshold,
     p_m, p_k, q_k, q_n, u_m, u_r, v_r, v_n, bias_n, c_m,
-    HAS_UPDATE: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_UPDATE: tl.constexpr, DROPOUT: tl.constexpr, ACCUMULATE: tl.constexpr, EVEN_K: tl.constexpr,
     PERSISTENT: tl.constexpr, Q_ROWS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +92,10 @@ def _tile(
             acc = update
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n * bias_n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(c_ptr + m[:, None] * c_m + n[None, :], acc.to(DTYPE), mask=in_m & in_n)
+    c = c_ptr + m[:, None] * c_m + n[None, :]
+    if ACCUMULATE:
+        acc += tl.load(c, mask=in_m & in_n, other=0.0).to(tl.float32)
+    tl.store(c, acc.to(DTYPE), mask=in_m & in_n)
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
@@ -100,7 +103,7 @@ def _lowrank_gemm(
     p_ptr, q_ptr, u_ptr, v_ptr, gate_ptr, bias_ptr, c_ptr,
     M, N, K, R, scale, seed, threshold,
     p_m, p_k, q_k, q_n, u_m, u_r, v_r, v_n, bias_n, c_m,
-    HAS_UPDATE: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_UPDATE: tl.constexpr, DROPOUT: tl.constexpr, ACCUMULATE: tl.constexpr, EVEN_K: tl.constexpr,
     PERSISTENT: tl.constexpr, Q_ROWS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +116,7 @@ def _lowrank_gemm(
                 pid, p_ptr, q_ptr, u_ptr, v_ptr, gate_ptr, bias_ptr, c_ptr,
                 M, N, K, R, scale, seed, threshold,
                 p_m, p_k, q_k, q_n, u_m, u_r, v_r, v_n, bias_n, c_m,
-                HAS_UPDATE, DROPOUT, EVEN_K, PERSISTENT, Q_ROWS, DTYPE, PRECISION,
+                HAS_UPDATE, DROPOUT, ACCUMULATE, EVEN_K, PERSISTENT, Q_ROWS, DTYPE, PRECISION,
                 BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
             )  # fmt: skip
     else:
@@ -121,7 +124,7 @@ def _lowrank_gemm(
             tl.program_id(0), p_ptr, q_ptr, u_ptr, v_ptr, gate_ptr, bias_ptr, c_ptr,
             M, N, K, R, scale, seed, threshold,
             p_m, p_k, q_k, q_n, u_m, u_r, v_r, v_n, bias_n, c_m,
-            HAS_UPDATE, DROPOUT, EVEN_K, PERSISTENT, Q_ROWS, DTYPE, PRECISION,
+            HAS_UPDATE, DROPOUT, ACCUMULATE, EVEN_K, PERSISTENT, Q_ROWS, DTYPE, PRECISION,
             BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
         )  # fmt: skip
 
@@ -140,11 +143,12 @@ def launch(
     target: str,
     programs: int | None = None,
     tile: Tile | None = None,
+    accumulate: bool = False,
 ) -> Launch:
     """Describe the launch that writes C (M, N); without U and V it is the plain GEMM.
 
     With ``programs`` it is the persistent form on so many of them, for operands that ``form``
-    allows. ``tile`` replaces that of the table.
+    allows. ``tile`` replaces that of the table. With ``accumulate`` it adds to what C holds.
     """
     (m, k), n = p.shape, q.shape[1]
     r = 1 if u is None else u.shape[1]
@@ -169,7 +173,7 @@ def launch(
         "threshold": threshold(dropout_p),
         "p_m": p.stride(0), "p_k": p.stride(1), "q_k": q.stride(0), "q_n": q.stride(1), **strides,
         "c_m": c.stride(0), "HAS_UPDATE": u is not None, "DROPOUT": dropout,
-        "EVEN_K": k % tile.k == 0, "PERSISTENT": False, "Q_ROWS": True,
+        "ACCUMULATE": accumulate, "EVEN_K": k % tile.k == 0, "PERSISTENT": False, "Q_ROWS": True,
         "DTYPE": TL_DTYPES[p.dtype], "PRECISION": precision(p.dtype),
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_R": tile.r,
     }  # fmt: skip
@@ -227,15 +231,19 @@ def lowrank_gemm(
     bias: Tensor | None = None,
     seed: int | None = None,
     dropout_p: float = 0.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """P (M, K), Q (K, N) of one dtype, U (M, R), V (R, N) of any -> C (M, N) in that dtype.
 
     Any strides. ``seed`` masks the low-rank product, as the input gradient needs it. fp32
-    accumulation, one rounding.
+    accumulation, one rounding. ``out``, of C's dtype and stored row by row, is added to.
     """
-    c = torch.empty(p.shape[0], q.shape[1], dtype=p.dtype, device=p.device)
+    c = out
+    if c is None:
+        c = torch.empty(p.shape[0], q.shape[1], dtype=p.dtype, device=p.device)
     target = target_of(p)
     persistent = form(p, q, target, preference().gemm)[0] == "persistent"
     programs = multiprocessors(p.device.index or 0) if persistent else None
-    launch(p, q, u, v, c, scale, gate, bias, seed, dropout_p, target, programs).run()
+    arguments = (p, q, u, v, c, scale, gate, bias, seed, dropout_p, target, programs)
+    launch(*arguments, accumulate=out is not None).run()
     return c

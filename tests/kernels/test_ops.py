@@ -79,6 +79,7 @@ def group_arguments(dropout_p, open_members=(True, True), dtype=FP64, gates=(0.5
         torch.tensor([5, 6]) if dropout_p else None,
         [1.7, 0.5],
         dropout_p,
+        "eager",
     )
 
 
@@ -92,10 +93,10 @@ def test_group_op_keeps_its_contract(open_members, dropout_p):
 
 
 def test_group_op_keeps_its_contract_when_only_gates_learn():
-    x, weights, *columns, biases, seeds, scales, p = group_arguments(0.0, gates=(0.5, 0.7))
+    x, weights, *columns, biases, seeds, scales, p, impl = group_arguments(0.0, gates=(0.5, 0.7))
     columns[0], columns[1] = ([t.detach() for t in column] for column in columns[:2])
     weights, biases = ([t.detach() for t in column] for column in (weights, biases))
-    arguments = (x.detach(), weights, *columns, biases, seeds, scales, p)
+    arguments = (x.detach(), weights, *columns, biases, seeds, scales, p, impl)
     assert_passes_all_four(OPS.masked_lora_linear_group.default, arguments)
 
 
@@ -103,7 +104,7 @@ def test_group_op_keeps_its_contract_when_only_gates_learn():
 def test_an_empty_adapter_is_no_absent_one(k, n):
     x, none = torch.randn(3, k), absent(torch.randn(1))
     lists = ([torch.randn(n, k)], [torch.randn(2, k)], [torch.randn(n, 2)], [none], [none])
-    arguments = (x, *lists, None, [1.0], 0.0)
+    arguments = (x, *lists, None, [1.0], 0.0, "eager")
     y, t = OPS.masked_lora_linear_group(*arguments)
     assert y.shape == (3, n)
     assert t.shape == (3, 2)

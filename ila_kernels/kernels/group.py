@@ -1,0 +1,99 @@
+"""Several masked LoRA linears of one x on the Triton kernels; the same functions as ``group`` has.
+
+    forward    shrink for all A's at once, lowrank_gemm of each      x read n + 1 times
+    backward   of each: grad_out, dA, lowrank_gemm onto the same dx
+
+Apart, autograd adds n gradients of shape (M, K): 3·M·K elements for each further member. Here each
+further one reads dx where it writes it anyway: M·K elements, and no second (M, K) tensor.
+
+dx in 16 bits is rounded once for each member; apart it is 2n − 1 times, the sums included. With u
+half the dtype's eps, n roundings lose at most n·u of the largest partial sum; the budget of
+``testing.assert_within_rounding`` is 4·u of the result, and as much again as eager loses of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ila_kernels.eager import Grads, Needs
+from ila_kernels.group import Member
+from ila_kernels.kernels.linear import check_dtype, on_host, parameter_grads
+from ila_kernels.kernels.lowrank_gemm import lowrank_gemm
+from ila_kernels.kernels.shrink import shrink
+
+
+def shrink_all(x: Tensor, members: Sequence[Member], dropout_p: float) -> list[Tensor | None]:
+    """Every t = x̂ Aᵀ of the group; one pass over x where no mask differs."""
+    adapters = [m for m in members if m.is_open]
+    if not adapters:
+        return [None] * len(members)
+    if dropout_p > 0.0:
+        # Each member has a mask of its own, and drawing one takes as long as reading x.
+        parts = (shrink(x, [m.lora_a], on_host(m.seed), dropout_p) for m in adapters)
+    else:
+        together = shrink(x, [m.lora_a for m in adapters])
+        parts = iter(together.split([m.lora_a.shape[0] for m in adapters], dim=1))
+    return [next(parts) if m.is_open else None for m in members]
+
+
+def forward(
+    x: Tensor, members: Sequence[Member], dropout_p: float
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """x (M, K) -> every y (M, Nᵢ), and every t (M, Rᵢ), ``None`` for a closed member."""
+    check_dtype(x.dtype)
+    with torch.cuda.device(x.device):
+        ts = shrink_all(x, members, dropout_p)
+        ys = [
+            F.linear(x, m.weight, m.bias)
+            if t is None
+            else lowrank_gemm(x, m.weight.t(), t, m.lora_b.t(), m.scale, m.gate, m.bias)
+            for m, t in zip(members, ts, strict=True)
+        ]
+    return ys, ts
+
+
+def add_input_grad(
+    dx: Tensor | None, dy: Tensor, u: Tensor | None, member: Member, dropout_p: float
+) -> Tensor:
+    """dx (M, K) += dy W + γα (u A) ⊙ keep/(1−p), in place; ``None`` stands for zeros."""
+    m = member
+    if u is not None:
+        update = (u, m.lora_a, m.scale, m.gate, None, on_host(m.seed), dropout_p)
+        return lowrank_gemm(dy, m.weight, *update, out=dx)
+    if dx is not None:
+        return dx.addmm_(dy, m.weight)
+    # Given `out`, mm keeps its dtype under autocast too.
+    return torch.mm(dy, m.weight, out=dy.new_empty(dy.shape[0], m.weight.shape[1]))
+
+
+def backward(
+    dys: Sequence[Tensor | None],
+    x: Tensor | None,
+    members: Sequence[Member],
+    ts: Sequence[Tensor | None],
+    dropout_p: float,
+    needs: Sequence[Needs],
+) -> tuple[Tensor | None, list[Grads]]:
+    """dx of the group and the parameter gradients of every member (their ``Grads.x`` is None)."""
+    saved = (x, *(m.weight for m in members), *ts, *dys)
+    dtype = next((s.dtype for s in saved if s is not None), None)
+    dx, grads = None, []
+    for dy, m, t, n in zip(dys, members, ts, needs, strict=True):
+        if dy is None:
+            grads.append(Grads(None, None, None, None, None, None))
+            continue
+        with torch.cuda.device(dy.device):
+            dy, u = dy.to(dtype), None
+            if m.is_open:
+                u, own = parameter_grads(dy, x, m, t, dropout_p, n)
+            else:
+                dweight = torch.mm(dy.t(), x) if n.weight else None
+                own = Grads(None, dweight, None, None, None, dy.sum(0) if n.bias else None)
+            grads.append(own)
+            if n.x:
+                dx = add_input_grad(dx, dy, u, m, dropout_p)
+    return dx, grads
