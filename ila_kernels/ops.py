@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ila_kernels import eager, group, swiglu
+from ila_kernels import eager, group, swiglu, traced
 from ila_kernels.eager import Needs
 from ila_kernels.group import Member
 from ila_kernels.quant import PackedWeight
@@ -82,7 +82,7 @@ def _refuse_create_graph() -> None:
         )
 
 
-def _backward(ctx, dy, _dt=None):
+def _backward(ctx, dy, run):
     _refuse_create_graph()
     if dy is None:
         return (None,) * 12
@@ -92,7 +92,7 @@ def _backward(ctx, dy, _dt=None):
         x = (silu * up).to(dy.dtype) if ctx.needs.saves_x else None  # autocast may have rounded x
     options = {"scale": ctx.scale, "dropout_p": ctx.dropout_p, "needs": ctx.needs}
     with _own_dtypes(dy, ctx.packed is not None):
-        grads = _path(ctx.impl).backward(dy, x, ctx.packed or weight, *rest, **options)
+        grads = run(dy, x, ctx.packed or weight, *rest, **options)
     dpre = dup = None
     if pre is not None and grads.x is not None:
         wanted = ctx.needs_input_grad[10:]
@@ -116,7 +116,10 @@ class MaskedLoraLinearFunction(torch.autograd.Function):
         _save(ctx, inputs, t)
         return y
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx, dy):
+        """Return the gradients in the order of the arguments."""
+        return _backward(ctx, dy, _path(ctx.impl).backward)
 
 
 @torch.library.custom_op("ila::masked_lora_linear", mutates_args=())
@@ -156,7 +159,12 @@ def _setup_context(ctx, inputs, output):
     _save(ctx, inputs, output[1])
 
 
-masked_lora_linear.register_autograd(_backward, setup_context=_setup_context)
+def _op_backward(ctx, dy, _dt):
+    triton = ctx.impl == "triton"
+    return _backward(ctx, dy, traced.linear_backward if triton else eager.backward)
+
+
+masked_lora_linear.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 def _save_group(ctx, members: list[Member], needs: list[Needs], x, ts, dropout_p, impl) -> None:
@@ -171,7 +179,7 @@ def _save_group(ctx, members: list[Member], needs: list[Needs], x, ts, dropout_p
     ctx.save_for_backward(*saved)
 
 
-def _group_grads(ctx, dys):
+def _group_grads(ctx, dys, run):
     _refuse_create_graph()
     x, *flat = ctx.saved_tensors
     rows = [flat[i : i + 6] for i in range(0, len(flat), 6)]
@@ -183,8 +191,7 @@ def _group_grads(ctx, dys):
     ]
     dy = next((dy for dy in dys if dy is not None), None)
     with _own_dtypes(dy, dy is not None and any(ctx.packed)):
-        ts = [row[5] for row in rows]
-        return _group_path(ctx.impl).backward(dys, x, members, ts, ctx.dropout_p, ctx.needs)
+        return run(dys, x, members, [r[5] for r in rows], ctx.dropout_p, ctx.needs)
 
 
 class MaskedLoraLinearGroupFunction(torch.autograd.Function):
@@ -204,7 +211,7 @@ class MaskedLoraLinearGroupFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *dys):
         """One dx, then the gradients of each member in the order of the arguments."""
-        dx, grads = _group_grads(ctx, dys)
+        dx, grads = _group_grads(ctx, dys, _group_path(ctx.impl).backward)
         return (None, None, None, dx, *(g for member in grads for g in (*member[1:], None)))
 
 
@@ -269,7 +276,8 @@ def _setup_group_context(ctx, inputs, output):
 
 
 def _group_backward(ctx, d_outputs):
-    dx, grads = _group_grads(ctx, d_outputs[: len(ctx.scales)])
+    run = traced.group_backward if ctx.impl == "triton" else group.backward
+    dx, grads = _group_grads(ctx, d_outputs[: len(ctx.scales)], run)
     by_argument = [list(column) for column in zip(*(g[1:] for g in grads), strict=True)]
     return (dx, *by_argument, None, None, None, None)
 

@@ -29,6 +29,7 @@ STOREYS = {
         "eager",
         "group",
         "kernels",
+        "traced",
         "ops",
         "roofline",
         "functional",
