@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from ila_kernels import masked_lora_linear, masked_lora_linear_group, reference
+from ila_kernels import masked_lora_linear, masked_lora_linear_group, prefer, reference
 from ila_kernels.dropout import draw_seed
 from ila_kernels.testing import Inputs, assert_within_rounding, make_inputs
 
@@ -229,6 +229,21 @@ def test_every_member_adds_to_the_same_dx(launches):
     gemms = [arguments for name, arguments in launches if name == "lowrank_gemm"]
     assert [z["ACCUMULATE"] for z in gemms] == [False, True, True]
     assert {z["c_ptr"].data_ptr() for z in gemms} == {dx.data_ptr()}
+
+
+def test_the_persistent_form_adds_to_dx_too(launches):
+    pytest.importorskip("triton.tools.tensor_descriptor")
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors are for sm_90 and newer")
+    rows = [(72, 4, True, 0.6, True, 2.0), (80, 4, True, None, False, 0.5)]
+    group = Group(150, 72, rows, dtype=BF16, adapter_dtype=FP32, requires=("x",))
+    prefer(gemm="persistent")
+    try:
+        assert_matches(group, 0.3)
+    finally:
+        prefer()
+    forms = [(z["PERSISTENT"], z["ACCUMULATE"]) for _, z in launches if "ACCUMULATE" in z]
+    assert forms[-2:] == [(True, False), (True, True)]
 
 
 def test_two_runs_give_the_same_bits():
