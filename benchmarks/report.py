@@ -58,14 +58,13 @@ def trainings(method: str, result: Mapping[str, Any]) -> list[list[str]]:
     """Rows of the training table: one per run."""
     rows = []
     for name, run in result["trained"].items():
-        memory, time = run["peak_memory_bytes"], run["step_time_ms"]
+        memory = run["peak_memory_bytes"]
         rows.append(
             [
                 f"`{method}`, {name}",
                 f"{run['open_modules']} of {run['total_modules']}",
                 f"{run['trainable_parameters'] / 1e6:.2f} M",
                 f"{run['held_out_loss_before']:.3f} → {run['held_out_loss']:.3f}",
-                f"{time['median'] / 1e3:.2f} s ({time['p10'] / 1e3:.2f}–{time['p90'] / 1e3:.2f})",
                 "not measured" if memory is None else f"{memory / 2**30:.2f} GiB",
             ]
         )
@@ -77,6 +76,35 @@ def speeds(result: Mapping[str, Any]) -> list[list[str]]:
     return [
         [name, f"{row['speed_relative_to_peft']:.2f}", f"{row['p10']:.2f}–{row['p90']:.2f}"]
         for name, row in result["rows"].items()
+    ]
+
+
+def step_times(result: Mapping[str, Any]) -> list[str]:
+    """Say how a step was timed, and the table."""
+    options, environment = result["options"], result["environment"]
+    where = "the last layers by position" if options["top"] else "the layers that a mask chose"
+    clock = "CPU time" if options["clock"] == "cpu" else "time"
+    return [
+        f"**{clock.capitalize()} of a training step**, forward and backward; open are {where}. "
+        f"{options['model']}, {options['dtype'].removeprefix('torch.')}, "
+        f"{options['rows']}×{options['tokens']} tokens, {environment['threads']} "
+        f"{environment['device'].upper()} threads, {options['rounds']} interleaved rounds "
+        "(`python -m benchmarks.step_time`): how many times as fast as PEFT with all layers.",
+        table(["", "times as fast", "p10–p90"], speeds(result)),
+    ]
+
+
+def kept_bytes(result: Mapping[str, Any]) -> list[str]:
+    """Say how bytes were counted, and the table."""
+    options = result["options"]
+    rows = [[name, f"{row['bytes'] / 2**30:.1f} GiB"] for name, row in result["rows"].items()]
+    return [
+        f"**What a step keeps for backward**, counted with tensors that hold no data: "
+        f"{options['model']}, {options['rows']}×{options['tokens']} tokens, {options['dtype']}, "
+        f"rank {options['rank']}; where there is dropout it is {options['dropout']}, "
+        "and scattered layers were drawn with the seed in brackets "
+        "(`python -m benchmarks.saved_bytes`).",
+        table(["", "kept"], rows),
     ]
 
 
@@ -108,23 +136,18 @@ def render() -> str:
                 ["method, pair", "ρ", "10 %", "30 %", "75 %"],
                 [row for m, r in real.items() for row in agreements(m, r)],
             ),
-            "**Training from scratch, equal steps.** Time of a step with its p10–p90; the runs "
-            "came one after another, so small differences in time say nothing.",
+            "**Training from scratch, equal steps.** The runs came one after another on a shared "
+            "machine, so their times say nothing; step times are measured side by side below.",
             table(
-                ["run", "layers open", "parameters", "held-out loss", "step", "peak memory"],
+                ["run", "layers open", "parameters", "held-out loss", "peak memory"],
                 training,
             ),
         ]
-    if "step-time" in found:
-        options = found["step-time"]["options"]
-        threads = found["step-time"]["environment"]["threads"]
-        parts += [
-            f"**Time of a training step**, forward and backward, {options['rows']}×"
-            f"{options['tokens']} tokens, {threads} CPU threads, "
-            f"{options['rounds']} interleaved rounds "
-            "(`python -m benchmarks.step_time`): how many times as fast as PEFT with all layers.",
-            table(["", "times as fast", "p10–p90"], speeds(found["step-time"])),
-        ]
+    for name in ("step-time", "step-time-top"):
+        if name in found:
+            parts += step_times(found[name])
+    if "saved-bytes" in found:
+        parts += kept_bytes(found["saved-bytes"])
     return "\n\n".join(parts) if parts else "Nothing measured yet."
 
 
