@@ -272,8 +272,8 @@ def grad_tile(r: int, element_bytes: int, target: str) -> Tile:
 
     Every block of N leaves a share of u, written and read as fp32: 8·R/BLOCK_N bytes for each
     element of dy, whose own second read, which sharing saves, is 2. So N is wide: at 256 columns
-    the shares are 0.5 bytes at R = 16 and 2 at R = 64, against 1 and 4 at 128 (and at 32 ranks a
-    block, dy twice). 92 to 255 registers of 8 warps and no spill; at most 64 KiB of shared memory.
+    the shares are 0.5 bytes at R = 16 and 2 at R = 64, where ``one_read_pays`` ends, against 1 and
+    4 at 128. 92 to 255 registers of 8 warps and no spill; at most 64 KiB of shared memory.
     AMD's compiler spills 200 registers of that tile at R = 64, and an unknown GPU may not have the
     shared memory: both get 128 x 32, 24 KiB.
     """
@@ -282,3 +282,16 @@ def grad_tile(r: int, element_bytes: int, target: str) -> Tile:
     if target.startswith("sm_"):
         return Tile(32, 256, 1, rank_block(r, 64), warps=8, stages=2)
     return Tile(32, 128, 1, rank_block(r, 32), warps=4, stages=2)
+
+
+def one_read_pays(n: int, r: int, element_bytes: int, target: str) -> bool:
+    """Whether u and dB from one read of dy (M, N) move less than from two.
+
+    One read leaves shares of u, M·R·4 bytes a block of N, written and read again; the second read
+    that it saves is M·N elements. In 16 bits, for a wide N and 256 columns a block: R < 64.
+
+    >>> [one_read_pays(4096, r, 2, "sm_90") for r in (16, 32, 64)]
+    [True, True, False]
+    """
+    blocks = -(-n // grad_tile(r, element_bytes, target).n)
+    return 8 * r * blocks < element_bytes * n

@@ -15,7 +15,14 @@ from ila_kernels.config import resolve_impl
 from ila_kernels.device import call_of
 from ila_kernels.dropout import draw_seed, keep_mask
 from ila_kernels.quant import PackedWeight
-from ila_kernels.validate import check_dropout, check_group, check_linear, check_swiglu, check_x
+from ila_kernels.validate import (
+    check_dropout,
+    check_group,
+    check_linear,
+    check_list,
+    check_swiglu,
+    check_x,
+)
 
 
 def masked_lora_linear(
@@ -38,6 +45,11 @@ def masked_lora_linear(
 
     Only the gradients that are asked for are computed, and only what they read is saved: a call
     in which just the gate requires grad keeps t (M, R) and not x.
+
+    The backward is derived by hand, but for one case: on a CPU, with at most 64 rows and neither
+    gate nor dropout, ``"auto"`` and ``"eager"`` leave y to torch's own autograd, because overheads
+    are the cost there. Its numbers are as good, but it saves what autograd saves and has second
+    derivatives, where every other call refuses ``create_graph=True``.
 
     Args:
         x: Input, shape (..., K), floating dtype. Differentiable.
@@ -148,7 +160,8 @@ def masked_lora_linear_group(
     Args:
         x: Input, shape (..., K).
         weights: W of each member, shapes (Nᵢ, K), dense or packed.
-        lora_as: A of each member, shapes (Rᵢ, K); ``None`` for a closed member (bare linear).
+        lora_as: A of each member, shapes (Rᵢ, K); an entry ``None`` closes that member (bare
+            linear). The list itself is needed: without any adapter there is nothing to group.
         lora_bs: B of each member, shapes (Nᵢ, Rᵢ); ``None`` exactly where A is.
         gates: γ of each member or ``None``; or ``None`` for no gates.
         biases: Base bias of each member or ``None``; or ``None`` for none.
@@ -161,7 +174,7 @@ def masked_lora_linear_group(
         The y of each member, shapes (..., Nᵢ), dtype of x.
 
     Raises:
-        TypeError: As ``masked_lora_linear``; the message names the member.
+        TypeError: As ``masked_lora_linear``; the message names the member. Or if a list is none.
         ValueError: As ``masked_lora_linear``, and if the lists differ in length or are empty.
 
     >>> x, w = torch.ones(2, 3), torch.eye(3)
@@ -171,10 +184,12 @@ def masked_lora_linear_group(
     (4.0, 1.0)
     """
     check_x(x)
+    check_list("weights", weights)
     count = len(weights)
-    gates = [None] * count if gates is None else list(gates)
-    biases = [None] * count if biases is None else list(biases)
-    scales = [scales] * count if isinstance(scales, Real) else list(scales)
+    gates = [None] * count if gates is None else gates
+    biases = [None] * count if biases is None else biases
+    check_list("biases", biases)
+    scales = [scales] * count if isinstance(scales, Real) else scales
     dtype = _autocast_dtype(x)
     packed = [w for w in weights if isinstance(w, PackedWeight)]
     if dtype is not None and packed:

@@ -1,8 +1,9 @@
 """FLOPs and HBM bytes of a masked LoRA linear as written, and what a GPU allows at best.
 
 FLOPs are those of the GEMMs, 2 per multiply-add. Bytes count a tensor once for each kernel that
-reads or writes it; casts of A and B are left out. Extra elements over the bare linear for R → 0,
-one dtype, no dropout, with dx, dA and dB wanted:
+reads or writes it: what several of its programs read of the same tensor is taken to come from a
+cache. Casts of A and B, scalars, the bias and element-wise work on (M, R) are left out. Extra
+elements over the bare linear for R → 0, one dtype, no dropout, with dx, dA and dB wanted:
 
     frozen   x Wᵀ + bias                                  forward 0          backward 0
     peft     base + B(A(dropout(x)))·s                    M·K + 6·M·N        5·M·K + 4·M·N
@@ -21,6 +22,7 @@ parameter that a contestant does not have costs it nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -129,22 +131,47 @@ def _addmm_extra(p: Problem, needs: AbstractSet[str]) -> int:
 
 def _fused_extra(p: Problem, needs: AbstractSet[str]) -> int:
     mk, mn, mr, rk, rn = p.m * p.k, p.m * p.n, p.m * p.r, p.r * p.k, p.r * p.n
-    e, a = p.base_bytes, p.adapter_bytes
-    stretches = -(-p.m // ROWS_PER_PROGRAM)
-    moved = 0
+    e, a, moved = p.base_bytes, p.adapter_bytes, 0
     makes_u = bool(needs & {"x", "lora_a", "gate"})
-    if "lora_b" in needs and makes_u:
-        # dy, t and B once, u and dB; their shares written and read, t once more for ⟨u, t⟩.
-        moved += e * (mn + 3 * mr) + a * 2 * rn
-        moved += 8 * (-(-p.n // p.block_n) * mr + stretches * rn)
-    elif "lora_b" in needs:
-        moved += e * (mn + mr) + a * rn
-    elif makes_u:  # u = dy B alone; ⟨u, t⟩ reads both
-        moved += e * (mn + mr + 2 * mr * ("gate" in needs)) + a * rn
+    # Sums over M and N are left in shares of 4 bytes, written once and read once.
+    stretches, columns = -(-p.m // ROWS_PER_PROGRAM), -(-p.n // p.block_n)
+    if makes_u and "lora_b" in needs and 8 * p.r * columns < e * p.n:  # config.one_read_pays
+        moved += e * (mn + 2 * mr) + 2 * a * rn + 8 * (columns * mr + stretches * rn)
+        moved += e * mr if "gate" in needs else 0  # t again, beside the sum of u's shares
+    else:
+        moved += (e * (mn + mr) + a * rn) * (makes_u + ("lora_b" in needs))
     moved += e * mr + a * rk if "x" in needs else 0
     if "lora_a" in needs:
         moved += e * (mk + mr) + a * rk + 8 * p.dropout * stretches * rk
     return moved
+
+
+def group_forward_cost(contestant: str, members: Sequence[Problem]) -> Cost:
+    """Count one forward of several linears of one x, which differ in N and R only.
+
+    Ours read x once for every t; without dropout addmm does so too.
+    """
+    saved = 0
+    if contestant == "fused" or (contestant == "addmm" and not members[0].dropout):
+        saved = members[0].base_bytes * members[0].m * members[0].k * (len(members) - 1)
+    costs = [forward_cost(contestant, p) for p in members]
+    return Cost(sum(c.flops for c in costs), sum(c.bytes for c in costs) - saved)
+
+
+def group_backward_cost(
+    contestant: str, members: Sequence[Problem], needs: AbstractSet[str]
+) -> Cost:
+    """Count one backward of several linears of one x that all want the gradients of ``needs``."""
+    first, more = members[0], len(members) - 1
+    costs = [backward_cost(contestant, p, needs) for p in members]
+    mk = first.base_bytes * first.m * first.k * more
+    extra, ours = 0, contestant in ("addmm", "fused")
+    if "x" in needs:  # every dy W into one dx that is read again; else autograd adds two and two
+        extra += mk if ours else 3 * mk
+    if ours and not first.dropout:
+        extra -= mk if "lora_a" in needs else 0  # one product for every dA
+        extra -= 2 * mk if "x" in needs and contestant == "addmm" else 0  # one for every u A
+    return Cost(sum(c.flops for c in costs), sum(c.bytes for c in costs) + extra)
 
 
 def saved_bytes(contestant: str, p: Problem, needs: AbstractSet[str]) -> int:

@@ -6,7 +6,7 @@ One chain of comparisons on the hot path; messages are only built once something
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from numbers import Real
 
 import torch
@@ -41,7 +41,7 @@ def check_linear(
         _check_tensor("gate" + member, gate, x.device)
         if gate.numel() != 1 or gate.dim() > 1:
             raise ValueError(f"gate{member} must have shape () or (1,), got {tuple(gate.shape)}")
-    if not isinstance(scale, (int, float, Real)):  # Real: numpy's numbers
+    if not isinstance(scale, (int, float, Real)):  # Real: NumPy's scalars
         raise TypeError(f"scale{member} must be a number, got {type(scale).__name__}")
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale{member} must be finite, got {scale}")
@@ -89,6 +89,14 @@ def _check_tensor(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on {device} like x, got {tensor.device}")
 
 
+def check_list(name: str, values: Sequence) -> None:
+    """Raise unless ``values`` may hold an entry per member; a tensor has a length and may not."""
+    if isinstance(values, Tensor) or not isinstance(values, Sized):
+        raise TypeError(
+            f"{name} must be a list with an entry for each member, got {type(values).__name__}"
+        )
+
+
 def check_group(
     x: Tensor,
     weights: Sequence[Tensor | PackedWeight],
@@ -98,12 +106,16 @@ def check_group(
     biases: Sequence[Tensor | None],
     scales: Sequence[float],
 ) -> None:
-    """Raise unless the lists have one length ≥ 1 and every member passes ``check_linear``."""
+    """Raise unless the lists have one length ≥ 1 and every member passes ``check_linear``.
+
+    A member whose A and B are both ``None`` is closed and checked as the bare linear it is.
+    """
     count = len(weights)
     if count == 0:
         raise ValueError("weights must hold at least one member, got none")
     lists = {"lora_as": lora_as, "lora_bs": lora_bs, "gates": gates}
     for name, values in (lists | {"biases": biases, "scales": scales}).items():
+        check_list(name, values)
         if len(values) != count:
             raise ValueError(f"{name} must have {count} entries like weights, got {len(values)}")
     for i, row in enumerate(zip(weights, lora_as, lora_bs, gates, biases, scales, strict=True)):
@@ -134,7 +146,7 @@ def check_swiglu(pre: Tensor, up: Tensor, x: Tensor | None = None) -> None:
 
 def check_dropout(dropout_p: float, seed: Tensor | None, count: int) -> None:
     """Raise unless 0 ≤ p < 1 and the seed, if given, holds one int64 per member on the CPU."""
-    if not isinstance(dropout_p, (int, float)):
+    if not isinstance(dropout_p, Real):
         raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")

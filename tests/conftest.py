@@ -22,8 +22,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+# `pytest --hypothesis-profile thorough` draws ten times as many cases, other ones each time.
+# No deadline: a busy machine is no failure. The seed of every test is drawn anew for each case.
+settings.register_profile(
+    "lean",
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.register_profile(
+    "thorough", settings.get_profile("lean"), max_examples=600, derandomize=False, print_blob=True
+)
+settings.load_profile("lean")
 
 
 def pytest_configure(config: pytest.Config) -> None:

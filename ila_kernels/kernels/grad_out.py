@@ -2,7 +2,8 @@
 
 Apart, u and dB read dy once each: M·N elements more, as much as the layer's output. A program keeps
 one column block of dB in registers while it walks down a stretch of rows, and leaves its share of
-u as fp32; ``partials`` adds the shares in a fixed order.
+u as fp32; ``partials`` adds the shares in a fixed order. The shares grow with R:
+``config.one_read_pays`` says up to where they are less than the read they save.
 """
 
 from __future__ import annotations
@@ -71,14 +72,23 @@ def shares(dy: Tensor, r: int, target: str) -> tuple[Tensor, Tensor]:
 
 
 def grad_out(
-    dy: Tensor, b: Tensor, t: Tensor, scale: float, gate: Tensor | None, db_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor,
+    b: Tensor,
+    t: Tensor,
+    scale: float,
+    gate: Tensor | None,
+    db_dtype: torch.dtype,
+    wants_inner: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """dy (M, N), B (N, R), t (M, R) contiguous -> u (M, R), dB (N, R), α ⟨u, t⟩ as fp32 ().
 
-    u has the dtype of dy; ⟨u, t⟩ is taken before u is rounded.
+    u has the dtype of dy; ⟨u, t⟩, made if it is wanted, is taken before u is rounded.
     """
     target = target_of(dy)
     u_shares, db_shares = shares(dy, b.shape[1], target)
     launch(dy, b, t, u_shares, db_shares, target).run()
+    db = sum_partials(db_shares, db_dtype, scale, gate)
+    if not wants_inner:
+        return sum_partials(u_shares, dy.dtype), db, None
     u, inner = sum_partials_with_inner(u_shares, t, dy.dtype)
-    return u, sum_partials(db_shares, db_dtype, scale, gate), inner * scale
+    return u, db, inner * scale

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ila_kernels import eager
+from ila_kernels.config import one_read_pays
+from ila_kernels.device import target_of
 from ila_kernels.eager import Grads, Needs
 from ila_kernels.group import Member
 from ila_kernels.kernels.grad_a import grad_a
@@ -48,9 +50,12 @@ def parameter_grads(
 ) -> tuple[Tensor | None, Grads]:
     """u (M, R), for dx, and every wanted gradient but dx, from dy (M, N)."""
     dweight = dbias = da = db = dgate = u = None
-    if needs.makes_u and needs.lora_b:
+    (n, r), both = m.lora_b.shape, needs.makes_u and needs.lora_b
+    if both and one_read_pays(n, r, dy.element_size(), target_of(dy)):
         # t of a group is a slice, and the sum ⟨u, t⟩ reads it as one stretch.
-        u, db, inner = grad_out(dy, m.lora_b, t.contiguous(), m.scale, m.gate, m.lora_b.dtype)
+        u, db, inner = grad_out(
+            dy, m.lora_b, t.contiguous(), m.scale, m.gate, m.lora_b.dtype, needs.gate
+        )
         dgate = inner.to(m.gate.dtype).reshape(m.gate.shape) if needs.gate else None
     elif needs.makes_u:
         u = shrink(dy, [m.lora_b.t()])

@@ -243,6 +243,7 @@ def test_break_even_is_where_both_take_the_same_time():
 def test_the_bytes_in_the_break_even_are_those_of_the_roofline():
     from ila_kernels.roofline import Problem, backward_cost, forward_cost
 
+    # R = 0 leaves no thin tensor, and no shares of u, which the break-even does not know.
     p = Problem(m=8192, k=4096, n=11008, r=0)
     needs = {"x", "lora_a", "lora_b"}
     addmm = forward_cost("addmm", p).bytes + backward_cost("addmm", p, needs).bytes

@@ -1,9 +1,11 @@
 import dataclasses
+import json
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import traffic
 from ila_kernels import masked_lora_linear
 from ila_kernels.roofline import (
     CEILINGS,
@@ -14,6 +16,8 @@ from ila_kernels.roofline import (
     backward_cost,
     ceiling_of,
     forward_cost,
+    group_backward_cost,
+    group_forward_cost,
     saved_bytes,
     time_bound_ms,
 )
@@ -116,14 +120,29 @@ def test_mask_search_reads_dy_once_and_never_x():
     moved = [
         backward_cost("fused", dataclasses.replace(P, k=k), {"gate"}).bytes for k in (K, 2 * K)
     ]
-    assert moved[0] == moved[1] == 2 * (M * N + 3 * M * R) + 4 * R * N
+    assert moved[0] == moved[1] == 2 * (M * N + M * R) + 4 * R * N
 
 
 def test_dropout_costs_the_fused_kernels_the_shares_of_da():
     p = dataclasses.replace(P, dropout=True)
     assert forward_cost("fused", p) == forward_cost("fused", P)
-    more = backward_cost("fused", p, TRAINING).bytes - backward_cost("fused", P, TRAINING).bytes
-    assert more == 2 * 4 * R * K
+    plain, dropped = backward_cost("fused", P, TRAINING), backward_cost("fused", p, TRAINING)
+    assert dropped.bytes - plain.bytes == 8 * R * K
+
+
+@pytest.mark.parametrize("r", [8, 16, 32, 64])
+def test_u_and_db_never_move_more_than_two_reads_of_dy(r):
+    p = Problem(8192, 4096, 4096, r)
+    apart = sum(backward_cost("fused", p, {word}).bytes for word in ("gate", "lora_b"))
+    thin = 2 * p.base_bytes * p.m * r + 8 * 8 * r * p.n  # t, and shares of dB for 8 stretches
+    assert backward_cost("fused", p, {"gate", "lora_b"}).bytes <= apart + thin
+
+
+def test_a_group_of_one_costs_what_it_costs_alone():
+    for contestant in CONTESTANTS:
+        assert group_forward_cost(contestant, [P]) == forward_cost(contestant, P)
+        cost = group_backward_cost(contestant, [P], TRAINING)
+        assert cost == backward_cost(contestant, P, TRAINING)
 
 
 def test_empty_input_costs_no_flops():
@@ -224,3 +243,17 @@ def test_dropout_keeps_nothing_more_of_ours_and_two_copies_of_peft():
         return masked_lora_linear(*inputs, dropout_p=0.3)
 
     assert counted(run, [x, weight, a, b]) == saved_bytes("addmm", dropped, TRAINING)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_the_table_of_traffic_covers_every_layer_and_ours_moves_least(dropout, tmp_path, capsys):
+    file = tmp_path / "traffic.json"
+    traffic.main(["--json", str(file), *(["--dropout"] if dropout else [])])
+    rows = json.loads(file.read_text("utf-8"))["rows"]
+    assert len(rows) == 3 * 4 * len(CONTESTANTS)
+    assert capsys.readouterr().out.count("\n") == 2 + 3 * 4
+    for i in range(0, len(rows), len(CONTESTANTS)):
+        layer = rows[i : i + len(CONTESTANTS)]
+        moved = {row["contestant"]: row["forward_bytes"] + row["backward_bytes"] for row in layer}
+        assert moved["frozen"] < moved["fused"] < moved["addmm"] < moved["peft"] or dropout
+        assert moved["fused"] < min(moved["addmm"], moved["peft"])

@@ -118,6 +118,12 @@ A, B, W, G = torch.randn(R, K), torch.randn(N, R), torch.randn(N, K), torch.ones
 BAD_GROUP = [
     (TypeError, r"x must be a tensor, got NoneType", {"x": None}),
     (ValueError, r"weights must hold at least one member, got none", {"weights": []}),
+    (TypeError, r"weights must be a list with an entry for .*, got NoneType", {"weights": None}),
+    (TypeError, r"weights must be a list with an entry for .*, got Tensor", {"weights": W}),
+    (TypeError, r"lora_as must be a list with an entry for .*, got NoneType", {"lora_as": None}),
+    (TypeError, r"lora_bs must be a list with an entry for .*, got Tensor", {"lora_bs": B}),
+    (TypeError, r"biases must be a list with an entry for .*, got Tensor", {"biases": B[0]}),
+    (TypeError, r"scales must be a list with an entry for .*, got NoneType", {"scales": None}),
     (ValueError, r"lora_as must have 2 entries like weights, got 1", {"lora_as": [A]}),
     (ValueError, r"lora_bs must have 2 entries like weights, got 3", {"lora_bs": [B, None, None]}),
     (ValueError, r"gates must have 2 entries like weights, got 1", {"gates": [G]}),
@@ -178,6 +184,18 @@ def test_errors_of_a_group_name_the_member(error, message, changes, autocast):
 def test_good_arguments_pass():
     assert masked_lora_linear(**arguments()).shape == (M, N)
     assert [y.shape[1] for y in masked_lora_linear_group(**group_arguments())] == [N, 5]
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64, int])
+def test_numbers_may_be_those_of_numpy(number):
+    given, listed, scale = arguments(), group_arguments(), number(2)
+    expected = masked_lora_linear(**given | {"scale": 2.0})
+    assert torch.equal(masked_lora_linear(**given | {"scale": scale}), expected)
+    expected = masked_lora_linear_group(**listed | {"scales": 2.0})
+    for scales in (scale, [scale, scale]):
+        ys = masked_lora_linear_group(**listed | {"scales": scales})
+        assert all(torch.equal(y, e) for y, e in zip(ys, expected, strict=True))
+    masked_lora_linear(**given | {"dropout_p": np.float32(0.5)})
 
 
 @pytest.mark.parametrize(
