@@ -173,7 +173,7 @@ def _masked_row(layer: MaskedLoraLayer) -> tuple[bool, str, str]:
     if adapter is not None:
         weight = layer.base_layer.weight
         if not weight.is_floating_point():
-            return True, "eager", f"{reason}; its products are bitsandbytes' own"
+            return True, "eager", f"{reason}; W is packed: bitsandbytes' products"
         call = call_of(weight, weight.shape[0], None, weight.dtype)
         impl, why = resolve_impl("auto", weight.device.type, call)
         return True, impl, f"{reason}; {why}"

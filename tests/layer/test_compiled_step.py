@@ -139,7 +139,7 @@ def test_trainer_compiles_every_stage():
             training_args=training_args | {"use_cpu": True},
         )
         mask = ila.learn_mask(model, rows, config, progress=False)
-        return [*mask.scores.values(), mask.provenance["stage1"]["last_loss"]]
+        return [*mask.scores.values(), mask.provenance["stage1"]["last_window_loss"]]
 
     eager = losses({})
     found = losses({"torch_compile": True, "torch_compile_backend": "aot_eager"})

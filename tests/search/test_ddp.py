@@ -14,7 +14,7 @@ def test_two_processes_search_and_train_as_one(run_ranks, tiny_model_folder, tmp
     assert not any("find_unused_parameters" in text for text in said)
     two, other = (json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2))
     assert two == other  # the same bits on both
-    assert "holds another run" in two["refused"]
+    assert "holds a run already" in two["refused"]
 
     # Each step reduces what is trained, once, and nothing else: no layer that is closed.
     adapters, layers = 928, 14
