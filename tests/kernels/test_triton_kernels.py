@@ -55,7 +55,7 @@ def test_several_adapters_in_one_read_of_x_equal_each_alone(dtype):
 @pytest.mark.parametrize("target", ["sm_90", "unknown"])
 @pytest.mark.parametrize("r", [1, 40])
 def test_grad_out_leaves_shares_that_add_up(target, r):
-    m, n = 1030, 130  # two stretches of rows, two blocks of columns
+    m, n = 1030, 260  # two stretches of rows, two blocks of columns
     dy, b, t = normal(m, n, dtype=FP16), normal(n, r, dtype=FP32), normal(m, r, dtype=FP16)
     u, db = grad_out.shares(dy, r, target)
     assert u.shape[0] > 1

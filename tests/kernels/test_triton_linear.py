@@ -250,7 +250,7 @@ def test_auto_takes_the_kernels_only_where_they_are_preferred(monkeypatch):
     monkeypatch.setattr(
         ops.MaskedLoraLinearFunction,
         "apply",
-        lambda *inputs: taken.append(inputs[-1]) or function(*inputs),
+        lambda *inputs: taken.append(inputs[9]) or function(*inputs),
     )
     i = make_inputs(*ODD, dtype=BF16, adapter_dtype=FP32, gate=0.5, device="cuda")
     arguments = (i.x, i.weight, i.lora_a, i.lora_b, i.gate)
