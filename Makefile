@@ -30,7 +30,7 @@ demo: $(VENV)/.demo ## train, search, select and compare on a small model, on th
 	$(BIN)/ila demo $(ARGS)
 
 test: $(VENV)/.test ## run the tests and the doctests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 # OMP: the emulator runs one program of a kernel after the other, and torch's threads only wait.
 test-emulated: $(VENV)/.ttsem ## run the GPU tests of the kernels on this CPU, every access checked
