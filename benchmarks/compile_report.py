@@ -8,8 +8,8 @@ A row is one launch as the library would make it at M = 8192, K = N = 4096 with 
 a gate and a bias. ``loop_instructions`` is the length of the main loop: of all the loops in the
 machine code the one with the most tensor-core instructions (or FMAs, where fp32 uses none). For the
 GEMM, ``plain_loop_instructions`` is that of the same kernel with the low-rank part compiled out;
-``+tma`` is its persistent form, and ``tma_loads`` counts the instructions that load a descriptor's
-block.
+``+add`` adds to what C holds, as in a group, ``+tma`` is its persistent form, and ``tma_loads``
+counts the instructions that load a descriptor's block.
 ``spills`` counts instructions that move registers to or from local memory. ``occupancy`` is the
 share of a multiprocessor's warps that registers and shared memory let in.
 """
@@ -49,9 +49,11 @@ KERNELS = (
     "forward",
     "dx",
     "dx+dropout",
+    "dx+add",
     "forward+tma",
     "dx+tma",
     "dx+dropout+tma",
+    "dx+add+tma",
     "grad_out",
     "grad_a+dropout",
     "sum_partials",
@@ -120,6 +122,7 @@ def make_launch(
         gate = None if plain else gate
         # Any number of programs: it is an argument of the launch and not of the kernel.
         form = {"target": target, "programs": 1 if "tma" in options else None}
+        form["accumulate"] = "add" in options
         if name == "forward":
             bias, y = empty(N), empty(M, N)
             return lowrank_gemm.launch(x, w.t(), u, v, y, 2.0, gate, bias, None, 0, **form)
