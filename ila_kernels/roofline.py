@@ -149,10 +149,10 @@ def _fused_extra(p: Problem, needs: AbstractSet[str]) -> int:
 def group_forward_cost(contestant: str, members: Sequence[Problem]) -> Cost:
     """Count one forward of several linears of one x, which differ in N and R only.
 
-    Ours read x once for every t; without dropout addmm does so too.
+    Ours read x once for every t; with dropout each member masks it for itself.
     """
     saved = 0
-    if contestant == "fused" or (contestant == "addmm" and not members[0].dropout):
+    if contestant in ("addmm", "fused") and not members[0].dropout:
         saved = members[0].base_bytes * members[0].m * members[0].k * (len(members) - 1)
     costs = [forward_cost(contestant, p) for p in members]
     return Cost(sum(c.flops for c in costs), sum(c.bytes for c in costs) - saved)
@@ -168,9 +168,7 @@ def group_backward_cost(
     extra, ours = 0, contestant in ("addmm", "fused")
     if "x" in needs:  # every dy W into one dx that is read again; else autograd adds two and two
         extra += mk if ours else 3 * mk
-    if ours and not first.dropout:
-        extra -= mk if "lora_a" in needs else 0  # one product for every dA
-        extra -= 2 * mk if "x" in needs and contestant == "addmm" else 0  # one for every u A
+        extra -= 2 * mk if contestant == "addmm" and not first.dropout else 0  # one for every u A
     return Cost(sum(c.flops for c in costs), sum(c.bytes for c in costs) + extra)
 
 
