@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from ila_kernels import functional, masked_lora_linear, masked_lora_linear_group
+from ila_kernels import masked_lora_linear, masked_lora_linear_group
 from ila_kernels.ops import absent
 from ila_kernels.testing import Inputs, assert_within_rounding, make_inputs, values_and_grads
 
@@ -54,23 +54,6 @@ def group(i: Inputs, dropout_p: float = 0.0, impl: str = "triton") -> Tensor:
 
 
 BOTH = pytest.mark.parametrize("function", [linear, group])
-
-
-@pytest.fixture
-def plain_tensors(monkeypatch):
-    """Fake tensors refuse the device that emulation makes every tensor name, so it names none.
-
-    Without one the public functions would not take impl="triton", and Dynamo would ask a CUDA
-    device for its generator.
-    """
-    torch._dynamo.reset()
-    if EMULATED:
-        for name in ("device", "is_cuda"):
-            monkeypatch.delattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.setattr(functional, "_chosen", lambda impl, x, weights: impl)
-    yield
-    torch._dynamo.reset()
 
 
 # --- contracts
