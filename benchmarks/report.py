@@ -83,12 +83,13 @@ def step_times(result: Mapping[str, Any]) -> list[str]:
     """Say how a step was timed, and the table."""
     options, environment = result["options"], result["environment"]
     where = "the last layers by position" if options["top"] else "the layers that a mask chose"
-    clock = "CPU time" if options["clock"] == "cpu" else "time"
+    clock = "CPU time" if options["clock"] == "cpu" else "Time"
     return [
-        f"**{clock.capitalize()} of a training step**, forward and backward; open are {where}. "
+        f"**{clock} of a training step**, forward and backward; open are {where}. "
         f"{options['model']}, {options['dtype'].removeprefix('torch.')}, "
-        f"{options['rows']}×{options['tokens']} tokens, {environment['threads']} "
-        f"{environment['device'].upper()} threads, {options['rounds']} interleaved rounds "
+        f"{options['rows']}×{options['tokens']} tokens, "
+        f"{environment['device'].upper()}, threads: {environment['threads']}, "
+        f"{options['rounds']} interleaved rounds "
         "(`python -m benchmarks.step_time`): how many times as fast as PEFT with all layers.",
         table(["", "times as fast", "p10–p90"], speeds(result)),
     ]
