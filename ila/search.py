@@ -55,7 +55,7 @@ class SearchConfig:
     Attributes:
         method: ``"path"`` averages −dL/dγ along γ = 0.1 … 0.9, without an optimiser; ``"ila"``
             trains the scores (the paper's method); ``"gate_gradient"`` takes what stage 1 gathers
-            and has no stage 2. Why the first is the default: the tables in README.md.
+            and has no stage 2. Which ranks best: ``benchmarks.real_data``.
         stage1_steps: Budget of stage 1.
         epsilon: Stage 1 ends early when the mean loss of two successive windows of
             ``stability_window`` steps differs by less than this, in nats; 0 turns that off.

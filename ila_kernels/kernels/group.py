@@ -32,7 +32,7 @@ def shrink_all(x: Tensor, members: Sequence[Member], dropout_p: float) -> list[T
     if not adapters:
         return [None] * len(members)
     if dropout_p > 0.0:
-        # Each member has a mask of its own, and drawing one takes as long as reading x.
+        # Each member has a mask of its own, and `shrink` draws one for all its adapters.
         parts = (shrink(x, [m.lora_a], on_host(m.seed), dropout_p) for m in adapters)
     else:
         together = shrink(x, [m.lora_a for m in adapters])
