@@ -30,8 +30,7 @@ class MaskedLoraLinear4bit(MaskedLoraLayer, peft_bnb.Linear4bit):
     def covers(base: nn.Module) -> bool:
         return isinstance(base, Linear4bit)
 
-    def base_weight(self, base: nn.Module, x: torch.Tensor) -> Packed4bit:
-        weight = base.weight
+    def base_weight(self, base: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> Packed4bit:
         state = getattr(weight, "quant_state", None) or base.quant_state
         if not base.compute_type_is_set:
             base.set_compute_type(x)
@@ -67,7 +66,7 @@ class MaskedLoraLinear8bit(MaskedLoraLayer, peft_bnb.Linear8bitLt):
         # With has_fp16_weights the weight is dense and trained, quantised anew at every step.
         return isinstance(base, Linear8bitLt) and not base.state.has_fp16_weights
 
-    def base_weight(self, base: nn.Module, x: torch.Tensor) -> Packed8bit:
+    def base_weight(self, base: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> Packed8bit:
         base.state.is_training = base.training
         if base.weight.CB is not None:
             base.init_8bit_state()

@@ -94,8 +94,8 @@ def short_forward(
     if lora_b.dtype != thin:
         lora_b = lora_b.to(thin)
     if thin == x.dtype:
-        return torch.addmm(y, torch.mm(x, lora_a.t()), lora_b.t(), alpha=scale)
-    return y.add_(torch.mm(torch.mm(x.to(thin), lora_a.t()), lora_b.t()), alpha=scale)
+        return torch.addmm(y, F.linear(x, lora_a), lora_b.t(), alpha=scale)
+    return y.add_(F.linear(F.linear(x.to(thin), lora_a), lora_b), alpha=scale)
 
 
 def drop(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:

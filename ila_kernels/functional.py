@@ -252,7 +252,7 @@ def _is_plain_and_short(x, weight, lora_a, lora_b, scale) -> bool:
             (x.is_cpu and weight.is_cpu and lora_a.is_cpu and lora_b.is_cpu)
             and (0 < x.numel() <= eager.SHORT_ROWS * k and x.shape[-1] == k)
             and (a_k == k and r > 0 and lora_b.shape == (n, r))
-            and (dtype in _FLOATS and weight.dtype == dtype)
+            and (weight.dtype is dtype and dtype in _FLOATS)
             and (lora_a.dtype in _FLOATS and lora_b.dtype in _FLOATS)
             and (type(scale) is float and math.isfinite(scale))
         )
