@@ -1,0 +1,172 @@
+"""One run of ``pytest benchmarks``: options, gates passed, cells measured, files written.
+
+A *cell* is what is measured in one interleaved run: a name, contestants, a gate and a measurement.
+A test file lists its cells; conftest.py makes a test of each gate, all of which run first, and one
+of each contestant, of which a cell's first measures them all.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks.harness.busy import Busy
+from benchmarks.harness.gate import GateRedError
+from benchmarks.harness.timing import Watch
+from ila.files import write_json_atomic
+from ila.pipeline import versions
+
+Row = dict[str, Any]
+SIZES = ("smoke", "quick", "full")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for on the command line.
+
+    Attributes:
+        size: ``"smoke"`` (tiny, to try the harness), ``"quick"`` (the default) or ``"full"``.
+        clock: ``"wall"`` or ``"cpu"``; a GPU is always timed with its own events.
+        rounds: Interleaved rounds; ``None`` leaves it to the benchmark.
+        model: Folder, hub id or GGUF file; ``None`` unpacks the model of ``ila demo``.
+        data: File of instruction rows.
+        mask: A mask of that model, as ``ila learn`` writes it; ``None`` leaves its cells out.
+    """
+
+    size: str = "quick"
+    clock: str = "wall"
+    rounds: int | None = None
+    model: str | None = None
+    data: Path | None = None
+    mask: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def watch(self) -> Watch:
+        return Watch(self.device, self.clock)
+
+    def pick(self, *, smoke: Any, quick: Any, full: Any) -> Any:
+        """The value for the size asked for."""
+        return {"smoke": smoke, "quick": quick, "full": full}[self.size]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; of paths the names."""
+        named = {
+            key: None if value is None else Path(value).name
+            for key, value in (("model", self.model), ("data", self.data), ("mask", self.mask))
+        }
+        clock = "events" if self.device.type == "cuda" else self.clock
+        return {"size": self.size, "clock": clock, "rounds": self.rounds, **named}
+
+
+class Cell(Protocol):
+    """What is measured side by side."""
+
+    name: str
+    contestants: Sequence[str]
+
+    def check(self) -> None:
+        """Raise if a contestant computes something else."""
+
+    def measure(self) -> tuple[list[Row], Mapping[str, list[float]]]:
+        """Rows, and the seconds of every round by contestant."""
+
+    def conditions(self) -> dict[str, Any]:
+        """What the cell ran under and the options do not say: rounds, sizes, dtype."""
+
+
+@dataclass
+class Session:
+    """What has been found so far."""
+
+    options: Options
+    results: Path
+    files: dict[str, Sequence[Cell]] = field(default_factory=dict)
+    red: list[str] = field(default_factory=list)
+    green: set[int] = field(default_factory=set)
+    rows: dict[int, list[Row]] = field(default_factory=dict)
+    seconds: dict[int, Mapping[str, list[float]]] = field(default_factory=dict)
+    busy: dict[str, Busy] = field(default_factory=dict)
+
+    def gate(self, cell: Cell) -> None:
+        """Check a cell once.
+
+        Raises:
+            GateRedError: If a contestant of it computes something else.
+        """
+        if id(cell) in self.green:
+            return
+        try:
+            cell.check()
+        except Exception as error:  # an assertion, or code too broken to get that far
+            self.red.append(f"{cell.name}: {type(error).__name__}: {error}")
+            raise GateRedError(f"{self.red[-1]}; nothing is measured or written") from error
+        self.green.add(id(cell))
+
+    def measure(self, file: str, cell: Cell) -> None:
+        """Measure a cell once, behind its gate."""
+        if self.red:
+            raise GateRedError(f"a gate is red: {self.red[0]}")
+        self.gate(cell)
+        if id(cell) in self.rows:
+            return
+        busy = self.busy.setdefault(file, Busy.begin(self.options.device))
+        busy.sample()
+        rows, self.seconds[id(cell)] = cell.measure()
+        busy.sample()
+        self.rows[id(cell)] = [{"cell": cell.name, **row} for row in rows]
+
+    def is_complete(self, file: str) -> bool:
+        """Whether every cell of a file is measured and no gate is red."""
+        return not self.red and all(id(cell) in self.rows for cell in self.files[file])
+
+    def document(self, file: str) -> dict[str, Any]:
+        """A result file's content."""
+        cells = self.files[file]
+        return {
+            "environment": environment(self.options.device),
+            "options": self.options.as_dict() | {c.name: c.conditions() for c in cells},
+            "busy": self.busy[file].as_dict(),
+            "rows": [row for cell in cells for row in self.rows[id(cell)]],
+        }
+
+    def write(self) -> list[Path]:
+        """Write the files that are complete."""
+        written = []
+        for file, cells in self.files.items():
+            if cells and self.is_complete(file):
+                self.results.mkdir(parents=True, exist_ok=True)
+                written.append(self.results / f"{file}.json")
+                write_json_atomic(written[-1], self.document(file))
+        return written
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The machine and the versions; no names of hosts or people."""
+    found = {
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "processor": _processor(),
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found | {"versions": versions()}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

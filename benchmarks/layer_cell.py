@@ -1,0 +1,332 @@
+"""One cell of the layer benchmark: layers that share x, and every contestant that computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import contestants as c
+from benchmarks.contestants import FROZEN, OURS, PEFT, SEED, Contestant
+from benchmarks.harness.ceiling import ceiling
+from benchmarks.harness.gate import assert_within_rounding
+from benchmarks.harness.memory import peak_tensor_bytes
+from benchmarks.harness.session import Options
+from benchmarks.harness.timing import Run, calls_for, interleaved, ratio, spread
+from benchmarks.layers import shape
+from ila_kernels import reference
+from ila_kernels.roofline import Cost, Problem, group_backward_cost, group_forward_cost
+from ila_kernels.roofline import time_bound_ms as time_bound
+from ila_kernels.testing import Inputs, make_inputs
+
+COMPILED, BASE_DTYPE, TRITON = "PEFT, compiled", "PEFT, base dtype", "ours, Triton"
+ONE_BY_ONE = "ours, one by one"
+DTYPE, ADAPTERS = torch.bfloat16, torch.float32
+DROPOUT, SOFT = 0.05, 0.7
+# A sample of all calls together; below it the clock and the interpreter's jitter show.
+LEAST_MS = 4.0
+PHASES = ("forward", "backward")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCell:
+    """Layers of a model by name, at M tokens and rank R.
+
+    Attributes:
+        layers: ``"q"``, or several of one x: ``"q k v"``.
+        gate: ``None``, ``"open"`` (γ = 1, a tensor), ``"zero"`` (γ = 0, a tensor), ``"soft"``
+            (γ = σ(s), trained) or ``"closed"`` (the layer's adapter set aside).
+        compiled: Whether ``torch.compile`` of PEFT takes part; it compiles for seconds.
+    """
+
+    options: Options
+    model: str
+    layers: str
+    m: int
+    r: int
+    gate: str | None = None
+    dropout: bool = False
+    packed: bool = False
+    compiled: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        extra = f", gate {self.gate}" if self.gate else ""
+        extra += f", dropout {DROPOUT}" * self.dropout + ", NF4" * self.packed
+        return f"{self.model} {self.layers}, M {self.m}, R {self.r}{extra}"
+
+    @cached_property
+    def contestants(self) -> list[str]:
+        """Names, without building anything."""
+        cuda, several = self.options.device.type == "cuda", " " in self.layers
+        plain = not (self.dropout or self.packed or self.gate)
+        found = [PEFT, OURS, FROZEN] if not self.packed else [PEFT, OURS]
+        if several:
+            found.insert(2, ONE_BY_ONE)
+        if plain:
+            found += [BASE_DTYPE, "addmm"] + [COMPILED] * (self.compiled and not several)
+            found += c.peers.available() if not several else []
+        if cuda and not self.packed and self.gate != "closed":
+            found.append(TRITON)
+        return found
+
+    @property
+    def rounds(self) -> int:
+        return self.options.rounds or self.options.pick(smoke=3, quick=15, full=31)
+
+    def conditions(self) -> dict[str, Any]:
+        return {
+            "rounds": self.rounds,
+            "dtype": str(DTYPE).removeprefix("torch."),
+            "adapters": str(ADAPTERS).removeprefix("torch."),
+            "scale": c.SCALE,
+            "left_out": self.left_out,
+        }
+
+    # --- tensors and contestants
+
+    def inputs(self) -> list[Inputs]:
+        """The tensors of each layer; one seed, so that all have the same x."""
+        gate = {"open": 1.0, "zero": 0.0, "soft": SOFT}.get(self.gate)
+        requires = {"x", "lora_a", "lora_b"} - ({"lora_a", "lora_b"} if self.is_bare else set())
+        options = {"dtype": DTYPE, "adapter_dtype": ADAPTERS, "device": self.options.device}
+        shapes = [shape(self.model, layer) for layer in self.layers.split()]
+        found = [
+            make_inputs(self.m, k, n, self.r, gate=gate, requires=requires, **options)
+            for k, n in shapes
+        ]
+        return found
+
+    @property
+    def is_bare(self) -> bool:
+        return self.gate == "closed"
+
+    def build(self, zs: list[Inputs]) -> dict[str, Callable[[], Contestant]]:
+        """What makes each contestant of this cell."""
+        z, p = zs[0], DROPOUT if self.dropout else 0.0
+        if self.packed:
+            layer = c.packed_peft_layer(z)
+            return {
+                PEFT: lambda: c.of_modules(z.x, [layer], "peft"),
+                OURS: lambda: c.of_modules(z.x, [c.ours_of(layer)], "addmm"),
+            }
+        layers = [c.peft_layer(z, dropout=p) for z in zs]
+        draws = partial(c.peft_keeps, z, p) if p else None
+        our_draws = partial(c.our_keeps, z, p) if p else None
+        one_by_one = partial(self._ours, zs, layers, our_draws)
+        found = {
+            PEFT: lambda: c.of_modules(z.x, layers, "peft", draws),
+            BASE_DTYPE: lambda: c.of_modules(z.x, [c.peft_layer(z, DTYPE) for z in zs], "peft"),
+            COMPILED: lambda: self._compiled(z),
+            "addmm": lambda: c.addmm(zs),
+            OURS: one_by_one if len(zs) == 1 else lambda: c.group(zs, "eager", "addmm"),
+            ONE_BY_ONE: one_by_one,
+            TRITON: lambda: self._triton(zs, p),
+            FROZEN: lambda: c.frozen(zs),
+        }
+        return found | c.installed_peers(zs)
+
+    def _ours(self, zs, layers, draws) -> Contestant:
+        if self.gate in ("open", "zero", "soft"):
+            return c.gated(zs[0], self.gate, "eager", "addmm")
+        ours = [c.ours_of(layer) for layer in layers]
+        if self.is_bare:
+            ours[0].close("default")
+        return c.of_modules(zs[0].x, ours, "frozen" if self.is_bare else "addmm", draws)
+
+    def _triton(self, zs: list[Inputs], p: float) -> Contestant:
+        from ila_kernels import masked_lora_linear
+
+        if len(zs) > 1:
+            return c.group(zs, "triton", "fused")
+        if self.gate is not None:
+            return c.gated(zs[0], self.gate, "triton", "fused")
+
+        def call(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+            return masked_lora_linear(x, weight, a, b, scale=scale, dropout_p=p, impl="triton")
+
+        made = c.of_function(zs, call, "fused")
+        keeps = partial(c.triton_keeps, zs[0], p) if p else None
+        return Contestant(made.forward, made.leaves, made.formula, keeps)
+
+    def _compiled(self, z: Inputs) -> Contestant:
+        torch.compiler.reset()  # or this shape would be one of many of one function
+        layer = c.peft_layer(z)
+        made = c.of_modules(z.x, [layer], "peft")
+        compiled = torch.compile(layer, dynamic=False)
+        return Contestant(lambda x: [compiled(x)], made.leaves, made.formula)
+
+    # --- the gate
+
+    def _compare(self, zs: list[Inputs], made: Contestant, truth: _Truth) -> None:
+        """Compare outputs and gradients of a contestant with the reference in fp64."""
+        torch.manual_seed(SEED)
+        found = _values(made, [z.dy for z in zs])
+        keeps = made.keeps() if made.keeps is not None else None
+        exact, plain = truth.of(made, keeps)
+        for name, value in found.items():
+            assert_within_rounding(value, exact[name], plain[name], name)
+
+    def check(self) -> None:
+        """Check every contestant; a peer of another project that fails is left out instead.
+
+        Raises:
+            AssertionError: If a contestant computes something else.
+        """
+        zs = self.inputs()
+        builders, truth = self.build(zs), _Truth(self, zs)
+        for name in list(self.contestants):
+            try:
+                self._compare(zs, builders[name](), truth)
+            except AssertionError as error:
+                if name not in c.peers.available():
+                    raise AssertionError(f"{name}: {error}") from error
+                self._leave_out(name, error)
+            except Exception as error:
+                if name not in c.peers.available():
+                    raise
+                self._leave_out(name, error)
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        self.left_out[name] = f"{type(error).__name__}: {error}"
+        self.contestants.remove(name)
+
+    # --- the measurement
+
+    def measure(self) -> tuple[list[dict[str, Any]], Mapping[str, list[float]]]:
+        zs = self.inputs()
+        builders = self.build(zs)
+        made = {name: builders[name]() for name in self.contestants}
+        dys = [z.dy for z in zs]
+        runs = {name: _run(contestant, dys) for name, contestant in made.items()}
+        watch = self.options.watch
+        cuda = watch.device.type == "cuda"
+        calls = 1 if cuda else calls_for(runs, watch, LEAST_MS)
+        times = interleaved(runs, self.rounds, watch, calls=calls, warm_up=3 if cuda else 1)
+        rows = []
+        for name, contestant in made.items():
+            peak = peak_tensor_bytes(lambda run=runs[name]: run(_nothing, 0), watch.device)
+            for phase in (*PHASES, "both"):
+                own, peft = _phase(times[name], phase), _phase(times[PEFT], phase)
+                row = self._row(name, contestant, phase, own, peft)
+                rows.append(row | {"calls": calls, "peak_bytes": peak if phase == "both" else None})
+        return rows, {name: [sum(t) / 1e3 for t in rounds] for name, rounds in times.items()}
+
+    def _row(self, name, made: Contestant, phase: str, own: list[float], peft: list[float]) -> dict:
+        found = ratio(own, peft)
+        k, n = shape(self.model, self.layers.split()[0])
+        row = {
+            "model": self.model, "layers": self.layers, "m": self.m, "k": k, "n": n, "r": self.r,
+            "gate": self.gate, "dropout": DROPOUT if self.dropout else 0.0, "nf4": self.packed,
+            "contestant": name, "phase": phase, **spread(own),
+            "ratio_to_peft": found["median"], "p10": found["p10"], "p90": found["p90"],
+        }  # fmt: skip
+        cost = None if self.packed else self._cost(made.formula, phase, "ds" in made.leaves)
+        if cost is None:  # the formulas know dense weights only
+            return row | dict.fromkeys(("tflop_s", "gb_s", "share_of_roofline"))
+        least = self._cost("frozen" if made.formula == "frozen" else "fused", phase, False)
+        bound = time_bound(least.flops, least.bytes, ceiling(self.options.device, DTYPE)[0])
+        ms = row["median_ms"]
+        return row | {
+            "tflop_s": cost.flops / ms / 1e9,
+            "gb_s": cost.bytes / ms / 1e6,
+            "flop_per_byte": least.flops / least.bytes,
+            "share_of_roofline": bound / ms,
+        }
+
+    def _cost(self, formula: str, phase: str, scored: bool) -> Cost:
+        """FLOPs and bytes by ``ila_kernels.roofline``."""
+        pairs = [shape(self.model, layer) for layer in self.layers.split()]
+        members = [Problem(self.m, k, n, self.r, dropout=self.dropout) for k, n in pairs]
+        needs = {"x"} if formula == "frozen" else {"x", "lora_a", "lora_b"}
+        needs |= {"gate"} if scored else set()
+        forward = group_forward_cost(formula, members)
+        backward = group_backward_cost(formula, members, needs)
+        if phase != "both":
+            return {"forward": forward, "backward": backward}[phase]
+        return Cost(forward.flops + backward.flops, forward.bytes + backward.bytes)
+
+
+class _Truth:
+    """Values and gradients by the reference, in fp64 and in the cell's dtype, by dropout mask."""
+
+    def __init__(self, cell: LayerCell, zs: list[Inputs]) -> None:
+        self.cell, self.zs = cell, zs
+        self.known: dict[tuple, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+
+    def of(self, made: Contestant, keeps: list[Tensor] | None):
+        """(exact, plain) for a contestant: bare, adapted or gated, and with its dropout masks."""
+        adapted = "dA 0" in made.leaves
+        key = (adapted, made.gated, *(int(k.sum()) for k in keeps or ()))
+        if key not in self.known:
+            self.known[key] = tuple(
+                self._computed(dtype, keeps, adapted, made.gated)
+                for dtype in (torch.float64, DTYPE)
+            )
+        return self.known[key]
+
+    def _computed(self, dtype: torch.dtype, keeps, adapted: bool, gated: bool) -> dict[str, Tensor]:
+        zs = [z.cast(dtype) for z in self.zs]
+        x = zs[0].x.detach().requires_grad_()
+        leaves, ys = {"dx": x}, []
+        gate = None
+        if gated and self.cell.gate == "soft":
+            score = torch.logit(self.zs[0].gate.detach().float()).to(dtype).requires_grad_()
+            gate, leaves["ds"] = torch.sigmoid(score), score
+        elif gated:
+            gate = zs[0].gate.detach()
+        keep, p = (None, 0.0) if keeps is None else (keeps[0], DROPOUT)
+        for i, (z, own) in enumerate(zip(zs, self.zs, strict=True)):
+            weight = self._weight(own, z.weight.detach(), dtype)
+            if not adapted:
+                ys.append(x @ weight.t())
+                continue
+            a, b = z.lora_a.detach().requires_grad_(), z.lora_b.detach().requires_grad_()
+            leaves |= {f"dA {i}": a, f"dB {i}": b}
+            ys.append(reference.masked_lora_linear(x, weight, a, b, gate, None, c.SCALE, keep, p))
+        grads = torch.autograd.grad(ys, list(leaves.values()), [z.dy for z in zs])
+        found = {f"y {i}": y.detach() for i, y in enumerate(ys)}
+        return found | dict(zip(leaves, grads, strict=True))
+
+    def _weight(self, z: Inputs, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        if not self.cell.packed:
+            return weight
+        base = c.packed_peft_layer(z).base_layer
+        from ila_kernels.quant import Packed4bit
+
+        packed = Packed4bit(base.weight, base.weight.quant_state, DTYPE)
+        return packed.dense(DTYPE).to(dtype)
+
+
+def _values(made: Contestant, dys: list[Tensor]) -> dict[str, Tensor]:
+    ys = made.forward(made.leaves["dx"])
+    grads = torch.autograd.grad(list(ys), list(made.leaves.values()), dys)
+    found = {f"y {i}": y.detach() for i, y in enumerate(ys)}
+    return found | dict(zip(made.leaves, grads, strict=True))
+
+
+def _run(made: Contestant, dys: list[Tensor]) -> Run:
+    x, leaves = made.leaves["dx"], list(made.leaves.values())
+
+    def run(mark, turn: int) -> None:
+        ys = list(made.forward(x))
+        mark()
+        torch.autograd.grad(ys, leaves, dys)
+        mark()
+
+    return run
+
+
+def _nothing() -> None:
+    pass
+
+
+def _phase(rounds: list[list[float]], phase: str) -> list[float]:
+    if phase == "both":
+        return [sum(times) for times in rounds]
+    return [times[PHASES.index(phase)] for times in rounds]
