@@ -70,8 +70,9 @@ def pytest_configure(config: pytest.Config) -> None:
         model=given("model"),
         data=given("data") or ARITHMETIC,
         mask=given("mask"),
+        scratch=config.rootpath / ".benchmarks",
     )
-    results = given("results") or config.rootpath / ".benchmarks"
+    results = given("results") or options.scratch
     config.stash[SESSION] = Session(options, results)
 
 

@@ -36,6 +36,7 @@ class Options:
         model: Folder, hub id or GGUF file; ``None`` unpacks the model of ``ila demo``.
         data: File of instruction rows.
         mask: A mask of that model, as ``ila learn`` writes it; ``None`` leaves its cells out.
+        scratch: Where the demo's model is unpacked and states are cached.
     """
 
     size: str = "quick"
@@ -44,6 +45,7 @@ class Options:
     model: str | None = None
     data: Path | None = None
     mask: Path | None = None
+    scratch: Path = Path(".benchmarks")
 
     @property
     def device(self) -> torch.device:
