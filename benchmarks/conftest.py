@@ -122,6 +122,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
 @pytest.fixture
 def show(session: Session, request: pytest.FixtureRequest, benchmark: Any) -> Any:
     """Give the times of a contestant to pytest-benchmark; the cell is measured if it was not."""
+
     def shown(file: str, cell: Cell, contestant: str) -> None:
         session.measure(file, cell)
         seconds = session.seconds[id(cell)][contestant]
@@ -136,8 +137,8 @@ def show(session: Session, request: pytest.FixtureRequest, benchmark: Any) -> An
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write what is complete; a red gate, or a cell that failed or was left out, writes nothing."""
-    ours = session.config.stash[SESSION]
-    ours.written = [] if session.config.option.collectonly else ours.write()
+    if not session.config.option.collectonly:
+        session.config.stash[SESSION].write()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -37,7 +37,7 @@ class Contestant:
         forward: x (M, K) -> one y (M, N) for each layer.
         leaves: Name -> tensor whose gradient is wanted; ``dA 0`` is that of the first layer.
         formula: Whose costs it has in ``ila_kernels.roofline``.
-        keeps: Draws the dropout masks that ``forward`` draws after the same seed, if it has dropout.
+        keeps: Draws the dropout masks that ``forward`` draws after the same seed, if any.
         gated: Whether it multiplies the update by the cell's gate; PEFT knows none.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -80,12 +80,14 @@ class LayerCell:
         return self.options.rounds or self.options.pick(smoke=3, quick=15, full=31)
 
     def conditions(self) -> dict[str, Any]:
+        best, source = ceiling(self.options.device, DTYPE)
         return {
             "rounds": self.rounds,
             "dtype": str(DTYPE).removeprefix("torch."),
             "adapters": str(ADAPTERS).removeprefix("torch."),
             "scale": c.SCALE,
             "left_out": self.left_out,
+            "ceiling": asdict(best) | {"source": source},
         }
 
     # --- tensors and contestants

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,9 +51,7 @@ class Material:
     def read(cls, options: Options, batches: int, batch: int, width: int) -> Material:
         """The longest rows of ``--data``, so that little is padding; cut at ``width`` tokens."""
         tokenizer = load_tokenizer(find_source(model_folder(options)))
-        rows, _ = encode(
-            load_rows(str(options.data)), tokenizer, max_length=width, progress=False
-        )
+        rows, _ = encode(load_rows(str(options.data)), tokenizer, max_length=width, progress=False)
         rows = sorted(rows, key=lambda row: -len(row["input_ids"]))[: batches * batch]
         if len(rows) < batches * batch:
             raise ValueError(f"data must have {batches * batch} rows, {options.data} has less")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from benchmarks.harness.memory import peak_tensor_bytes
 from benchmarks.harness.session import Options, Row
 from benchmarks.harness.timing import Run, interleaved, ratio, spread
 from benchmarks.material import Material, base_model
-from benchmarks.models import Spec, build, layer_names, mask_of
+from benchmarks.models import BASE_DTYPE, Spec, build, layer_names, mask_of
 from ila.prefix import PrefixCache
 from ila_kernels import prefer
 
@@ -112,7 +112,13 @@ class ModelCell:
 
     def run_of(self, spec: Spec, stack: ExitStack) -> Run:
         """What a contestant does in a step, until ``stack`` is closed."""
-        return with_kernels(spec, training(*self.built(spec, stack)))
+        step = training(*self.built(spec, stack))
+
+        def run(mark: Callable[[], None], turn: int) -> None:
+            with kernels_of(spec):
+                step(mark, turn)
+
+        return run
 
     # --- the gate
 
@@ -130,34 +136,35 @@ class ModelCell:
             self._check_group(group)
 
     def _check_group(self, specs: Sequence[Spec]) -> None:
-        exact = self._plain(specs[0], torch.float64)
-        plain = self._plain(specs[0], self.base.dtype)
+        exact, plain = self.reference(specs[0])
         for spec in specs:
             with ExitStack() as stack:
                 model, batches = self.built(spec, stack)
-                found = []
-                compute = with_kernels(
-                    spec, lambda *_: found.extend(loss_and_gradients(model, batches(0)))
-                )
-                compute(_nothing, 0)
-            loss, gradients = found
+                with kernels_of(spec):
+                    loss, gradients = loss_and_gradients(model, batches(0))
             try:
-                narrow = plain[0].to(self.base.dtype)
-                assert_within_rounding(loss, exact[0].double(), narrow, "loss of the first batch")
+                assert_within_rounding(loss, exact[0], plain[0], "loss of the first batch")
                 assert_gradients(gradients, exact[1], plain[1], self.base.dtype)
             except AssertionError as error:
                 raise AssertionError(f"{spec.name}: {error}") from error
 
-    def _plain(self, spec: Spec, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and gradients by PEFT's own layers on the same open ones, base in ``dtype``.
+    def reference(self, spec: Spec, change: Callable[[nn.Module], None] | None = None):
+        """Loss and gradients of the first batch by PEFT on the same open layers: (fp64, plain).
 
-        Transformers computes norms and the loss in fp32 whatever the dtype: beside the rounding of
-        bf16 that is nothing.
+        Plain has everything in the base's dtype, adapters too. Transformers computes norms and the
+        loss in fp32 whatever the dtype: beside the rounding of bf16 that is nothing.
         """
-        model = build(Spec("PEFT", *spec.opened), self.base, self.mask(spec), self.rank)
-        if dtype == torch.float64:
-            model = copy.deepcopy(model).double()  # in place, and the base's tensors are shared
-        return loss_and_gradients(model, self.material(0))
+        wide, narrow = Spec("PEFT", *spec.opened), Spec(BASE_DTYPE, *spec.opened)
+        found = []
+        for spec, dtype in ((wide, torch.float64), (narrow, self.base.dtype)):
+            model = build(spec, self.base, self.mask(spec), self.rank)
+            if dtype == torch.float64:
+                model = copy.deepcopy(model).double()  # in place, and the base's are shared
+            if change is not None:
+                change(model)
+            loss, gradients = loss_and_gradients(model, self.material(0))
+            found.append((loss.to(dtype), gradients))
+        return found
 
     # --- the measurement
 
@@ -227,19 +234,15 @@ def training(model: nn.Module, batches: Batches) -> Run:
     return run
 
 
-def with_kernels(spec: Spec, run: Run) -> Run:
-    """The same with the Triton kernels, where the contestant is to run on them."""
-    if spec.kind != TRITON:
-        return run
-
-    def on_triton(mark: Callable[[], None], turn: int) -> None:
+@contextmanager
+def kernels_of(spec: Spec) -> Iterator[None]:
+    """Let ours run on the Triton kernels, where the contestant is to."""
+    if spec.kind == TRITON:
         prefer(auto="triton")
-        try:
-            run(mark, turn)
-        finally:
-            prefer()
-
-    return on_triton
+    try:
+        yield
+    finally:
+        prefer()
 
 
 def loss_and_gradients(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import ila
@@ -26,6 +26,7 @@ PREFIX = "base_model.model."
 # σ of B: an update that is there, and small beside W as after some training.
 B_STD = 0.01
 DROPOUT = 0.05
+BASE_DTYPE = "PEFT, base dtype"
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def fill_adapters(model: nn.Module) -> None:
             parameter.data.copy_(values)
 
 
-def restricted(base: nn.Module, mask: ila.LayerMask, rank: int) -> PeftModel:
+def restricted(mask: ila.LayerMask, rank: int) -> LoraConfig:
     """What PEFT alone gives a user who knows the layers.
 
     ``layers_to_transform`` where they are whole blocks, else explicit names in ``target_modules``.
@@ -121,8 +122,8 @@ def restricted(base: nn.Module, mask: ila.LayerMask, rank: int) -> PeftModel:
     blocks = whole_blocks(mask)
     if blocks is not None:
         kinds = sorted({name.rpartition(".")[2] for name in names})
-        return get_peft_model(base, lora(rank, targets=kinds, blocks=blocks))
-    return get_peft_model(base, lora(rank, targets=names))
+        return lora(rank, targets=kinds, blocks=blocks)
+    return lora(rank, targets=names)
 
 
 def whole_blocks(mask: ila.LayerMask) -> list[int] | None:
@@ -146,12 +147,11 @@ def build(spec: Spec, base: nn.Module, mask: ila.LayerMask, rank: int) -> nn.Mod
         fill_adapters(model)
         if mask.closed:
             ila.apply_mask(model, mask)
-    elif spec.position != "all":
-        model = restricted(model, mask, rank)
     else:
         dropout = DROPOUT if spec.kind == "PEFT, dropout" else 0.0
-        wide = spec.kind != "PEFT, base dtype"
-        model = get_peft_model(model, lora(rank, dropout), autocast_adapter_dtype=wide)
+        config = lora(rank, dropout) if spec.position == "all" else restricted(mask, rank)
+        wide = spec.kind != BASE_DTYPE  # PEFT's default is fp32 adapters over a bf16 base
+        model = get_peft_model(model, config, autocast_adapter_dtype=wide)
     fill_adapters(model)
     if spec.kind == "addmm":
         use_addmm(model)

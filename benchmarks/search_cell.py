@@ -6,18 +6,17 @@ frozen but one score a layer, either walked along a path (no optimiser at work) 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.harness.gate import assert_gradients
 from benchmarks.harness.session import Row
 from benchmarks.harness.timing import Run
-from benchmarks.model_cell import LEARNING_RATE, ModelCell, loss_and_gradients
+from benchmarks.model_cell import LEARNING_RATE, ModelCell
 from benchmarks.models import Spec, build
 from ila.model import masked_layers
 from ila.search import SearchConfig
@@ -45,7 +44,7 @@ class SearchCell(ModelCell):
             AssertionError: If they are further off than the dtype explains.
         """
         super().check()
-        exact, plain = (self._score_gradients(d) for d in (torch.float64, self.base.dtype))
+        exact, plain = self._score_gradients()
         model = build(Spec("ours"), self.base, self.mask(Spec("ours")), self.rank)
         layers = masked_layers(model, "default")
         with scored(model, layers, "default", SearchConfig().score_init):
@@ -54,18 +53,23 @@ class SearchCell(ModelCell):
         actual = {"the scores": torch.cat(found)}
         assert_gradients(actual, exact, plain, self.base.dtype)
 
-    def _score_gradients(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _score_gradients(self) -> list[dict[str, Tensor]]:
         """dL/ds of every layer, by PEFT with γ folded into B: dL/dγ = ⟨dL/d(γB), B⟩."""
-        model = build(Spec("PEFT"), self.base, self.mask(Spec("PEFT")), self.rank)
-        if dtype == torch.float64:
-            model = copy.deepcopy(model).double()
-        gamma = torch.sigmoid(torch.tensor(SearchConfig().score_init, dtype=torch.float64)).item()
-        named = {n: p for n, p in model.named_parameters() if ".lora_B." in n}
-        for parameter in named.values():
-            parameter.data.mul_(gamma)
-        _, gradients = loss_and_gradients(model, self.material(0))
-        products = [(gradients[n] * p.detach() / gamma).sum() for n, p in named.items()]
-        return {"the scores": torch.stack(products) * gamma * (1.0 - gamma)}
+        start = torch.tensor(SearchConfig().score_init, dtype=torch.float64)
+        gamma = torch.sigmoid(start).item()
+        bs: list[dict[str, Tensor]] = []
+
+        def fold(model: nn.Module) -> None:
+            named = {n: p for n, p in model.named_parameters() if ".lora_B." in n}
+            bs.append({n: p.detach().double() for n, p in named.items()})
+            for parameter in named.values():
+                parameter.data.mul_(gamma)
+
+        found = []
+        for (_, gradients), b in zip(self.reference(Spec("ours"), fold), bs, strict=True):
+            products = torch.stack([(gradients[n].double() * b[n]).sum() for n in b])
+            found.append({"the scores": products * gamma * (1.0 - gamma)})
+        return found
 
     def run_of(self, spec: Spec, stack: ExitStack) -> Run:
         if spec.kind not in (STAGE1, PATH, TRAINED):

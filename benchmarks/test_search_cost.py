@@ -1,6 +1,6 @@
 """What the search costs: each stage per step, and in total against one full LoRA run.
 
-    pytest benchmarks/test_search_cost.py [--full] [--model FOLDER]
+pytest benchmarks/test_search_cost.py [--full] [--model FOLDER]
 """
 
 from __future__ import annotations

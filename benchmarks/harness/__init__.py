@@ -1,1 +1,1 @@
-"""What every benchmark stands on: gates, interleaved timing, a check for a busy machine, results."""
+"""What every benchmark stands on: gates, interleaved timing, busy machines, result files."""

@@ -25,18 +25,11 @@ LOADED = 0.4
 
 @dataclass
 class Busy:
-    """Calibration times of one result file."""
+    """Calibration times of one result file, and the load average before the run."""
 
     device: torch.device
     load_before: float | None
-    cores: int
     times_ms: list[float] = field(default_factory=list)
-
-    @classmethod
-    def begin(cls, device: torch.device) -> Busy:
-        """Start with the load average of the last minute, where the system knows one."""
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-        return cls(device, load, os.cpu_count() or 1)
 
     def sample(self) -> None:
         """Time the product a few times."""
@@ -56,7 +49,7 @@ class Busy:
         first, last = self.times_ms[:edge], self.times_ms[-edge:]
         found = {
             "load_average_before": self.load_before,
-            "cores": self.cores,
+            "cores": os.cpu_count() or 1,
             "calibration": f"fp32 product of {SIZE}, {len(self.times_ms)} times",
             "calibration_median_ms": quantile(self.times_ms, 0.5),
             "calibration_p10_ms": p10,
@@ -65,6 +58,11 @@ class Busy:
             "drift": quantile(last, 0.5) / quantile(first, 0.5),
         }
         return found | {"busy": bool(reasons(found)), "why": reasons(found)}
+
+
+def load_average() -> float | None:
+    """Of the last minute, where the system knows one."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def reasons(found: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.harness.busy import Busy
+from benchmarks.harness.busy import Busy, load_average
 from benchmarks.harness.gate import GateRedError
 from benchmarks.harness.timing import Watch
 from ila.files import write_json_atomic
@@ -97,6 +97,9 @@ class Session:
     rows: dict[int, list[Row]] = field(default_factory=dict)
     seconds: dict[int, Mapping[str, list[float]]] = field(default_factory=dict)
     busy: dict[str, Busy] = field(default_factory=dict)
+    written: list[Path] = field(default_factory=list)
+    # Before this process computes: later its own work would count.
+    load_before: float | None = field(default_factory=load_average)
 
     def gate(self, cell: Cell) -> None:
         """Check a cell once.
@@ -120,7 +123,9 @@ class Session:
         self.gate(cell)
         if id(cell) in self.rows:
             return
-        busy = self.busy.setdefault(file, Busy.begin(self.options.device))
+        if file not in self.busy:
+            self.busy[file] = Busy(self.options.device, self.load_before)
+        busy = self.busy[file]
         busy.sample()
         rows, self.seconds[id(cell)] = cell.measure()
         busy.sample()
@@ -135,20 +140,20 @@ class Session:
         cells = self.files[file]
         return {
             "environment": environment(self.options.device),
-            "options": self.options.as_dict() | {c.name: c.conditions() for c in cells},
+            "options": self.options.as_dict(),
+            "cells": {cell.name: cell.conditions() for cell in cells},
             "busy": self.busy[file].as_dict(),
             "rows": [row for cell in cells for row in self.rows[id(cell)]],
         }
 
-    def write(self) -> list[Path]:
-        """Write the files that are complete."""
-        written = []
+    def write(self) -> None:
+        """Write the files that are complete; those of a GPU run have names of their own."""
+        suffix = "-gpu" if self.options.device.type == "cuda" else ""
         for file, cells in self.files.items():
             if cells and self.is_complete(file):
                 self.results.mkdir(parents=True, exist_ok=True)
-                written.append(self.results / f"{file}.json")
-                write_json_atomic(written[-1], self.document(file))
-        return written
+                self.written.append(self.results / f"{file}{suffix}.json")
+                write_json_atomic(self.written[-1], self.document(file))
 
 
 def environment(device: torch.device) -> dict[str, Any]:

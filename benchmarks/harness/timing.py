@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -47,7 +48,7 @@ class Watch:
         clock = CLOCKS[self.clock]
         marks = [clock()]
         run(lambda: marks.append(clock()), turn)
-        return [(b - a) * 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+        return [(b - a) * 1e3 for a, b in pairwise(marks)]
 
     def _once_by_events(self, run: Run, turn: int) -> list[float]:
         torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=self.device).zero_()
@@ -60,7 +61,7 @@ class Watch:
         mark()
         run(mark, turn)
         torch.cuda.synchronize(self.device)
-        return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+        return [a.elapsed_time(b) for a, b in pairwise(events)]
 
 
 def interleaved(

@@ -1,0 +1,142 @@
+"""One layer: ratios of every contestant by cell, and a roofline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.sections.pieces import (
+    COLOURS,
+    NOT_MEASURED,
+    machine,
+    new_figure,
+    quietness,
+    save,
+    share,
+    table,
+)
+
+COMMAND = "`pytest benchmarks/test_layer.py`"
+STEMS = (("CPU", "layer"), ("GPU", "layer-gpu"))
+
+
+def markdown(found: Mapping[str, Any]) -> list[str]:
+    """Paragraphs for the page of benchmarks."""
+    if not any(stem in found for _, stem in STEMS):
+        return []
+    parts = ["### One layer"]
+    for title, stem in STEMS:
+        if stem not in found:
+            parts.append(f"On a {title}: {NOT_MEASURED}.")
+            continue
+        document = found[stem]
+        cell = next(iter(document["cells"].values()))
+        best = cell["ceiling"]
+        parts.append(
+            f"Forward and backward, base in {cell['dtype']} with {cell['adapters']} adapters; time "
+            "relative to PEFT's layer in the same round, median with p10–p90. Outputs and "
+            "gradients were held to fp64 before. The share of the roofline is the least time the "
+            f"mathematics allows ({best['bf16_tflops']:.2f} TFLOP/s, {best['memory_gb_s']:.0f} "
+            f"GB/s, {best['source']}) over the time taken; what fits into a cache can exceed it. "
+            f"{machine(document)}; {cell['rounds']} interleaved rounds ({COMMAND}). "
+            f"{quietness(document)}"
+        )
+        parts.append(_pivot(document["rows"]))
+        parts += [_phases(document["rows"])]
+    return parts
+
+
+def _pivot(rows: list[Mapping[str, Any]]) -> str:
+    """A line for each cell, a column for each contestant."""
+    rows = [row for row in rows if row["phase"] == "both"]
+    cells = list(dict.fromkeys(row["cell"] for row in rows))
+    names = [n for n in dict.fromkeys(row["contestant"] for row in rows) if n != "PEFT"]
+    by = {(row["cell"], row["contestant"]): row for row in rows}
+    lines = []
+    for cell in cells:
+        peft, ours = by[cell, "PEFT"], by[cell, "ours"]
+        line = [cell, f"{peft['median_ms']:.3g}"]
+        for name in names:
+            row = by.get((cell, name))
+            line.append(
+                share(row["ratio_to_peft"], row["p10"], row["p90"]) if row is not None else ""
+            )
+        percent = ours["share_of_roofline"]
+        line.append("" if percent is None else f"{100 * percent:.0f} %")
+        line.append(f"{ours['peak_bytes'] / peft['peak_bytes']:.2f}")
+        lines.append(line)
+    header = ["", "PEFT, ms", *names, "roofline, ours", "peak bytes, ours / PEFT's"]
+    return table(header, lines)
+
+
+def _phases(rows: list[Mapping[str, Any]]) -> str:
+    """Speeds of forward and backward of ours, PEFT and the frozen layer."""
+    wanted = ("PEFT", "ours", "ours, Triton", "frozen")
+    rows = [r for r in rows if r["phase"] != "both" and r["contestant"] in wanted]
+    plain = [r for r in rows if r["gate"] is None and not r["dropout"] and r["tflop_s"] is not None]
+    lines = [
+        [
+            f"{r['cell']}, {r['contestant']}, {r['phase']}", f"{r['median_ms']:.3g}",
+            f"{r['tflop_s']:.3g}", f"{r['gb_s']:.3g}", f"{100 * r['share_of_roofline']:.0f} %",
+        ]
+        for r in plain
+    ]  # fmt: skip
+    return table(["", "ms", "TFLOP/s", "GB/s", "of the roofline"], lines)
+
+
+def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
+    """The roofline of each device that was measured."""
+    return {
+        f"roofline{stem.removeprefix('layer')}.png": lambda path, d=found[stem]: _draw(d, path)
+        for _, stem in STEMS
+        if stem in found
+    }
+
+
+SHOWN = (
+    ("frozen", "frozen", "s", "frozen linear, no adapter"),
+    ("PEFT", "PEFT", "v", "PEFT"),
+    ("ours", "ours", "o", "ours"),
+    ("ours, Triton", "second", "D", "ours, Triton kernels"),
+)
+
+
+def _draw(document: Mapping[str, Any], path: Path) -> None:
+    rows = [r for r in document["rows"] if r["phase"] == "both" and r["tflop_s"] is not None]
+    rows = [r for r in rows if r["gate"] is None and not r["dropout"]]
+    best = next(iter(document["cells"].values()))["ceiling"]
+    peak, bandwidth = best["bf16_tflops"], best["memory_gb_s"] / 1e3
+    figure, axes = new_figure(size=(8.5, 5.2))
+    axis = axes[0, 0]
+    axis.set(xscale="log", yscale="log")
+    xs = [r["flop_per_byte"] for r in rows]
+    low, high = min(xs) / 2, max([*xs, 2 * peak / bandwidth]) * 2
+    knee = peak / bandwidth
+    axis.plot([low, knee, high], [low * bandwidth, peak, peak], color="black", linewidth=1.5)
+    where = "measured" if best["source"] == "measured" else "data sheet"
+    axis.annotate(
+        f"best product of matrices: {peak:.3g} TFLOP/s ({where})", (high, peak), (0, 4),
+        textcoords="offset points", ha="right", fontsize=9,
+    )  # fmt: skip
+    axis.annotate(
+        f"best copy: {1e3 * bandwidth:.0f} GB/s", (low, low * bandwidth), (6, 0),
+        textcoords="offset points", va="top", fontsize=9,
+    )  # fmt: skip
+    for name, colour, marker, label in SHOWN:
+        own = [r for r in rows if r["contestant"] == name]
+        if own:
+            axis.plot(
+                [r["flop_per_byte"] for r in own], [r["tflop_s"] for r in own], marker,
+                color=COLOURS[colour], label=label, markersize=6, alpha=0.8,
+            )  # fmt: skip
+    axis.legend(loc="lower right", frameon=False)
+    axis.set_xlabel("FLOP per byte that has to be moved")
+    axis.set_ylabel("TFLOP/s, forward and backward")
+    gpu = document["environment"].get("gpu")
+    where = gpu or f"{document['environment']['threads']} CPU cores"
+    axis.set_title(
+        f"One LoRA layer against what the machine allows\nbf16, {where}; one point for each shape",
+        loc="left",
+    )
+    save(figure, path)

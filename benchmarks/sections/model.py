@@ -1,0 +1,204 @@
+"""Training steps of a model: both ratios, tokens/s, memory, and two figures by open share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.sections.pieces import (
+    COLOURS,
+    NOT_MEASURED,
+    machine,
+    mebibytes,
+    new_figure,
+    quietness,
+    save,
+    share,
+    table,
+)
+
+COMMAND = "`pytest benchmarks/test_model.py`"
+# What the README shows.
+HEADLINES = (
+    "PEFT", "ours", "PEFT, 30% top", "ours, 30% top", "ours, 30% top, cache", "frozen",
+)  # fmt: skip
+PEERS = ("PEFT, base dtype", "PEFT, dropout", "PEFT, compiled", "addmm")
+
+
+def _sentence(document: Mapping[str, Any]) -> str:
+    cell = next(iter(document["cells"].values()))
+    return (
+        f"{cell['model']}, {cell['dtype']}, rank {cell['rank']}; {cell['rows']} rows of at most "
+        f"{cell['width']} tokens from {document['options']['data']}; {machine(document)}; "
+        f"{cell['rounds']} interleaved rounds ({COMMAND}). {quietness(document)}"
+    )
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    return [
+        share(row["ratio_to_peft"], row["p10"], row["p90"]),
+        share(row["ratio_to_restricted"], row["restricted_p10"], row["restricted_p90"]),
+        f"{row['median_ms']:,.0f}",
+        f"{row['tokens_per_s']:,.0f}",
+        mebibytes(row["peak_bytes"]),
+    ]
+
+
+def _names(found: Mapping[str, Any]) -> list[str]:
+    documents = [found[stem] for stem in ("model", "model-gpu") if stem in found]
+    return list(dict.fromkeys(r["contestant"] for d in documents for r in d["rows"]))
+
+
+def markdown(found: Mapping[str, Any]) -> list[str]:
+    """Paragraphs for the page of benchmarks."""
+    if "model" not in found and "model-gpu" not in found:
+        return []
+    columns = ["time / PEFT's", "time / PEFT's on the same layers", "ms", "tokens/s", "peak"]
+    parts = ["### A training step of a model"]
+    for title, stem in (("CPU", "model"), ("GPU", "model-gpu")):
+        if stem not in found:
+            parts.append(f"On a {title}: {NOT_MEASURED}.")
+            continue
+        parts.append(
+            "Forward, backward and AdamW, all contestants in turn on the same batches. Losses and "
+            "gradients were held to fp64 before. Ratios are medians over rounds of the time in the "
+            "same round, with p10–p90; peak is what the step allocates beside the weights. "
+            + _sentence(found[stem])
+        )
+        rows = [[row["contestant"], *_cells(row)] for row in found[stem]["rows"]]
+        parts.append(table(["", *columns], rows))
+    return parts
+
+
+def summary(found: Mapping[str, Any]) -> list[str]:
+    """What of it belongs in the README: both ratios of the main contestants."""
+    if "model" not in found:
+        return []
+    rows = {row["contestant"]: row for row in found["model"]["rows"]}
+    gpu = {row["contestant"]: row for row in found.get("model-gpu", {"rows": []})["rows"]}
+    lines = []
+    for name in (n for n in HEADLINES if n in rows):
+        other = share(gpu[name]["ratio_to_peft"]) if name in gpu else NOT_MEASURED
+        lines.append([name, *_cells(rows[name]), other])
+    columns = ["", "time / PEFT's", "/ PEFT's on the same layers", "ms", "tokens/s", "peak", "GPU"]
+    return [
+        "**A training step**: time relative to PEFT on all layers, and to PEFT restricted to the "
+        f"same layers; top are the last layers. {_sentence(found['model'])}",
+        table(columns, lines),
+    ]
+
+
+def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
+    """Step time and peak memory against the open share."""
+    made: dict[str, Callable[[Path], None]] = {}
+    for stem, suffix in (("model", ""), ("model-gpu", "-gpu")):
+        if stem in found:
+            document = found[stem]
+            made[f"step-time{suffix}.png"] = lambda path, d=document: _draw(d, "time", path)
+            made[f"step-memory{suffix}.png"] = lambda path, d=document: _draw(d, "memory", path)
+    return made
+
+
+LINES = (
+    # kind, position, cache, label, colour, style
+    ("PEFT", "top", False, "PEFT, last layers only", "PEFT", "-"),
+    ("ours", "scattered", False, "ours, scattered layers", "second", "-"),
+    ("ours", "top", False, "ours, last layers", "ours", "-"),
+    ("ours", "top", True, "ours, last layers,\nfrozen prefix cached", "ours, cache", "-"),
+)
+
+
+def _draw(document: Mapping[str, Any], what: str, path: Path) -> None:
+    """One figure: lines by open share, the floor, peers at 100 %."""
+    plain = [row for row in document["rows"] if not row["checkpoints"]]
+    unit = (lambda row: 100 * row["ratio_to_peft"]) if what == "time" else _mib
+    figure, axes = new_figure(size=(8.5, 5.2))
+    axis = axes[0, 0]
+    ends: list[tuple[float, float, str, str]] = []
+    for kind, position, cache, label, colour, style in LINES:
+        own = [r for r in plain if r["kind"] == kind and r["cache"] == cache]
+        own = [r for r in own if r["position"] == position or (r["share"] == 1.0 and not cache)]
+        own.sort(key=lambda row: row["share"])
+        if not any(r["position"] == position for r in own):
+            continue
+        xs, ys = [100 * r["share"] for r in own], [unit(r) for r in own]
+        axis.plot(xs, ys, style, color=COLOURS[colour], marker="o", linewidth=2, markersize=5)
+        if what == "time":
+            low = [y - 100 * r["p10"] for r, y in zip(own, ys, strict=True)]
+            high = [100 * r["p90"] - y for r, y in zip(own, ys, strict=True)]
+            errors = [[max(0.0, e) for e in part] for part in (low, high)]
+            axis.errorbar(xs, ys, yerr=errors, fmt="none", color=COLOURS[colour], capsize=3)
+        ends.append((xs[0], ys[0], label, COLOURS[colour]))
+    _label_starts(axis, ends)
+    _peers(axis, plain, unit)
+    floor = next((unit(r) for r in plain if r["kind"] == "frozen"), None)
+    if floor is not None:
+        axis.axhline(floor, color=COLOURS["frozen"], linestyle="--", linewidth=1.2)
+        axis.annotate(
+            "no adapter at all, gradient of the input", (100, floor), (0, 3), ha="right",
+            textcoords="offset points", fontsize=8, color=COLOURS["frozen"],
+        )  # fmt: skip
+    _frame(axis, document, what)
+    save(figure, path)
+
+
+def _mib(row: Mapping[str, Any]) -> float:
+    return row["peak_bytes"] / 2**20
+
+
+def _spaced(values: list[float], gap: float) -> list[float]:
+    """The values in their order, moved up until neighbours are ``gap`` apart.
+
+    >>> _spaced([1.0, 1.2, 5.0], 1.0)
+    [1.0, 2.0, 5.0]
+    """
+    order = sorted(range(len(values)), key=values.__getitem__)
+    found, last = list(values), float("-inf")
+    for at in order:
+        last = found[at] = max(values[at], last + gap)
+    return found
+
+
+def _label_starts(axis: Any, ends: list[tuple[float, float, str, str]]) -> None:
+    """Name each line where it begins, left of its first point."""
+    bottom, top = 0.0, axis.get_ylim()[1]
+    places = _spaced([y for _, y, _, _ in ends], 0.085 * (top - bottom))
+    for (x, y, label, colour), place in zip(ends, places, strict=True):
+        axis.annotate(
+            label, (x, y), (-4, place), xycoords="data", textcoords="data", ha="right",
+            va="center", color=colour, fontsize=9,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7},
+        )  # fmt: skip
+
+
+def _peers(axis: Any, plain: list[Mapping[str, Any]], unit: Callable) -> None:
+    """Contestants on all layers, named right of 100 %."""
+    rows = [r for r in plain if r["share"] == 1.0 and r["kind"] in ("PEFT", "ours", *PEERS)]
+    top = max([axis.get_ylim()[1], *(unit(r) for r in rows)])
+    axis.set_ylim(0, 1.06 * top)
+    places = _spaced([unit(r) for r in rows], 0.05 * top)
+    for row, place in zip(rows, places, strict=True):
+        colour = COLOURS.get(row["kind"], COLOURS["other"])
+        axis.plot([100], [unit(row)], "o", color=colour, markersize=6)
+        name = {"ours": "ours, all layers", "PEFT": "PEFT, all layers"}.get(row["kind"])
+        axis.annotate(
+            name or f"{row['kind']}, all", (100, unit(row)), (104, place), textcoords="data",
+            va="center", color=colour, fontsize=9,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7},
+        )  # fmt: skip
+
+
+def _frame(axis: Any, document: Mapping[str, Any], what: str) -> None:
+    cell = next(iter(document["cells"].values()))
+    axis.set_xlim(-42, 142)
+    axis.set_xticks([10, 30, 75, 100])
+    axis.set_xlabel("Linear layers that are trained, % of all")
+    if what == "time":
+        axis.set_ylabel("Time of a training step,\n% of PEFT on all layers")
+        title = "Training fewer layers: what a step takes"
+    else:
+        axis.set_ylabel("Peak memory of a step beside the weights, MiB")
+        title = "Training fewer layers: what a step allocates"
+    where = document["environment"].get("gpu") or f"{document['environment']['threads']} CPU cores"
+    axis.set_title(f"{title}\n{cell['model']}, LoRA rank {cell['rank']}, {where}", loc="left")
