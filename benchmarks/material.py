@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness.session import Options
 from ila.data import Collator, encode
-from ila.demo import _unpack_model
+from ila.demo import unpack_model
 from ila.loading import find_source, load_model, load_tokenizer
 from ila.rows import load_rows
 
@@ -25,7 +25,7 @@ def model_folder(options: Options) -> str:
     folder = options.scratch / DEMO_MODEL
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _unpack_model(folder, Console(stderr=True))
+        unpack_model(folder, Console(stderr=True))
     return str(folder)
 
 

