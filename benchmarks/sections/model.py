@@ -103,6 +103,7 @@ def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
 LINES = (
     # kind, position, cache, label, colour, style
     ("PEFT", "top", False, "PEFT, last layers only", "PEFT", "-"),
+    ("PEFT", "scattered", False, "PEFT, the same\nscattered layers only", "PEFT", "--"),
     ("ours", "scattered", False, "ours, scattered layers", "second", "-"),
     ("ours", "top", False, "ours, last layers", "ours", "-"),
     ("ours", "top", True, "ours, last layers,\nfrozen prefix cached", "ours, cache", "-"),
@@ -136,8 +137,8 @@ def _draw(document: Mapping[str, Any], what: str, path: Path) -> None:
     if floor is not None:
         axis.axhline(floor, color=COLOURS["frozen"], linestyle="--", linewidth=1.2)
         axis.annotate(
-            "no adapter at all, gradient of the input", (100, floor), (0, 3), ha="right",
-            textcoords="offset points", fontsize=8, color=COLOURS["frozen"],
+            "floor: no adapter, gradient of the input", (146, floor), (0, -4), ha="right",
+            va="top", textcoords="offset points", fontsize=8, color=COLOURS["frozen"],
         )  # fmt: skip
     _frame(axis, document, what)
     save(figure, path)
@@ -181,9 +182,9 @@ def _peers(axis: Any, plain: list[Mapping[str, Any]], unit: Callable) -> None:
     for row, place in zip(rows, places, strict=True):
         colour = COLOURS.get(row["kind"], COLOURS["other"])
         axis.plot([100], [unit(row)], "o", color=colour, markersize=6)
-        name = {"ours": "ours, all layers", "PEFT": "PEFT, all layers"}.get(row["kind"])
+        name = {"addmm": "library GEMM + addmm"}.get(row["kind"], row["kind"])
         axis.annotate(
-            name or f"{row['kind']}, all", (100, unit(row)), (104, place), textcoords="data",
+            f"{name}, all", (100, unit(row)), (104, place), textcoords="data",
             va="center", color=colour, fontsize=9,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7},
         )  # fmt: skip
@@ -191,7 +192,7 @@ def _peers(axis: Any, plain: list[Mapping[str, Any]], unit: Callable) -> None:
 
 def _frame(axis: Any, document: Mapping[str, Any], what: str) -> None:
     cell = next(iter(document["cells"].values()))
-    axis.set_xlim(-42, 142)
+    axis.set_xlim(-42, 146)
     axis.set_xticks([10, 30, 75, 100])
     axis.set_xlabel("Linear layers that are trained, % of all")
     if what == "time":
