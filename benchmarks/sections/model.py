@@ -137,7 +137,7 @@ def _draw(document: Mapping[str, Any], what: str, path: Path) -> None:
     if floor is not None:
         axis.axhline(floor, color=COLOURS["frozen"], linestyle="--", linewidth=1.2)
         axis.annotate(
-            "floor: no adapter, gradient of the input", (146, floor), (0, -4), ha="right",
+            "floor: no adapter, gradient of the input", (154, floor), (0, -4), ha="right",
             va="top", textcoords="offset points", fontsize=8, color=COLOURS["frozen"],
         )  # fmt: skip
     _frame(axis, document, what)
@@ -192,7 +192,7 @@ def _peers(axis: Any, plain: list[Mapping[str, Any]], unit: Callable) -> None:
 
 def _frame(axis: Any, document: Mapping[str, Any], what: str) -> None:
     cell = next(iter(document["cells"].values()))
-    axis.set_xlim(-42, 146)
+    axis.set_xlim(-42, 154)
     axis.set_xticks([10, 30, 75, 100])
     axis.set_xlabel("Linear layers that are trained, % of all")
     if what == "time":
