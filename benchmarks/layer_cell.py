@@ -17,15 +17,15 @@ from benchmarks.harness.gate import assert_within_rounding
 from benchmarks.harness.memory import peak_tensor_bytes
 from benchmarks.harness.session import Options
 from benchmarks.harness.timing import Run, calls_for, interleaved, ratio, spread
+from benchmarks.layer_truth import DTYPE, Truth
 from benchmarks.layers import shape
-from ila_kernels import reference
 from ila_kernels.roofline import Cost, Problem, group_backward_cost, group_forward_cost
 from ila_kernels.roofline import time_bound_ms as time_bound
 from ila_kernels.testing import Inputs, make_inputs
 
 COMPILED, BASE_DTYPE, TRITON = "PEFT, compiled", "PEFT, base dtype", "ours, Triton"
 ONE_BY_ONE = "ours, one by one"
-DTYPE, ADAPTERS = torch.bfloat16, torch.float32
+ADAPTERS = torch.float32
 DROPOUT, SOFT = 0.05, 0.7
 # A sample of all calls together; below it the clock and the interpreter's jitter show.
 LEAST_MS = 4.0
@@ -165,7 +165,7 @@ class LayerCell:
 
     # --- the gate
 
-    def _compare(self, zs: list[Inputs], made: Contestant, truth: _Truth) -> None:
+    def _compare(self, zs: list[Inputs], made: Contestant, truth: Truth) -> None:
         """Compare outputs and gradients of a contestant with the reference in fp64."""
         torch.manual_seed(SEED)
         found = _values(made, [z.dy for z in zs])
@@ -181,7 +181,10 @@ class LayerCell:
             AssertionError: If a contestant computes something else.
         """
         zs = self.inputs()
-        builders, truth = self.build(zs), _Truth(self, zs)
+        builders, truth = (
+            self.build(zs),
+            Truth(zs, self.gate, DROPOUT if self.dropout else 0.0, self.packed),
+        )
         for name in list(self.contestants):
             try:
                 self._compare(zs, builders[name](), truth)
@@ -252,57 +255,6 @@ class LayerCell:
         if phase != "both":
             return {"forward": forward, "backward": backward}[phase]
         return Cost(forward.flops + backward.flops, forward.bytes + backward.bytes)
-
-
-class _Truth:
-    """Values and gradients by the reference, in fp64 and in the cell's dtype, by dropout mask."""
-
-    def __init__(self, cell: LayerCell, zs: list[Inputs]) -> None:
-        self.cell, self.zs = cell, zs
-        self.known: dict[tuple, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
-
-    def of(self, made: Contestant, keeps: list[Tensor] | None):
-        """(exact, plain) for a contestant: bare, adapted or gated, and with its dropout masks."""
-        adapted = "dA 0" in made.leaves
-        key = (adapted, made.gated, *(int(k.sum()) for k in keeps or ()))
-        if key not in self.known:
-            self.known[key] = tuple(
-                self._computed(dtype, keeps, adapted, made.gated)
-                for dtype in (torch.float64, DTYPE)
-            )
-        return self.known[key]
-
-    def _computed(self, dtype: torch.dtype, keeps, adapted: bool, gated: bool) -> dict[str, Tensor]:
-        zs = [z.cast(dtype) for z in self.zs]
-        x = zs[0].x.detach().requires_grad_()
-        leaves, ys = {"dx": x}, []
-        gate = None
-        if gated and self.cell.gate == "soft":
-            score = torch.logit(self.zs[0].gate.detach().float()).to(dtype).requires_grad_()
-            gate, leaves["ds"] = torch.sigmoid(score), score
-        elif gated:
-            gate = zs[0].gate.detach()
-        keep, p = (None, 0.0) if keeps is None else (keeps[0], DROPOUT)
-        for i, (z, own) in enumerate(zip(zs, self.zs, strict=True)):
-            weight = self._weight(own, z.weight.detach(), dtype)
-            if not adapted:
-                ys.append(x @ weight.t())
-                continue
-            a, b = z.lora_a.detach().requires_grad_(), z.lora_b.detach().requires_grad_()
-            leaves |= {f"dA {i}": a, f"dB {i}": b}
-            ys.append(reference.masked_lora_linear(x, weight, a, b, gate, None, c.SCALE, keep, p))
-        grads = torch.autograd.grad(ys, list(leaves.values()), [z.dy for z in zs])
-        found = {f"y {i}": y.detach() for i, y in enumerate(ys)}
-        return found | dict(zip(leaves, grads, strict=True))
-
-    def _weight(self, z: Inputs, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        if not self.cell.packed:
-            return weight
-        base = c.packed_peft_layer(z).base_layer
-        from ila_kernels.quant import Packed4bit
-
-        packed = Packed4bit(base.weight, base.weight.quant_state, DTYPE)
-        return packed.dense(DTYPE).to(dtype)
 
 
 def _values(made: Contestant, dys: list[Tensor]) -> dict[str, Tensor]:

@@ -95,7 +95,7 @@ def _draw(document: Mapping[str, Any], path: Path) -> None:
         axis.margins(x=0.12)
     where = document["environment"].get("gpu") or f"{document['environment']['threads']} CPU cores"
     figure.suptitle(
-        f"What a training step costs more: {cell['model']}, first blocks, {where}",
+        f"How the cost of a training step grows: {cell['model']}, first blocks, {where}",
         x=0.01,
         ha="left",
     )
