@@ -56,6 +56,8 @@ STOREYS = {
         "memory",
         "measure",
         "states",
+        "cached_rows",
+        "halves",
         "prefix",
         "trainer",
         "signals",
