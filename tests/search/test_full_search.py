@@ -1,5 +1,8 @@
 """The search over layers trained in full: gates turn ΔW = W − W₀, and scores say what it did."""
 
+import json
+import runpy
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -186,3 +189,42 @@ def test_an_adapter_search_is_not_resumed_with_weights(make_llama, rows, search,
             open_layers(make_llama()), rows,
             output_dir=tmp_path, method="gate_gradient", resume=True,
         )  # fmt: skip
+
+
+TWO = """
+import json, os, sys
+from pathlib import Path
+import torch
+from peft import LoraConfig
+from transformers import LlamaForCausalLM
+import ila
+from ila.full import open_layers
+from ila.ranks import leave_process_group
+
+
+def run(folder, size):
+    rows = [{"input_ids": [1, 6 + i, 9 + i, *range(8, 8 + i), 2]} for i in range(8)]
+    rows = [{**row, "labels": [-100, -100, *row["input_ids"][2:]]} for row in rows]
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    opened = open_layers(ila.attach(LlamaForCausalLM.from_pretrained(folder), lora))
+    config = ila.SearchConfig(stage1_steps=4, stage2_steps=5, epsilon=0.0, batch_size=size,
+                              learning_rate=1e-3, save_every=None)
+    return dict(ila.learn_mask(opened, rows, config, progress=False).scores)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, out = sys.argv[1:]
+    Path(f"{out}-{os.environ['RANK']}.json").write_text(json.dumps(run(folder, 2)))
+    leave_process_group()
+"""
+
+
+def test_two_processes_score_weights_as_one(run_ranks, tiny_model_folder, tmp_path):
+    run_ranks(TWO, tiny_model_folder, tmp_path / "two")
+    two, other = (json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2))
+    assert two == other  # the same bits on both
+    (tmp_path / "job.py").write_text(TWO)
+    one = runpy.run_path(str(tmp_path / "job.py"))["run"](tiny_model_folder, 4)
+    largest = max(map(abs, one.values()))
+    assert two == pytest.approx(one, rel=1e-5, abs=1e-5 * largest)
