@@ -33,7 +33,10 @@ Dropout = Annotated[float, typer.Option(help="LoRA dropout.")]
 Targets = Annotated[str, typer.Option(help="all-linear, a regex, or names with commas.")]
 BatchSize = Annotated[int, typer.Option(help="Rows per device and step.")]
 Accumulate = Annotated[int, typer.Option(help="Gradient accumulation steps.")]
-LearningRate = Annotated[float, typer.Option(help="Peak learning rate of the adapters.")]
+LearningRate = Annotated[
+    float | None, typer.Option(help="Peak learning rate; 2e-4, or 2e-5 with --full.")
+]
+Full = Annotated[bool, typer.Option("--full", help="Train the layers' own weights.")]
 Seed = Annotated[int, typer.Option(help="Of the split, the adapter, data order and dropout.")]
 SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints; 0 keeps none.")]
 LoadIn = Annotated[str | None, typer.Option(help="4bit (NF4) or 8bit: pack the frozen base.")]
@@ -43,11 +46,13 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model'
 
 @app.command()
 def learn(
+    context: typer.Context,
     model: Model,
     data: Data,
     out: Out,
+    full: Full = False,
     method: Annotated[str, typer.Option(help="path, ila or gate_gradient.")] = "path",
-    stage1_steps: Annotated[int, typer.Option(help="Budget of LoRA training.")] = 400,
+    stage1_steps: Annotated[int, typer.Option(help="Budget of stage 1, training.")] = 400,
     epsilon: Annotated[float, typer.Option(help="Stage 1 ends at ε-stability; 0: never.")] = 0.01,
     stability_window: Annotated[int, typer.Option(help="Steps the loss is averaged over.")] = 50,
     stage2_steps: Annotated[int, typer.Option(help="Steps on the scores.")] = 128,
@@ -66,7 +71,7 @@ def learn(
     target_modules: Targets = "all-linear",
     batch_size: BatchSize = 8,
     gradient_accumulation: Accumulate = 1,
-    learning_rate: LearningRate = 2e-4,
+    learning_rate: LearningRate = None,
     seed: Seed = 0,
     save_every: SaveEvery = 50,
     resume: Resume = False,
@@ -76,13 +81,14 @@ def learn(
     from ila import commands
     from ila.search import SearchConfig
 
+    usual = _usual_rate(context, full)
     inputs = _inputs(locals())
     config = SearchConfig(
         method=method,
         stage1_steps=stage1_steps,
         epsilon=epsilon,
         stability_window=stability_window,
-        learning_rate=learning_rate,
+        learning_rate=usual if learning_rate is None else learning_rate,
         stage2_steps=stage2_steps,
         score_init=score_init,
         score_learning_rate=score_learning_rate,
@@ -90,7 +96,7 @@ def learn(
         save_every=save_every or None,
         training_args=_accumulation(gradient_accumulation),
     )
-    mask, data_note = commands.learn(inputs, config, out, resume=resume)
+    mask, data_note = commands.learn(inputs, config, out, full=full, resume=resume)
     screen.print(data_note, highlight=False)
     _print_search(mask)
     screen.print(f"Mask and heat map in {out}; next: ila select {out} --top 0.3", soft_wrap=True)
@@ -117,7 +123,7 @@ def train(
     data: Data,
     out: Out,
     mask: Annotated[Path | None, typer.Option(help="Mask file; without it all layers.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Train the layers' own weights.")] = False,
+    full: Full = False,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 400,
     cache_prefix: Annotated[
         bool, typer.Option("--cache-prefix", help="Compute what is frozen once per row.")
@@ -139,9 +145,7 @@ def train(
     target_modules: Targets = "all-linear",
     batch_size: BatchSize = 8,
     gradient_accumulation: Accumulate = 1,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate; 2e-4, or 2e-5 with --full.")
-    ] = None,
+    learning_rate: LearningRate = None,
     seed: Seed = 0,
     save_every: SaveEvery = 50,
     resume: Resume = False,
@@ -152,10 +156,8 @@ def train(
     from ila.report import runs_table
     from ila.train import TrainConfig
 
-    if full:
-        _refuse(context, ("rank", "alpha", "dropout", "load_in"), "--full trains no adapter")
+    usual = _usual_rate(context, full)
     inputs = _inputs(locals())
-    usual = 2e-5 if full else 2e-4
     if cache_folder is not None and not cache_prefix:
         raise ValueError("--cache-folder says where --cache-prefix keeps its file; give both")
     config = TrainConfig(
@@ -281,6 +283,13 @@ def _inputs(options: dict[str, Any]) -> Any:
 
     screen.quiet = leave_the_screen_to_the_main_process()
     return Inputs(**{name: options[name] for name in Inputs.__dataclass_fields__})
+
+
+def _usual_rate(context: typer.Context, full: bool) -> float:
+    """The learning rate where none is given; raise if an option of adapters is, beside --full."""
+    if full:
+        _refuse(context, ("rank", "alpha", "dropout", "load_in"), "--full trains no adapter")
+    return 2e-5 if full else 2e-4
 
 
 def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:

@@ -17,6 +17,7 @@ from ila.explanation import Explanation, explain
 from ila.figures import heatmap, runs_figure
 from ila.files import write_folder_atomic, write_json_atomic, write_text_atomic
 from ila.full import CHANGED_FILE, OpenLayers, load_changed, open_layers
+from ila.gated_weights import FullUpdates
 from ila.loading import find_source, load_model, load_tokenizer
 from ila.mask import LayerMask, thawed
 from ila.model import apply_mask
@@ -32,26 +33,41 @@ _REPORT_MARK = "<!-- written by `ila report`, which may write it again -->"
 
 
 def learn(
-    inputs: Inputs, config: SearchConfig, out: Path, *, resume: bool = False, progress: bool = True
+    inputs: Inputs,
+    config: SearchConfig,
+    out: Path,
+    *,
+    full: bool = False,
+    resume: bool = False,
+    progress: bool = True,
 ) -> tuple[LayerMask, str]:
     """Learn a mask into ``out``: ``mask.json``, ``heatmap.png``, ``log.jsonl``, ``adapter/``.
+
+    With ``full`` the layers' own weights are trained and their changes scored; no adapter is kept.
 
     Returns:
         The mask and what became of the rows, in words.
     """
     config, inputs = replace(config, seed=inputs.seed), inputs.located()
     check_folder(out, inputs, resume, "learn")
+    _refuse_packed(full, inputs)
     prepared = prepare(inputs, progress=progress)
-    claim_folder(out, prepared.description, resume, "learn")
+    model = open_layers(prepared.model) if full else prepared.model
+    description = {**prepared.description, "full": True} if full else prepared.description
+    claim_folder(out, description, resume, "learn")
     if resume and (out / "mask.json").is_file():
         mask = LayerMask.load(out)
-        if thawed(mask.provenance["search"]["config"]) == json.loads(json.dumps(config.as_dict())):
+        same = thawed(mask.provenance["search"]["config"]) == json.loads(
+            json.dumps(config.as_dict())
+        )
+        if same and mask.provenance.get("full", False) == full:
             return mask, prepared.note  # finished; with another config, learn_mask objects
     size, collator = config.batch_size, prepared.collator
     held_out = prepared.held_out
-    before = held_out_loss(prepared.model, held_out, collator, size) if held_out else None
+    bare = model.model if isinstance(model, OpenLayers) else model
+    before = held_out_loss(bare, held_out, collator, size) if held_out else None
     mask = learn_mask(
-        prepared.model,
+        model,
         prepared.dataset,
         config,
         collator=collator,
@@ -59,16 +75,16 @@ def learn(
         resume=resume,
         progress=progress,
     )
-    after = held_out_loss(prepared.model, held_out, collator, size) if held_out else None
+    after = held_out_loss(bare, held_out, collator, size) if held_out else None
     held = {"before": before, "after_stage1": after, "rows": len(held_out)}
-    provenance = {**prepared.description, "search": mask.provenance, "held_out_loss": held}
+    provenance = {**description, "search": mask.provenance, "held_out_loss": held}
     mask = LayerMask(mask.scores, provenance=provenance)
     if processes().is_main_process:
         title = f"{Path(inputs.model).name} on {Path(inputs.data).stem}: method {config.method}"
         heatmap(mask, out / "heatmap.png", title=title)
         mask.save(out / "mask.json")
-        for stage in ("stage1", "stage2"):
-            shutil.rmtree(out / stage, ignore_errors=True)
+        for folder in ("stage1", "stage2", FullUpdates.folder):
+            shutil.rmtree(out / folder, ignore_errors=True)
     return mask, prepared.note
 
 
@@ -98,8 +114,7 @@ def train_selected(
     config, inputs = replace(config, seed=inputs.seed), inputs.located()
     check_folder(out, inputs, resume, "train")
     mask = None if mask_file is None else LayerMask.load(mask_file)
-    if full and inputs.load_in is not None:
-        raise ValueError("full training changes the base's own weights; leave out load_in")
+    _refuse_packed(full, inputs)
     prepared = prepare(inputs, progress=progress)
     if mask is not None:
         _check_same_model(mask, mask_file, prepared.description["model"])
@@ -123,6 +138,11 @@ def train_selected(
         name=out.name,
     )
     return metrics, prepared.note
+
+
+def _refuse_packed(full: bool, inputs: Inputs) -> None:
+    if full and inputs.load_in is not None:
+        raise ValueError("full training changes the base's own weights; leave out load_in")
 
 
 def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, Any]) -> None:

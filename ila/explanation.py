@@ -16,9 +16,10 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from ila.checkpointing import find_blocks, frozen_blocks, is_trained
-from ila.layer import BARE, PEFT, MaskedLoraLayer
+from ila.layer import BARE, PEFT, SHARDED, MaskedLoraLayer
 from ila.mlp import LEAN, MlpRoute, lean_mlps
 from ila_kernels.config import resolve_impl
 from ila_kernels.device import call_of
@@ -140,14 +141,15 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     if not layers:
         raise ValueError("model has no LoRA layer to explain")
-    mlps = {name: block.route() for name, block in lean_mlps(model).items()}
+    gathered = _gathered_by_fsdp(model, layers)
+    mlps = {n: block.route(block.down_proj in gathered) for n, block in lean_mlps(model).items()}
     rows, kept_x, of_model = [], set(), getattr(model, "dtype", None)
     # Its down_proj keeps gate and up in place of x: as wide, twice.
     lean = {f"{name}.down_proj" for name, route in mlps.items() if route.path == LEAN}
     flows = _inputs_that_require_grad(model, layers)
     for name, layer in layers.items():
         if isinstance(layer, MaskedLoraLayer):
-            is_open, path, why = _masked_row(layer)
+            is_open, path, why = _masked_row(layer, layer in gathered)
         else:
             is_open, path, why = True, PEFT, f"not converted ({type(layer).__name__})"
         needs = _needs(layer, flows[name])
@@ -165,8 +167,27 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
     return Explanation(tuple(rows), tokens, mlps)
 
 
-def _masked_row(layer: MaskedLoraLayer) -> tuple[bool, str, str]:
+def _gathered_by_fsdp(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[nn.Module]:
+    """The layers that are sharded here and whole where they run: FSDP2 gathers them before."""
+    sharded = {
+        layer
+        for layer in layers.values()
+        if isinstance(layer, MaskedLoraLayer) and layer.route() is SHARDED
+    }
+    managed = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    inside = {inner for outer in managed for inner in outer.modules()}
+    # Where tensor parallelism has split W as well, what FSDP gathers is still a part.
+    return {layer for layer in sharded & inside if len(_splits(layer)) == 1}
+
+
+def _splits(layer: LoraLayer) -> list[object]:
+    return [p for p in layer.get_base_layer().weight.placements if not p.is_replicate()]
+
+
+def _masked_row(layer: MaskedLoraLayer, gathered: bool) -> tuple[bool, str, str]:
     path, reason, adapter = layer.route()
+    if gathered:  # ``route`` asks for sharding last: nothing else stands against the op
+        reason, adapter = f"{layer.plain}, gathered by FSDP before it runs", layer.active_adapters
     if path == BARE:
         closed = [a for a in layer.active_adapters if layer.is_closed(a)]
         return False, BARE, "closed by a mask" if closed else reason

@@ -29,7 +29,7 @@ from ila.mask import LayerMask
 from ila.model import apply_mask, masked_layers, single_adapter
 
 CHANGED_FILE = "changed.safetensors"
-_PREFIX = "base_model.model."  # of a PeftModel's modules before those of its base
+PEFT_PREFIX = "base_model.model."  # of a PeftModel's modules before those of its base
 
 
 class OpenLinear(nn.Linear):
@@ -84,7 +84,7 @@ class OpenLayers:
 
     def trainer(self, *args: Any, **kwargs: Any) -> Trainer:
         """A ``Trainer`` whose checkpoints hold the open weights alone."""
-        return _OpenTrainer(tuple(self.dtypes), *args, **kwargs)
+        return OpenTrainer(*args, **kwargs)
 
 
 def open_layers(peft_model: PeftModel, mask: LayerMask | None = None) -> OpenLayers:
@@ -110,7 +110,7 @@ def open_layers(peft_model: PeftModel, mask: LayerMask | None = None) -> OpenLay
         apply_mask(peft_model, mask)
     model = peft_model.unload()
     vars(model).pop("peft_config", None)
-    names = tuple(name.removeprefix(_PREFIX) for name in opened)
+    names = tuple(name.removeprefix(PEFT_PREFIX) for name in opened)
     modules = dict(model.named_modules())
     model.requires_grad_(False)
     dtypes = {}
@@ -189,12 +189,12 @@ def _check(model: nn.Module, layers: Mapping[str, MaskedLoraLayer]) -> None:
             raise ValueError(f"layer {name!r} must not share its weight, but {shared} are one")
 
 
-class _OpenTrainer(Trainer):
-    """Saves and loads the open weights, in full precision, where Trainer takes the whole model."""
+class OpenTrainer(Trainer):
+    """Saves and loads what requires grad, as it is, where Trainer takes the whole model."""
 
-    def __init__(self, names: tuple[str, ...], *args: Any, **kwargs: Any):
-        self._names = names
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._names = [n for n, p in self.model.named_parameters() if p.requires_grad]
         if self.is_fsdp_enabled:
             raise ValueError(
                 "full training of layers cannot shard them (FSDP): its checkpoints hold whole "

@@ -49,17 +49,21 @@ class LeanMLP(nn.Module):
     Shapes: x (..., K) -> y (..., K), as the plain class.
     """
 
-    def route(self) -> MlpRoute:
-        """Say what this block keeps for backward as it stands, and why."""
+    def route(self, gathered: bool = False) -> MlpRoute:
+        """Say what this block keeps for backward as it stands, and why.
+
+        Args:
+            gathered: Whether the weights of down_proj, sharded now, will be whole when it runs.
+        """
         reason = "its forward was replaced" if "forward" in self.__dict__ else None
         reason = reason or _why_not_silu(self.act_fn)
         if reason is not None:
             return MlpRoute(PLAIN, reason)
         down = self.down_proj
         path, why, adapter = down.route() if isinstance(down, MaskedLoraLayer) else (None,) * 3
-        if path == PEFT:
+        if path == PEFT and not gathered:
             return MlpRoute(KEEPS_H, f"down_proj takes PEFT's forward: {why}")
-        if adapter is not None and not _takes_recipe(down):
+        if (gathered or adapter is not None) and not _takes_recipe(down):
             return MlpRoute(KEEPS_H, "down_proj has hooks, which may change its input")
         return MlpRoute(LEAN, "gate and up")
 

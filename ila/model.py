@@ -76,6 +76,13 @@ def _masked_classes() -> tuple[type[MaskedLoraLayer], ...]:
     return (MaskedLoraLinear, *CLASSES)
 
 
+def _keep_training_layout(model: nn.Module, keep: bool = True) -> None:
+    if "bitsandbytes" in sys.modules:
+        from ila.quantized import keep_training_layout
+
+        keep_training_layout(model, keep)
+
+
 def attach(
     model: nn.Module, lora_config: LoraConfig, adapter_name: str = "default", **kwargs: Any
 ) -> PeftModel:
@@ -123,6 +130,7 @@ def attach(
         raise
     make_prefix_aware(peft_model)
     make_lean(peft_model)
+    _keep_training_layout(peft_model)
     return peft_model
 
 
@@ -170,6 +178,7 @@ def convert(model: nn.Module) -> ConversionReport:
         module.__class__ = next(c for c in _masked_classes() if c.peft_class is type(module))
         module.prepare()
     make_prefix_aware(model)
+    _keep_training_layout(model)
     mlps, left_mlps = make_lean(model)
     return ConversionReport(tuple(swap), left | left_mlps, tuple(mlps))
 
@@ -209,6 +218,7 @@ def restore(model: nn.Module) -> ConversionReport:
         if isinstance(config, LoraConfig) and config._custom_modules:
             config._custom_modules.pop(nn.Linear, None)
     undo_prefix_aware(model)
+    _keep_training_layout(model, keep=False)
     return ConversionReport(tuple(layers), mlps=tuple(mlps))
 
 

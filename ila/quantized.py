@@ -16,12 +16,7 @@ from ila_kernels.quant import Packed4bit, Packed8bit
 
 
 class MaskedLoraLinear4bit(MaskedLoraLayer, peft_bnb.Linear4bit):
-    """A gated LoRA layer over ``bitsandbytes.nn.Linear4bit``, a drop-in for PEFT's.
-
-    At the first evaluation without gradients on a CPU with AVX512-BF16, bitsandbytes rewrites the
-    weight into a layout for inference, rounding its scales to bf16. Training reads that layout
-    wrongly: the gradient of x is lost. So the base layers of this class are told not to.
-    """
+    """A gated LoRA layer over ``bitsandbytes.nn.Linear4bit``, a drop-in for PEFT's."""
 
     peft_class = peft_bnb.Linear4bit
     plain = "plain LoRA on bitsandbytes' Linear4bit"
@@ -39,20 +34,7 @@ class MaskedLoraLinear4bit(MaskedLoraLayer, peft_bnb.Linear4bit):
 
     def prepare(self) -> None:
         super().prepare()
-        base = self.get_base_layer()
-        if getattr(base, "support_avx512bf16_for_cpu", False):
-            state = getattr(base.weight, "quant_state", None)
-            if getattr(state, "packing_format_for_cpu", False):
-                base.state_dict()  # bitsandbytes' way back to the layout of training
-                if state.absmax.dim() == 2:  # which forgets the scales where they are not nested
-                    state.absmax = state.absmax.t().reshape(-1).float()
-            base.support_avx512bf16_for_cpu = False
-            self._repacks = True
-
-    def strip(self) -> None:
-        super().strip()
-        if self.__dict__.pop("_repacks", False):
-            self.get_base_layer().support_avx512bf16_for_cpu = True
+        _keep_layout(self.get_base_layer())
 
 
 class MaskedLoraLinear8bit(MaskedLoraLayer, peft_bnb.Linear8bitLt):
@@ -74,3 +56,33 @@ class MaskedLoraLinear8bit(MaskedLoraLayer, peft_bnb.Linear8bitLt):
 
 
 CLASSES = (MaskedLoraLinear4bit, MaskedLoraLinear8bit)
+
+
+def keep_training_layout(model: nn.Module, keep: bool = True) -> None:
+    """Keep bitsandbytes from rewriting 4-bit weights for inference, adapted or not; or let it.
+
+    At the first evaluation without gradients on a CPU with AVX512-BF16, bitsandbytes rewrites a
+    weight into a layout for inference, rounding its scales to bf16. Training reads that layout
+    wrongly: the gradient of x is lost, and with it that of everything below, without a word.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            if keep:
+                _keep_layout(module)
+            elif module.__dict__.pop(_REPACKS, False):
+                module.support_avx512bf16_for_cpu = True
+
+
+_REPACKS = "_ila_repacks"
+
+
+def _keep_layout(base: nn.Module) -> None:
+    if not getattr(base, "support_avx512bf16_for_cpu", False):
+        return
+    state = getattr(base.weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        base.state_dict()  # bitsandbytes' way back to the layout of training
+        if state.absmax.dim() == 2:  # which forgets the scales where they are not nested
+            state.absmax = state.absmax.t().reshape(-1).float()
+    base.support_avx512bf16_for_cpu = False
+    base.__dict__[_REPACKS] = True

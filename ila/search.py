@@ -20,14 +20,13 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from ila import claims, stages
-from ila.checkpoint import load_adapter, save_adapter, whole_state
 from ila.claims import RUN_MARKER
 from ila.files import write_folder_atomic, write_json_atomic
-from ila.layer import FUSED, SHARDED, MaskedLoraLayer
+from ila.full import OpenLayers
+from ila.gated_weights import FullUpdates
 from ila.mask import LayerMask
-from ila.model import masked_layers, single_adapter
 from ila.ranks import on_main_process
-from ila.signals import GateGradient, LayerMean, PathGradient, SignalTrainer
+from ila.signals import LayerMean, PathGradient, SignalTrainer
 from ila.stability import StopWhenStable
 from ila.trainer import (
     LogFile,
@@ -40,6 +39,7 @@ from ila.trainer import (
     run,
     stage_callbacks,
 )
+from ila.updates import AdapterUpdates
 
 METHODS = ("ila", "path", "gate_gradient")
 
@@ -114,7 +114,7 @@ class SearchConfig:
 
 
 def learn_mask(
-    peft_model: PeftModel,
+    peft_model: PeftModel | OpenLayers,
     dataset: Sequence[Mapping[str, Any]],
     config: SearchConfig | None = None,
     *,
@@ -123,18 +123,21 @@ def learn_mask(
     resume: bool = False,
     progress: bool = True,
 ) -> LayerMask:
-    """Learn how much each LoRA layer of a model matters for a data set.
+    """Learn how much each LoRA layer of a model, or each layer trained in full, matters.
 
-    Afterwards the model holds the adapter as stage 1 left it, every layer open, no gates.
+    Afterwards the model holds the adapter (the weights) as stage 1 left it, every layer open, no
+    gates.
 
     Args:
         peft_model: From ``ila.attach`` or ``ila.convert``, one active adapter, every layer open.
+            Or what ``ila.full.open_layers`` returned without a mask: stage 1 then trains the
+            layers' own weights, and gates turn ΔW = W − W₀ of each.
         dataset: Rows with ``input_ids`` and ``labels`` (-100 where there is no loss), e.g. from
             ``ila.data.encode``.
         config: How to search; ``None`` means the defaults.
         collator: Rows to a batch; ``None`` pads on the right with the model's pad id.
-        output_dir: Where the search keeps checkpoints, ``adapter/`` (stage 1) and ``log.jsonl``;
-            ``None`` keeps nothing.
+        output_dir: Where the search keeps checkpoints, ``adapter/`` (stage 1; ``changed/`` with
+            weights in float32 if they were trained) and ``log.jsonl``; ``None`` keeps nothing.
         resume: Go on from what ``output_dir`` holds of the same search.
         progress: Show progress bars on stderr.
 
@@ -148,25 +151,28 @@ def learn_mask(
         FloatingPointError: If the loss stops being finite.
     """
     config = SearchConfig() if config is None else config
-    adapter = single_adapter(peft_model, None)
-    layers = masked_layers(peft_model, adapter)
-    _check_layers(layers, adapter)
+    what = (
+        FullUpdates(peft_model)
+        if isinstance(peft_model, OpenLayers)
+        else AdapterUpdates(peft_model)
+    )
+    model = what.model
     check_dataset(dataset)
-    collator = default_collator(peft_model) if collator is None else collator
+    collator = default_collator(model) if collator is None else collator
     if output_dir is None and resume:
         raise ValueError("resume=True needs the output_dir of the search to go on with")
     with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
         work = _Work(
-            *(peft_model, adapter, layers, dataset, collator, config),
+            *(what, dataset, collator, config),
             *(Path(folder), output_dir is not None, resume, progress),
         )
         on_main_process(work.claim)
-        training = peft_model.training
+        training = model.training
         try:
             stage1 = _stage1(work)
             scores, stage2 = _stage2(work, stage1)
         finally:
-            peft_model.train(training)
+            model.train(training)
     gate_gradient = stage1.pop("gate_gradient")
     provenance = {
         "config": config.as_dict(),
@@ -182,9 +188,7 @@ def learn_mask(
 class _Work:
     """One search: what is searched on which data, and the folder of it."""
 
-    peft_model: PeftModel
-    adapter: str
-    layers: Mapping[str, MaskedLoraLayer]
+    what: AdapterUpdates | FullUpdates
     dataset: Sequence[Mapping[str, Any]]
     collator: Any
     config: SearchConfig
@@ -196,8 +200,8 @@ class _Work:
     def claim(self) -> None:
         """Mark the folder as this search's, or check that it is."""
         if self.keep:
-            mine = {"config": self.config.as_dict(), "adapter": self.adapter}
-            mine |= {"layers": list(self.layers), "rows": len(self.dataset)}
+            mine = {"config": self.config.as_dict(), "adapter": self.what.adapter}
+            mine |= {"layers": list(self.what.layers), "rows": len(self.dataset)}
             where = {"marker": "search.json", "beside": (RUN_MARKER,)}
             claims.claim(self.folder, mine, resume=self.resume, **where)
 
@@ -208,26 +212,12 @@ class _Work:
         return self.config.save_every if self.keep else None
 
 
-def _check_layers(layers: Mapping[str, MaskedLoraLayer], adapter: str) -> None:
-    if not layers:
-        raise ValueError(
-            f"peft_model has no MaskedLoraLinear layer with adapter {adapter!r}; "
-            "use ila.attach or ila.convert first"
-        )
-    for name, layer in layers.items():
-        if layer.is_closed(adapter):
-            raise ValueError(f"layer {name!r} is closed; the search needs every layer open")
-        route = layer.route()
-        if route.path != FUSED and route is not SHARDED:  # forward raises if it is not gathered
-            raise ValueError(f"layer {name!r} cannot be scored: {route.reason}")
-
-
 def _stage1(work: _Work) -> dict[str, Any]:
     config, done = work.config, work.folder / "stage1.json"
     if work.resume and on_main_process(done.exists):
-        load_adapter(work.peft_model, work.adapter, work.folder / "adapter")
+        work.what.load(work.folder / work.what.folder)
         return json.loads(done.read_text(encoding="utf-8"))
-    signal = GateGradient(work.layers, work.adapter)
+    signal = work.what.signal()
     stable = StopWhenStable(config.epsilon, config.stability_window)
     trainer = _train(
         work,
@@ -247,14 +237,14 @@ def _stage1(work: _Work) -> dict[str, Any]:
         "gate_gradient": signal.mean(),
     }
     if work.keep:
-        state = whole_state(work.peft_model, work.adapter)
+        state = work.what.state()
         on_main_process(lambda: _finish_stage1(work, state, result))
     return result
 
 
 def _finish_stage1(work: _Work, state: dict[str, Tensor], result: Mapping[str, Any]) -> None:
-    with write_folder_atomic(work.folder / "adapter", replace=True) as target:
-        save_adapter(work.peft_model, work.adapter, target, state)
+    with write_folder_atomic(work.folder / work.what.folder, replace=True) as target:
+        work.what.save(target, state)
     write_json_atomic(work.folder / "stage1.json", result)
 
 
@@ -272,13 +262,13 @@ def _course(losses: Sequence[float], window: int) -> dict[str, Any]:
 def _stage2(work: _Work, stage1: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
     if work.config.method == "gate_gradient":
         return stage1["gate_gradient"], {"steps": 0}
-    with stages.scored(work.peft_model, work.layers, work.adapter, work.config.score_init):
+    with work.what.scored(work.config.score_init):
         by = _path_scores if work.config.method == "path" else _trained_scores
         return by(work)
 
 
 def _path_scores(work: _Work) -> tuple[dict[str, float], dict[str, Any]]:
-    path = PathGradient(work.layers, work.adapter, stages.PATH_POINTS)
+    path = PathGradient(work.what.layers, work.what.adapter, stages.PATH_POINTS)
     # The gates are set by hand; the optimiser only has to leave them alone. Not SGD: an optimiser
     # without state cannot be read back from a checkpoint of FSDP.
     trainer = _train_scores(work, signal=path, optim="adamw_torch", learning_rate=0.0)
@@ -286,10 +276,10 @@ def _path_scores(work: _Work) -> tuple[dict[str, float], dict[str, Any]]:
 
 
 def _trained_scores(work: _Work) -> tuple[dict[str, float], dict[str, Any]]:
-    spread = stages.LogSpread(work.layers, work.adapter, work.log("stage2"))
+    spread = stages.LogSpread(work.what.layers, work.what.adapter, work.log("stage2"))
     rate = work.config.score_learning_rate
     trainer = _train_scores(work, callbacks=[spread], learning_rate=rate)
-    scores = stages.read_scores(work.layers, work.adapter)
+    scores = stages.read_scores(work.what.layers, work.what.adapter)
     return scores, {"steps": trainer.state.global_step}
 
 
@@ -337,7 +327,8 @@ def _train(
     )
     signals = [] if signal is None else [signal]
     callbacks = [*signals, *callbacks, *own]
-    trainer = trainer_class(work.peft_model, args, work.collator, work.dataset, callbacks=callbacks)
+    make = work.what.trainer(trainer_class)
+    trainer = make(args, work.collator, work.dataset, callbacks=callbacks)
     trainer.signal = signal
     start = resume_point(folder, work.resume)
     if start is not None and signal is not None:

@@ -31,7 +31,7 @@ class LayerMean(TrainerCallback):
 
     def __init__(self, layers: Mapping[str, MaskedLoraLayer], adapter: str, groups: int = 1):
         self.layers, self.adapter = layers, adapter
-        self.device = next(iter(layers.values())).lora_A[adapter].weight.device
+        self.device = next(iter(layers.values())).weight.device
         self.totals = torch.zeros(groups, len(layers), dtype=torch.float64, device=self.device)
         self.counts = torch.zeros(groups, dtype=torch.float64, device=self.device)
 

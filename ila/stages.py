@@ -35,7 +35,7 @@ def scored(
     # By name: sharding replaces the parameters.
     required = {name: p.requires_grad for name, p in peft_model.named_parameters()}
     for layer in layers.values():
-        weight = layer.base_layer.weight
+        weight = layer.weight
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         start = torch.full((1,), score_init, dtype=wide, device=weight.device)
         layer.lora_score[adapter] = nn.Parameter(start)

@@ -263,6 +263,11 @@ def _prefix_cache(trainer: Trainer, config: TrainConfig, out: Path, progress: bo
     """Let a trainer read cached states in place of tokens."""
     if trainer.args.neftune_noise_alpha:
         raise ValueError("cache_prefix would not be exact: NEFTune adds noise to the embeddings")
+    if trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no":
+        raise ValueError(
+            "cache_prefix would not be exact: in mixed precision FSDP rounds the weights of its "
+            "blocks, and the states are computed by one process with whole weights"
+        )
     cache = PrefixCache.prepare(
         trainer.model,
         trainer.train_dataset,

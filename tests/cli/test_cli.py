@@ -754,3 +754,26 @@ def test_fresh_does_not_remove_what_is_no_demo(ila, tmp_path):
     )
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     assert "steps must be ≥ 5, got 0" in ila("demo", "--steps", "0", "--out", tmp_path).error()
+
+
+def test_learn_full_scores_the_weights_and_its_mask_trains_them(ila, source, tmp_path):
+    plain = source[:-2]  # without a rank
+    found, run = tmp_path / "found", tmp_path / "run"
+    steps = ("--stage1-steps", 4, "--stage2-steps", 5, "--batch-size", 2)
+    answer = ila("learn", *plain, *steps, "--full", "--out", found)
+    assert answer.code == 0, answer.err
+    names = {path.name for path in found.iterdir()}
+    assert names == {
+        "mask.json", "heatmap.png", "log.jsonl", "run.json", "search.json", "stage1.json"
+    }  # fmt: skip
+    mask = LayerMask.load(found)
+    assert mask.provenance["full"] and mask.provenance["search"]["config"]["learning_rate"] == 2e-5
+    assert len(set(mask.scores.values())) == 14
+    assert ila("select", found, "--top", "0.3").code == 0
+    chosen = found / "mask-top-0.3.json"
+    answer = ila("train", *plain, "--full", "--mask", chosen, "--steps", 2, "--out", run)
+    assert answer.code == 0 and "4 of 14 (29%)" in answer.out, answer.err
+    line = ila("learn", *source, *steps, "--full", "--out", tmp_path / "x").error()
+    assert "--rank does nothing here: --full trains no adapter" in line
+    lora = ("--learning-rate", 2e-5, "--out", found, "--resume")
+    assert "differs in adapter" in ila("learn", *plain, *steps, *lora).error()

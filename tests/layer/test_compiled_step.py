@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ila
 from ila import stages
+from ila.loading import find_source, load_model
 from ila.mask import LayerMask
 from ila.model import masked_layers
 
@@ -109,6 +110,26 @@ def test_a_compiled_step_of_the_scores_is_the_eager_step():
                 layer.lora_score["default"].fill_(-1.0)
         check_same_steps(compiled, model, twin)
         assert graphs() == 1
+
+
+# Said by the compiler to itself, of the ctx that it makes for any autograd function.
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+def test_a_compiled_step_over_a_packed_base_is_the_eager_step(load_in, tiny_model_folder):
+    pytest.importorskip("bitsandbytes")
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    pair = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        base = load_model(find_source(str(tiny_model_folder)), load_in=load_in).train()
+        pair.append(ila.attach(base, lora))
+    model, twin = pair
+    for each in pair:
+        ila.apply_mask(each, half_open(each))
+    # The same operations, in fp32: the norms, the softmax and the loss stay torch's own.
+    check_same_steps(torch.compile(model, backend="aot_eager"), model, twin, tolerance=2**-20)
+    # bitsandbytes moves int8 codes from the weight to the layer in the first forward: one more.
+    assert graphs() == (1 if load_in == "4bit" else 2)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")

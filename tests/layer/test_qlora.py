@@ -315,6 +315,17 @@ def test_an_evaluation_between_steps_changes_nothing(pair, tiny, kind, closed):
     tiny.assert_equal(tiny.run(ours.train()), before)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double"])
+def test_an_evaluation_leaves_layers_without_an_adapter_trainable_too(tiny, load, kind):
+    """They are bitsandbytes' own, and the gradient passes them."""
+    model = tiny.attached(config_of(target_modules=["q_proj"]), load(kind))
+    before = tiny.run(model)
+    with torch.no_grad():
+        model.eval()(input_ids=tiny.tokens())
+    tiny.assert_equal(tiny.run(model.train()), before)
+    assert len(before) == 5 and all(value.abs().max() > 0 for value in before.values())
+
+
 def test_a_model_that_was_evaluated_first_can_still_be_trained(tiny, load):
     base, fresh = load("nf4"), tiny.attached(config_of(), load("nf4"))
     with torch.no_grad():

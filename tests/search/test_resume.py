@@ -17,6 +17,7 @@ from transformers import Trainer
 
 import ila.search
 import ila.train
+import ila.updates
 from ila.checkpoint import MarkComplete, last_complete
 from ila.signals import PathGradient
 from ila.train import TrainConfig, train
@@ -82,7 +83,7 @@ def check_each_step_once(folder, stage1=8, stage2=7):
         ("ila", RNG, 2, False),  # while the second checkpoint is being written
         ("ila", MARK, 2, False),  # it is written, but nothing says so
         ("ila", TRAIN, 1, True),  # stage 1 is done, its adapter not saved
-        ("ila", (ila.search, "save_adapter"), 1, True),  # saved, but in a folder of no name yet
+        ("ila", (ila.updates, "save_adapter"), 1, True),  # saved, but in a folder of no name yet
         ("ila", STEP, 9, False),  # in the first step of stage 2
         ("ila", STEP, 13, True),
         ("ila", RNG, 5, False),

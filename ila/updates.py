@@ -1,0 +1,64 @@
+"""What a search scores where an adapter is trained: the update α B A of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+
+from peft import PeftModel
+from torch import Tensor
+
+from ila import stages
+from ila.checkpoint import load_adapter, save_adapter, whole_state
+from ila.layer import FUSED, SHARDED, MaskedLoraLayer
+from ila.model import masked_layers, single_adapter
+from ila.signals import GateGradient, LayerMean, SignalTrainer
+
+
+class AdapterUpdates:
+    """An adapter; ``ila.gated_weights.FullUpdates`` has the same methods.
+
+    Raises:
+        ValueError: If there is no layer to score, or one is closed or not on the fused path.
+    """
+
+    folder = "adapter"
+
+    def __init__(self, model: PeftModel):
+        self.model, self.adapter = model, single_adapter(model, None)
+        self.layers = masked_layers(model, self.adapter)
+        _check_layers(self.layers, self.adapter)
+
+    def signal(self) -> LayerMean:
+        return GateGradient(self.layers, self.adapter)
+
+    def trainer(self, kind: type[SignalTrainer]) -> partial:
+        return partial(kind, self.model)
+
+    def scored(self, score_init: float) -> AbstractContextManager[None]:
+        return stages.scored(self.model, self.layers, self.adapter, score_init)
+
+    def state(self) -> dict[str, Tensor]:
+        return whole_state(self.model, self.adapter)
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        save_adapter(self.model, self.adapter, folder, state)
+
+    def load(self, folder: Path) -> None:
+        load_adapter(self.model, self.adapter, folder)
+
+
+def _check_layers(layers: Mapping[str, MaskedLoraLayer], adapter: str) -> None:
+    if not layers:
+        raise ValueError(
+            f"peft_model has no MaskedLoraLinear layer with adapter {adapter!r}; "
+            "use ila.attach or ila.convert first"
+        )
+    for name, layer in layers.items():
+        if layer.is_closed(adapter):
+            raise ValueError(f"layer {name!r} is closed; the search needs every layer open")
+        route = layer.route()
+        if route.path != FUSED and route is not SHARDED:  # forward raises if it is not gathered
+            raise ValueError(f"layer {name!r} cannot be scored: {route.reason}")
