@@ -6,17 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sections.pieces import (
-    COLOURS,
-    NOT_MEASURED,
-    machine,
-    mebibytes,
-    new_figure,
-    quietness,
-    save,
-    share,
-    table,
-)
+from benchmarks.sections.common import NOT_MEASURED, save, table
+from benchmarks.sections.pieces import COLOURS, machine, mebibytes, new_figure, quietness, share
 
 COMMAND = "`pytest benchmarks/test_model.py`"
 # What the README shows.

@@ -1,29 +1,15 @@
-"""What the sections share: sentences on a run, tables, and the look of figures."""
+"""What the sections of timed results share: sentences on a run, ratios, colours by contestant."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-# Okabe and Ito's palette, told apart by everybody.
+from benchmarks.sections.common import BLUE, GREEN, INK, NOT_MEASURED, PURPLE, RED, SKY, style
+
 COLOURS = {
-    "ours": "#0072B2", "ours, cache": "#56B4E9", "PEFT": "#D55E00", "frozen": "#555555",
-    "other": "#CC79A7", "second": "#009E73",
+    "ours": BLUE, "ours, cache": SKY, "PEFT": RED, "frozen": INK, "other": PURPLE, "second": GREEN,
 }  # fmt: skip
-NOT_MEASURED = "not measured"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are right-aligned.
-
-    >>> print(table(["a", "b"], [["1", "2"]]))
-    | a | b |
-    | --- | ---: |
-    | 1 | 2 |
-    """
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def machine(document: Mapping[str, Any]) -> str:
@@ -66,20 +52,11 @@ def mebibytes(value: int | None) -> str:
 
 
 def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8.0, 5.0)):
-    """A figure and its axes: light, without a frame, for print and screen."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """A figure and its axes as a grid; each axis gets a title of its own."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
-        axis.set_axisbelow(True)
+        style(axis)
     return figure, axes
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a PNG; the same figure gives the same bytes."""
-    figure.savefig(path, dpi=150, metadata={"Software": None})

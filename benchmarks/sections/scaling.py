@@ -6,15 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sections.pieces import (
-    COLOURS,
-    NOT_MEASURED,
-    machine,
-    new_figure,
-    quietness,
-    save,
-    table,
-)
+from benchmarks.sections.common import NOT_MEASURED, save, table
+from benchmarks.sections.pieces import COLOURS, machine, new_figure, quietness
 
 COMMAND = "`pytest benchmarks/test_scaling.py`"
 STEMS = (("CPU", "scaling"), ("GPU", "scaling-gpu"))

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sections.pieces import NOT_MEASURED, machine, quietness, share, table
+from benchmarks.sections.common import NOT_MEASURED, table
+from benchmarks.sections.pieces import machine, quietness, share
 
 COMMAND = "`pytest benchmarks/test_search_cost.py`"
 STEMS = (("CPU", "search-cost"), ("GPU", "search-cost-gpu"))
