@@ -51,7 +51,9 @@ def learn(
     data: Data,
     out: Out,
     full: Full = False,
-    method: Annotated[str, typer.Option(help="path, ila or gate_gradient.")] = "path",
+    method: Annotated[
+        str, typer.Option(help="path, ila, gate_gradient; or a baseline: see README.")
+    ] = "path",
     stage1_steps: Annotated[int, typer.Option(help="Budget of stage 1, training.")] = 400,
     epsilon: Annotated[float, typer.Option(help="Stage 1 ends at ε-stability; 0: never.")] = 0.01,
     stability_window: Annotated[int, typer.Option(help="Steps the loss is averaged over.")] = 50,
@@ -393,13 +395,17 @@ def _distinct_names(runs: list[Path]) -> list[str]:
 def _print_search(mask: Any) -> None:
     search, held = mask.provenance["search"], mask.provenance["held_out_loss"]
     stage1, spread = search["stage1"], search["spread"]
-    screen.print(
-        f"Stage 1: {stage1['steps']} steps (stopped: {stage1['stopped']}), "
-        f"training loss {stage1['first_window_loss']:.3f} → {stage1['last_window_loss']:.3f} "
-        f"(means of the first and the last {stage1['loss_window']} steps)"
-        + (f", held out {held['before']:.3f} → {held['after_stage1']:.3f}" if held["rows"] else ""),
-        highlight=False,
-    )
+    if not stage1["steps"]:
+        screen.print(f"No stage 1: method {search['config']['method']} needs none", highlight=False)
+    else:
+        change = f", held out {held['before']:.3f} → {held['after_stage1']:.3f}"
+        screen.print(
+            f"Stage 1: {stage1['steps']} steps (stopped: {stage1['stopped']}), "
+            f"training loss {stage1['first_window_loss']:.3f} → {stage1['last_window_loss']:.3f} "
+            f"(means of the first and the last {stage1['loss_window']} steps)"
+            + (change if held["rows"] else ""),
+            highlight=False,
+        )
     screen.print(
         f"Stage 2: {search['stage2']['steps']} steps; scores of {len(mask)} layers from "
         f"{spread['min']:.4g} to {spread['max']:.4g}, standard deviation {spread['std']:.3g}",

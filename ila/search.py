@@ -11,28 +11,42 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from ila import claims, stages
+from ila.baselines import (
+    FORWARD,
+    POSITIONS,
+    UNTRAINED,
+    GradientNorm,
+    TokenMean,
+    by_position,
+    refuse_sharded,
+    update_norms,
+)
 from ila.claims import RUN_MARKER
 from ila.files import write_folder_atomic, write_json_atomic
 from ila.full import OpenLayers
 from ila.gated_weights import FullUpdates
 from ila.mask import LayerMask
-from ila.ranks import on_main_process
+from ila.ranks import on_main_process, sum_over_processes
+from ila.search_config import METHODS, SEARCHES, SearchConfig
 from ila.signals import LayerMean, PathGradient, SignalTrainer
 from ila.stability import StopWhenStable
 from ila.trainer import (
     LogFile,
     arguments,
     check_dataset,
-    check_training_args,
     default_collator,
     losses,
     resume_point,
@@ -40,77 +54,6 @@ from ila.trainer import (
     stage_callbacks,
 )
 from ila.updates import AdapterUpdates
-
-METHODS = ("ila", "path", "gate_gradient")
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """How the mask is learned. Steps are optimiser steps.
-
-    The defaults are a starting point, not a result. ``score_init``, ``score_learning_rate`` and
-    ``stage2_steps`` follow what is said of the paper's search; learning rate and budget of stage 1
-    are usual for LoRA. Nothing was measured on a model of more than 135M parameters.
-
-    Attributes:
-        method: ``"path"`` averages −dL/dγ along γ = 0.1 … 0.9, without an optimiser; ``"ila"``
-            trains the scores (the paper's method); ``"gate_gradient"`` takes what stage 1 gathers
-            and has no stage 2. Which ranks best: ``benchmarks.real_data``.
-        stage1_steps: Budget of stage 1.
-        epsilon: Stage 1 ends early when the mean loss of two successive windows of
-            ``stability_window`` steps differs by less than this, in nats; 0 turns that off.
-        stability_window: Steps in a window.
-        learning_rate: Of stage 1, linear decay over the budget after 3 % warm-up.
-        stage2_steps: Steps of stage 2.
-        score_init: s₀; γ starts at σ(s₀).
-        score_learning_rate: Of the scores, constant, AdamW without weight decay.
-        batch_size: Rows per device and step.
-        seed: Of data order, dropout and everything else.
-        save_every: Steps between checkpoints; None keeps none. Needs an ``output_dir``.
-        training_args: Further ``transformers.TrainingArguments`` by name, e.g. ``bf16``,
-            ``gradient_accumulation_steps``; they win over the defaults of stage 1 and must not set
-            what a field here decides. In stage 2 they leave schedule, clipping and decay alone,
-            which would change what is measured.
-    """
-
-    method: str = "path"
-    stage1_steps: int = 400
-    epsilon: float = 0.01
-    stability_window: int = 50
-    learning_rate: float = 2e-4
-    stage2_steps: int = 128
-    score_init: float = 4.0
-    score_learning_rate: float = 1e-2
-    batch_size: int = 8
-    seed: int = 0
-    save_every: int | None = 50
-    training_args: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
-        for name in ("stage1_steps", "stage2_steps", "batch_size", "stability_window"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer ≥ 1, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "score_learning_rate"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
-        if not 0.0 <= self.epsilon < float("inf"):
-            raise ValueError(f"epsilon must be ≥ 0, got {self.epsilon!r}")
-        if not abs(self.score_init) < 30.0:
-            raise ValueError(f"score_init must be in (-30, 30), got {self.score_init!r}")
-        if self.method == "path" and self.stage2_steps < len(stages.PATH_POINTS):
-            raise ValueError(
-                f"stage2_steps must be ≥ {len(stages.PATH_POINTS)} for method 'path', one for each "
-                f"point of the path, got {self.stage2_steps}"
-            )
-        if self.save_every is not None and self.save_every < 1:
-            raise ValueError(f"save_every must be None or ≥ 1, got {self.save_every!r}")
-        check_training_args(self.training_args, "stage1_steps and stage2_steps")
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
-        return {**asdict(self), "training_args": dict(self.training_args)}
 
 
 def learn_mask(
@@ -157,6 +100,11 @@ def learn_mask(
         else AdapterUpdates(peft_model)
     )
     model = what.model
+    if isinstance(what, FullUpdates) and config.method in set(METHODS) - {*SEARCHES, *POSITIONS}:
+        raise ValueError(
+            f"method must be one of {(*SEARCHES, *POSITIONS)} where weights are trained in full, "
+            f"got {config.method!r}"
+        )
     check_dataset(dataset)
     collator = default_collator(model) if collator is None else collator
     if output_dir is None and resume:
@@ -214,6 +162,8 @@ class _Work:
 
 def _stage1(work: _Work) -> dict[str, Any]:
     config, done = work.config, work.folder / "stage1.json"
+    if config.method in UNTRAINED:
+        return {"steps": 0, "gate_gradient": {}}
     if work.resume and on_main_process(done.exists):
         work.what.load(work.folder / work.what.folder)
         return json.loads(done.read_text(encoding="utf-8"))
@@ -260,11 +210,46 @@ def _course(losses: Sequence[float], window: int) -> dict[str, Any]:
 
 
 def _stage2(work: _Work, stage1: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
-    if work.config.method == "gate_gradient":
+    method, what = work.config.method, work.what
+    if method == "gate_gradient":
         return stage1["gate_gradient"], {"steps": 0}
-    with work.what.scored(work.config.score_init):
-        by = _path_scores if work.config.method == "path" else _trained_scores
+    if method in POSITIONS:
+        return by_position(list(what.layers), method, work.config.seed), {"steps": 0}
+    if method == "update_norm":
+        refuse_sharded(what.layers)
+        return update_norms(what.layers, what.adapter), {"steps": 0}
+    if method == "gradient_norm":
+        return _gradient_norms(work)
+    if method in FORWARD:
+        return _forward_scores(work)
+    with what.scored(work.config.score_init):
+        by = _path_scores if method == "path" else _trained_scores
         return by(work)
+
+
+def _gradient_norms(work: _Work) -> tuple[dict[str, float], dict[str, Any]]:
+    norms = GradientNorm(work.what.layers, work.what.adapter)
+    trainer = _train(work, SignalTrainer, **_stage2_settings(work), signal=norms, learning_rate=0.0)
+    return norms.mean(), {"steps": trainer.state.global_step}
+
+
+def _forward_scores(work: _Work) -> tuple[dict[str, float], dict[str, Any]]:
+    """Batches forward alone, the order and placement Trainer's; too short to keep checkpoints."""
+    trainer, _ = _trainer(work, SignalTrainer, **_stage2_settings(work), learning_rate=0.0)
+    seen, steps = TokenMean(work.what.layers, work.what.adapter, work.config.method), 0
+    loader = trainer.get_train_dataloader()
+    model = trainer.model.eval()
+    bar = {"description": f"Stage 2: {work.config.method}", "disable": not work.progress}
+    batches = islice(chain.from_iterable(repeat(loader)), work.config.stage2_steps)
+    with torch.no_grad(), seen.listening(), trainer.accelerator.autocast():
+        screen = Console(stderr=True)
+        for batch in track(batches, total=work.config.stage2_steps, console=screen, **bar):
+            seen.begin(batch["attention_mask"])
+            model(**batch)
+            steps += 1
+    *totals, tokens = sum_over_processes([*seen.totals.tolist(), seen.tokens])
+    scores = {name: total / tokens for name, total in zip(seen.layers, totals, strict=True)}
+    return scores, {"steps": steps}
 
 
 def _path_scores(work: _Work) -> tuple[dict[str, float], dict[str, Any]]:
@@ -284,20 +269,28 @@ def _trained_scores(work: _Work) -> tuple[dict[str, float], dict[str, Any]]:
 
 
 def _train_scores(work: _Work, **settings: Any) -> Trainer:
-    return _train(
-        work,
-        stages.ScoreTrainer,
-        stage="stage2",
-        title=f"Stage 2: {work.config.method}",
-        steps=work.config.stage2_steps,
-        weight_decay=0.0,
-        max_grad_norm=1e30,  # clips nothing
-        lr_scheduler_type="constant",
-        **settings,
-    )
+    return _train(work, stages.ScoreTrainer, **_stage2_settings(work), **settings)
 
 
-def _train(
+def _stage2_settings(work: _Work) -> dict[str, Any]:
+    return {
+        "stage": "stage2",
+        "title": f"Stage 2: {work.config.method}",
+        "steps": work.config.stage2_steps,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1e30,  # clips nothing
+        "lr_scheduler_type": "constant",
+    }
+
+
+def _train(work: _Work, trainer_class: type[SignalTrainer], **options: Any) -> Trainer:
+    """Run one stage to its end, from its last complete checkpoint when resuming."""
+    trainer, start = _trainer(work, trainer_class, **options)
+    run(trainer, start)
+    return trainer
+
+
+def _trainer(
     work: _Work,
     trainer_class: type[SignalTrainer],
     *,
@@ -307,8 +300,8 @@ def _train(
     callbacks: Sequence[TrainerCallback] = (),
     signal: LayerMean | None = None,
     **settings: Any,
-) -> Trainer:
-    """Run one stage to its end, from its last complete checkpoint when resuming."""
+) -> tuple[Trainer, Path | None]:
+    """The Trainer of one stage, and the checkpoint that it goes on from."""
     folder = work.folder / stage
     extra = work.config.training_args
     if stage == "stage2":
@@ -333,5 +326,4 @@ def _train(
     start = resume_point(folder, work.resume)
     if start is not None and signal is not None:
         signal.load(start)
-    run(trainer, start)
-    return trainer
+    return trainer, start

@@ -15,7 +15,8 @@ from ila.data import Collator
 from ila.layer import MaskedLoraLinear
 from ila.mask import LayerMask
 from ila.model import masked_layers
-from ila.search import METHODS, SearchConfig, learn_mask
+from ila.search import SearchConfig, learn_mask
+from ila.search_config import SEARCHES
 from ila.signals import GateGradient
 from ila.stability import StopWhenStable
 from ila.train import TrainConfig
@@ -155,7 +156,7 @@ def test_a_step_that_overflowed_under_loss_scaling_is_not_counted(make_toy, rows
     assert signal.mean() == pytest.approx(truth, rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SEARCHES)
 def test_every_method_reports_the_free_signal_and_the_course(method, make_toy, rows, search):
     model = make_toy()
     mask = search(model, rows, method=method)
@@ -175,7 +176,7 @@ def test_every_method_reports_the_free_signal_and_the_course(method, make_toy, r
 # ---- determinism
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SEARCHES)
 def test_a_seed_decides_every_bit(method, make_llama, rows, search):
     runs = []
     for seed in (1, 1, 2):
@@ -339,7 +340,7 @@ def test_training_args_do_not_clip_or_decay_the_scores(method, make_toy, rows, s
 # ---- what is left
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SEARCHES)
 def test_the_search_leaves_the_model_as_it_found_it(method, make_llama, rows, search, trace):
     model = make_llama()
     for name, parameter in model.named_parameters():
@@ -352,7 +353,7 @@ def test_the_search_leaves_the_model_as_it_found_it(method, make_llama, rows, se
     assert all(not layer.is_closed("default") for layer in masked_layers(model, "default").values())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SEARCHES)
 def test_mixed_precision_is_taken_off_again(method, make_llama, rows, search, trace):
     model = make_llama()
     before = trace(model)
