@@ -1,170 +1,196 @@
-"""Render the tables of README.md from the JSON files under ``benchmarks/results/``.
+"""Render README.md, the pages and the figures of docs/ from the files under benchmarks/results/.
 
-python -m benchmarks.report            write them between the markers
-python -m benchmarks.report --check    exit 1 where README.md and the files disagree
+    python -m benchmarks.report            write them
+    python -m benchmarks.report --check    exit 1 where they and the files disagree
+
+Text stands between two markers in each page; what is outside of them is written by hand. What the
+text is, sections say: the modules of ``benchmarks.sections``.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import pkgutil
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
-from ila.files import write_text_atomic
+from benchmarks import sections
+from benchmarks.stamp import Reading, digest, fault, stamp
+from ila.files import write_bytes_atomic, write_text_atomic
 
-HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+PAGES = {"benchmarks": "docs/benchmarks.md", "study": "docs/study.md"}
+README, FIGURES = "README.md", "docs/figures"
+SUFFIXES = (".png", ".svg")
+COMMAND = "python -m benchmarks.report"
+NOTHING = "Nothing measured yet."
+MORE = (
+    "All tables and figures: [docs/benchmarks.md](docs/benchmarks.md) and "
+    "[docs/study.md](docs/study.md)."
+)
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; all columns but the first are right-aligned."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+class Picture(NamedTuple):
+    """How to draw a figure, and the digest of what it is drawn from."""
+
+    draw: Callable[[Path], None]
+    results: str
 
 
-def searches(method: str, result: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of the search table: one per data set."""
-    rows = []
-    for name, learned in result["learned"].items():
-        held, spread = learned["held_out_loss"], learned["spread"]
-        rows.append(
-            [
-                f"`{method}`, {name}",
-                f"{held['before']:.3f} → {held['after_stage1']:.3f}",
-                f"{spread['min']:.4g} … {spread['max']:.4g}",
-                f"{spread['std']:.2g}",
-            ]
-        )
-    return rows
+class Results(NamedTuple):
+    """The result files: stem -> content, and stem -> digest of the bytes."""
+
+    content: dict[str, Any]
+    digests: dict[str, str]
 
 
-def agreements(method: str, result: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of the agreement table: one per pair of data sets."""
-    rows = []
-    for pair in result["agreement"]:
-        top = {cut["fraction"]: cut for cut in pair["top"]}
-        names = [pair[key].removeprefix("learn-") for key in ("a", "b")]
-        cells = [f"{top[p]['jaccard']:.2f} ({top[p]['chance']:.2f})" for p in (0.1, 0.3, 0.75)]
-        rho = "none" if pair["spearman"] is None else f"{pair['spearman']:.2f}"
-        rows.append([f"`{method}`, {' and '.join(names)}", rho, *cells])
-    return rows
+def read_results(folder: Path) -> Results:
+    """Read every ``.json`` and ``.jsonl`` (a list of its lines) in a folder."""
+    content, digests = {}, {}
+    for path in sorted((*folder.glob("*.json"), *folder.glob("*.jsonl"))):
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            content[path.stem] = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            content[path.stem] = json.loads(text)
+        digests[path.stem] = digest(text.encode())
+    return Results(content, digests)
 
 
-def trainings(method: str, result: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of the training table: one per run."""
-    rows = []
-    for name, run in result["trained"].items():
-        memory = run["peak_memory_bytes"]
-        rows.append(
-            [
-                f"`{method}`, {name}",
-                f"{run['open_modules']} of {run['total_modules']}",
-                f"{run['trainable_parameters'] / 1e6:.2f} M",
-                f"{run['held_out_loss_before']:.3f} → {run['held_out_loss']:.3f}",
-                "not measured" if memory is None else f"{memory / 2**30:.2f} GiB",
-            ]
-        )
-    return rows
+def find_sections() -> list[ModuleType]:
+    """Import every section, in the order in which pages show them."""
+    names = [module.name for module in pkgutil.iter_modules(sections.__path__)]
+    modules = [importlib.import_module(f"{sections.__name__}.{name}") for name in names]
+    found = [module for module in modules if hasattr(module, "markdown")]
+    for module in found:
+        if page_of(module) not in PAGES:
+            raise ValueError(f"{module.__name__}: PAGE must be one of {', '.join(PAGES)}")
+    return sorted(found, key=lambda module: (getattr(module, "ORDER", 50), module.__name__))
 
 
-def speeds(result: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of the step-time table: one per contestant."""
-    return [
-        [name, f"{row['speed_relative_to_peft']:.2f}", f"{row['p10']:.2f}–{row['p90']:.2f}"]
-        for name, row in result["rows"].items()
-    ]
+def page_of(section: ModuleType) -> str:
+    return getattr(section, "PAGE", "benchmarks")
 
 
-def step_times(result: Mapping[str, Any]) -> list[str]:
-    """Say how a step was timed, and the table."""
-    options, environment = result["options"], result["environment"]
-    where = "the last layers by position" if options["top"] else "the layers that a mask chose"
-    clock = "CPU time" if options["clock"] == "cpu" else "Time"
-    return [
-        f"**{clock} of a training step**, forward and backward; open are {where}. "
-        f"{options['model']}, {options['dtype'].removeprefix('torch.')}, "
-        f"{options['rows']}×{options['tokens']} tokens, "
-        f"{environment['device'].upper()}, threads: {environment['threads']}, "
-        f"{options['rounds']} interleaved rounds "
-        "(`python -m benchmarks.step_time`): how many times as fast as PEFT with all layers.",
-        table(["", "times as fast", "p10–p90"], speeds(result)),
-    ]
+def pictures_of(section: ModuleType, results: Results) -> dict[str, Picture]:
+    """The figures of a section by file name; none is drawn."""
+    if not hasattr(section, "figures"):
+        return {}
+    reading = Reading(*results)
+    draws = section.figures(reading)
+    source = Path(section.__file__).read_text(encoding="utf-8").encode()
+    read = reading.close(source)
+    return {
+        name: Picture(draw, digest(read.encode(), name.encode())) for name, draw in draws.items()
+    }
 
 
-def kept_bytes(result: Mapping[str, Any]) -> list[str]:
-    """Say how bytes were counted, and the table."""
-    options = result["options"]
-    rows = [[name, f"{row['bytes'] / 2**30:.1f} GiB"] for name, row in result["rows"].items()]
-    return [
-        f"**What a step keeps for backward**, counted with tensors that hold no data: "
-        f"{options['model']}, {options['rows']}×{options['tokens']} tokens, {options['dtype']}, "
-        f"rank {options['rank']}; where there is dropout it is {options['dropout']}, "
-        "and scattered layers were drawn with the seed in brackets "
-        "(`python -m benchmarks.saved_bytes`).",
-        table(["", "kept"], rows),
-    ]
+def section_text(section: ModuleType, found: Mapping[str, Any], pictures: list[str]) -> list[str]:
+    """Heading, paragraphs, and the pictures that no paragraph shows."""
+    parts = section.markdown(found)
+    if not parts:
+        return []
+    title = getattr(section, "TITLE", None) or section.__doc__.splitlines()[0].rstrip(".")
+    shown = "\n".join(parts)
+    rest = [name for name in pictures if f"](figures/{name})" not in shown]
+    says = {name: Path(name).stem.replace("-", " ") for name in rest}
+    return [f"## {title}", *parts, *(f"![{says[name]}](figures/{name})" for name in rest)]
 
 
-def render() -> str:
-    """The Markdown between the markers."""
-    found = {p.stem: json.loads(p.read_text("utf-8")) for p in sorted(HERE.glob("results/*.json"))}
-    real = {k.removeprefix("real-data-"): v for k, v in found.items() if k.startswith("real-data-")}
-    parts = []
-    if real:
-        first = next(iter(real.values()))
-        options, where = first["options"], first["environment"]
-        held = {name: row["held_out_loss"]["rows"] for name, row in first["learned"].items()}
-        training = [row for m, r in real.items() for row in trainings(m, r)]
-        parts += [
-            f"{options['model']}, {where['layers']} layers, {where['dtype']} with fp32 adapters of "
-            f"rank {where['rank']}; {options['limit']} rows a set, cut at {options['max_length']} "
-            f"tokens, of which {min(held.values())} are held out; {options['steps']} steps of "
-            f"{options['batch_size']} rows in stage 1 and in training, {options['stage2_steps']} "
-            f"in stage 2; seed {options['seed']}; {where['threads']} CPU threads "
-            "(`python -m benchmarks.real_data --help`). Held-out loss in nats per answer token.",
-            "**The search.** Held-out loss over stage 1, and the spread of the scores.",
-            table(
-                ["method, data", "held-out loss", "scores", "standard deviation"],
-                [row for m, r in real.items() for row in searches(m, r)],
-            ),
-            "**Agreement between masks of different data sets.** Spearman's ρ of the scores, and "
-            "Jaccard overlap of the best 10, 30 and 75 % beside (chance).",
-            table(
-                ["method, pair", "ρ", "10 %", "30 %", "75 %"],
-                [row for m, r in real.items() for row in agreements(m, r)],
-            ),
-            "**Training from scratch, equal steps.** The runs came one after another on a shared "
-            "machine, so their times say nothing; step times are measured side by side below.",
-            table(
-                ["run", "layers open", "parameters", "held-out loss", "peak memory"],
-                training,
-            ),
-        ]
-    for name in ("step-time", "step-time-top"):
-        if name in found:
-            parts += step_times(found[name])
-    if "saved-bytes" in found:
-        parts += kept_bytes(found["saved-bytes"])
-    return "\n\n".join(parts) if parts else "Nothing measured yet."
+def render(results: Results) -> tuple[dict[str, str], dict[str, Picture]]:
+    """Page -> what is to stand between its markers, and figure name -> how to draw it."""
+    texts: dict[str, list[str]] = {path: [] for path in (README, *PAGES.values())}
+    pictures: dict[str, Picture] = {}
+    for section in find_sections():
+        own = pictures_of(section, results)
+        for name in own:
+            if name in pictures or Path(name).name != name or Path(name).suffix not in SUFFIXES:
+                raise ValueError(f"{section.__name__}: figure {name!r} must be a new .png or .svg")
+        pictures |= own
+        texts[PAGES[page_of(section)]] += section_text(section, results.content, list(own))
+        if hasattr(section, "summary"):
+            parts = section.summary(results.content)
+            texts[README] += [part.replace("](figures/", f"]({FIGURES}/") for part in parts]
+    if texts[README]:
+        texts[README].append(MORE)
+    return {path: "\n\n".join(parts) or NOTHING for path, parts in texts.items()}, pictures
+
+
+def with_text(page: str, text: str, path: str) -> str:
+    """A page with ``text`` between its markers, once each and in their order.
+
+    Raises:
+        ValueError: The markers are not there like that.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in before + after:
+        raise ValueError(f"{path} must hold {BEGIN} and then {END}, once each")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def check(root: Path = ROOT) -> list[str]:
+    """Say where pages and figures differ from what the results give; nothing is written."""
+    texts, pictures = render(read_results(root / "benchmarks/results"))
+    wrong = []
+    for path, text in texts.items():
+        page = (root / path).read_text(encoding="utf-8")
+        if (wanted := with_text(page, text, path)) != page:
+            wrong.append(f"{path} does not match benchmarks/results: {_difference(page, wanted)}")
+    for name, picture in pictures.items():
+        file = root / FIGURES / name
+        why = fault(file.read_bytes(), picture.results) if file.is_file() else "is missing"
+        if why:
+            wrong.append(f"{FIGURES}/{name} {why}")
+    wrong += [f"{FIGURES}/{name} is drawn by no section" for name in _others(root, pictures)]
+    return wrong
+
+
+def _others(root: Path, pictures: Mapping[str, Picture]) -> list[str]:
+    """Pictures that lie among the figures and that nothing draws."""
+    folder = root / FIGURES
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [f.name for f in files if f.suffix in SUFFIXES and f.name not in pictures]
+
+
+def _difference(page: str, wanted: str) -> str:
+    """The first line that differs."""
+    pairs = zip([*page.splitlines(), ""], [*wanted.splitlines(), ""], strict=False)
+    is_there, should_be = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
+    return f"has {is_there[:100]!r}, should have {should_be[:100]!r}"
+
+
+def write(root: Path = ROOT) -> None:
+    """Write the pages, draw every figure anew, remove those that no section draws."""
+    texts, pictures = render(read_results(root / "benchmarks/results"))
+    for path, text in texts.items():
+        page = (root / path).read_text(encoding="utf-8")
+        write_text_atomic(root / path, with_text(page, text, path))
+    (root / FIGURES).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, picture in pictures.items():
+            drawn = Path(folder, name)
+            picture.draw(drawn)
+            write_bytes_atomic(root / FIGURES / name, stamp(drawn.read_bytes(), picture.results))
+    for name in _others(root, pictures):
+        (root / FIGURES / name).unlink()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    wanted = f"{before}{BEGIN}\n{render()}\n{END}{after}"
-    if options.check:
-        if wanted != text:
-            sys.exit("README.md does not match benchmarks/results: run python -m benchmarks.report")
-        return
-    write_text_atomic(README, wanted)
+    if not options.check:
+        write()
+    elif wrong := check():
+        sys.exit("\n".join([*wrong, f"run {COMMAND}"]))
 
 
 if __name__ == "__main__":
