@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 import ila
 from ila.files import write_json_atomic
+from ila.layer import MaskedLoraLayer
 from ila.mlp import make_lean
 from ila.pipeline import versions
 
@@ -143,11 +144,11 @@ def convert(model: nn.Module) -> nn.Module:
     return model
 
 
-def masked(model: nn.Module, rank_of: Callable[[int], float]) -> nn.Module:
-    """Close all but the 30 % of the layers, counted from the input, that ``rank_of`` puts first."""
-    names = [n for n, m in model.named_modules() if isinstance(m, ila.MaskedLoraLinear)]
+def masked(model: nn.Module, rank_of: Callable[[int], float], share: float = OPEN) -> nn.Module:
+    """Close all but the share of layers that ``rank_of`` their position from the input favours."""
+    names = [n for n, m in model.named_modules() if isinstance(m, MaskedLoraLayer)]
     scores = {name: rank_of(position) for position, name in enumerate(names)}
-    ila.apply_mask(model, ila.LayerMask(scores, dict.fromkeys(names, True)).top(OPEN))
+    ila.apply_mask(model, ila.LayerMask(scores, dict.fromkeys(names, True)).top(share))
     return model
 
 
@@ -158,8 +159,13 @@ def frozen(model: nn.Module) -> nn.Module:
 
 
 def scattered(model: nn.Module, seed: int) -> nn.Module:
+    return masked(model, at_random(seed))
+
+
+def at_random(seed: int) -> Callable[[int], float]:
+    """A rank for each position, drawn in the order of the positions."""
     generator = random.Random(seed)
-    return masked(model, lambda position: generator.random())
+    return lambda position: generator.random()
 
 
 def contestants() -> dict[str, Callable[[nn.Module], nn.Module]]:
