@@ -139,14 +139,13 @@ def count_row(make: Callable[[], nn.Module], row: Row, checkpointing: bool) -> d
     return known | {"seed": row.seed, "checkpointing": checkpointing} | found
 
 
-def count_all(models: list[str]) -> list[dict[str, Any]]:
-    """Every model, base and contestant, without and with gradient checkpointing."""
-    jobs = [
-        (m, b, r, c) for m in models for b in BASES for r in memory_rows.rows(b) for c in (0, 1)
-    ]
+def count_all(model: str) -> list[dict[str, Any]]:
+    """Every base and contestant, without and with gradient checkpointing."""
+    cases = [(base, on) for base in BASES for on in (False, True)]
+    jobs = [(base, on, row) for base, on in cases for row in memory_rows.rows(base, on)]
     found = []
-    for model, base, row, checkpointing in track(jobs, "Counting"):
-        counted = count_row(lambda m=model, b=base: build(m, b), row, bool(checkpointing))
+    for base, checkpointing, row in track(jobs, f"Counting {model}"):
+        counted = count_row(lambda base=base: build(model, base), row, checkpointing)
         found.append({"model": model, "base": base} | counted)
     return found
 

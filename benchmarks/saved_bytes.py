@@ -124,13 +124,18 @@ def build(name: str, layers: int | None = None) -> nn.Module:
         return model_class(config).to(torch.bfloat16).requires_grad_(False).train()
 
 
-def adapt(base: nn.Module, dropout: float = 0.0, bf16: bool = False) -> nn.Module:
-    """PEFT's model: rank 16 on all linear layers, adapters in fp32 unless ``bf16``."""
+def adapt(
+    base: nn.Module, dropout: float = 0.0, bf16: bool = False, empty: bool = True
+) -> nn.Module:
+    """PEFT's model: rank 16 on all linear layers, adapters in fp32 unless ``bf16``.
+
+    ``empty``: the adapters are on the meta device, where the base should be.
+    """
     config = LoraConfig(
         r=RANK, lora_alpha=2 * RANK, lora_dropout=dropout, target_modules="all-linear",
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    model = get_peft_model(base, config, low_cpu_mem_usage=True)
+    model = get_peft_model(base, config, low_cpu_mem_usage=empty)
     dtype = torch.bfloat16 if bf16 else torch.float32
     for name, parameter in model.named_parameters():
         if ".lora_" in name:

@@ -1,0 +1,127 @@
+"""Memory at true size: the count is what a real step takes, at every length, and NF4 is NF4's."""
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch._subclasses import FakeTensorMode
+
+import ila.checkpointing
+from benchmarks import memory, memory_check, memory_rows
+from benchmarks.live_bytes import Bytes, LiveBytes, bytes_of, split
+from ila_kernels.eager import SHORT_ROWS
+
+ROWS = memory_check.contestants()
+LONG = 2 * SHORT_ROWS  # at fewer tokens, on a CPU, our layers keep what plain autograd does
+
+
+def pair(tiny, row):
+    """The same model twice: on the meta device and real."""
+    made = []
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            base = tiny.base(dtype=torch.bfloat16).to(device)
+        base = memory_rows.without_mask(base.requires_grad_(False).train())
+        made.append(ROWS[row](base, device == "meta"))
+    return made
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("row", ROWS)
+def test_the_count_is_what_the_allocator_hands_out(tiny, row, checkpointing):
+    counted, real = pair(tiny, row)
+    counted = memory_check.at(memory.count(counted, checkpointing), LONG)
+    measured = memory_check.measure(real, checkpointing, LONG)
+    # Two things that are made without an operator, the second in the host's memory: autograd keeps
+    # PEFT's `* scaling` as a tensor of 8 bytes, and a checkpoint keeps the CPU generator's state.
+    adapters = len([n for n, _ in real.named_modules() if n.endswith("lora_A.default")])
+    blocks = len(real.get_base_model().model.layers) - ila.checkpointing.frozen_blocks(real)
+    if checkpointing:
+        counted["kept"] += blocks * torch.get_rng_state().nbytes
+    elif row == "PEFT":
+        counted["kept"] += 8 * adapters
+    for key in ("weights", "adapters", "optimizer", "gradients", "kept"):
+        assert measured[key] == counted[key], key
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_count_holds_at_every_length(tiny, checkpointing):
+    predicted = memory.count(pair(tiny, "ours, all open")[0], checkpointing)
+    for tokens in (LONG, 3 * LONG + 1):
+        model = pair(tiny, "ours, all open")[0]
+        if checkpointing:
+            memory.checkpoint_blocks(model)
+        with FakeTensorMode():
+            stored = memory_rows.fake(model)
+            ids = torch.zeros(1, tokens, dtype=torch.long)
+            counted = memory.count_step(model, stored, ids, by_token=False)
+        assert predicted["kept"].at(tokens) == counted["kept"].constant
+        (peak,) = counted["peaks"]
+        assert max(line.at(tokens) for line in predicted["peaks"]) == peak.constant
+        assert predicted["optimizer"] == counted["optimizer"]
+
+
+def test_fake_nf4_has_the_tensors_of_real_nf4():
+    shape = (64, 320)  # 320 scales: more than one block of scales, the last of them not full
+    real = Linear4bit(320, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    real.weight = Params4bit(torch.randn(shape), quant_type="nf4", requires_grad=False)
+    real = real.to("cpu")
+    packed, state = memory_rows._pack(torch.empty(shape))
+    is_state = real.weight.quant_state
+    pairs = [(packed, real.weight), (state.absmax, is_state.absmax), (state.code, is_state.code)]
+    pairs += [(state.offset, is_state.offset), (state.state2.absmax, is_state.state2.absmax)]
+    pairs += [(state.state2.code, is_state.state2.code)]
+    for fake, true in pairs:
+        assert (fake.shape, fake.dtype) == (true.shape, true.dtype)
+    assert (state.blocksize, state.state2.blocksize) == (
+        is_state.blocksize, is_state.state2.blocksize,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [0.75, 0.3, 0.1])
+def test_peft_restricted_opens_the_layers_that_the_mask_opens(share):
+    rows = {(r.contestant, r.position): r for r in memory_rows.rows("nf4") if r.share == share}
+    for position in ("top", "bottom", "scattered"):
+        ours, peft = (
+            rows[who, position].adapt(memory_rows.build("mistral-7b", "nf4", 2))
+            for who in (memory_rows.OURS, memory_rows.RESTRICTED)
+        )
+        trained = [
+            {n for n, p in model.named_parameters() if p.requires_grad} for model in (ours, peft)
+        ]
+        assert trained[0] == trained[1] and abs(len(trained[0]) / 28 - share) < 1 / 14
+
+
+def test_a_storage_counts_while_something_holds_it():
+    x = torch.ones(1000)
+    with LiveBytes() as live:
+        live.add([x])
+        view = (x + 1)[10:]
+        assert live.now == Bytes(8000)
+        y = view * 2
+        del view
+        assert live.now == Bytes(4000 + 3960) and live.peaks == [Bytes(8000 + 3960)]
+        live.begin_anew()
+        del y
+    assert live.now == Bytes(4000) and live.peaks == [Bytes(4000 + 3960)]
+    assert bytes_of([x, x[3:]]) == 4000
+
+
+def test_peaks_are_the_envelope_of_all_counts():
+    lines = [Bytes(100, 1), Bytes(0, 11), Bytes(90, 3), Bytes(40, 8), Bytes(50, 1), Bytes(70, 5)]
+    found = memory.envelope(lines)
+    for tokens in range(1, 60):
+        assert max(x.at(tokens) for x in found) == max(x.at(tokens) for x in lines)
+    assert found == [Bytes(100, 1), Bytes(90, 3), Bytes(40, 8), Bytes(0, 11)]
+
+
+def test_the_longest_row_is_the_last_that_fits(tiny):
+    found = memory.count(pair(tiny, "PEFT")[0])
+    for card in (10**6, 10**8):
+        tokens = memory.longest(found, card)
+        assert memory.peak_at(found, tokens) <= card < memory.peak_at(found, tokens + 1)
+    assert memory.longest(found, found["weights"]) == 0
+
+
+def test_sizes_are_split_by_the_primes_that_they_hold():
+    assert split(5 * 2017, 2017) == Bytes(0, 5) and split(5 * 2018, 2017) == Bytes(5, 5)
+    assert split(4096 * 11008, 2017) == Bytes(4096 * 11008) and split(2017, None) == Bytes(2017)
