@@ -116,20 +116,6 @@ def checkpoint_blocks(model: nn.Module) -> None:
     model.activation_checkpointing_enable()
 
 
-def peak_at(found: dict[str, Any], tokens: int) -> int:
-    """The most that is alive in a step over a row of ``tokens``, in bytes."""
-    standing = found["weights"] + found["adapters"] + found["optimizer"]
-    return standing + max(Bytes(*peak).at(tokens) for peak in found["peaks"])
-
-
-def longest(found: dict[str, Any], card_bytes: float) -> int:
-    """The most tokens for which ``peak_at`` is no more than ``card_bytes``; 0: not one."""
-    room = card_bytes - found["weights"] - found["adapters"] - found["optimizer"]
-    fits = [(room - constant) // per_token for constant, per_token in found["peaks"] if per_token]
-    constants = [constant for constant, per_token in found["peaks"] if not per_token]
-    return 0 if any(c > room for c in constants) else max(0, int(min(fits)))
-
-
 def count_row(make: Callable[[], nn.Module], row: Row, checkpointing: bool) -> dict[str, Any]:
     with warnings.catch_warnings():
         # PEFT asks transformers by a name that transformers 5 is renaming.

@@ -85,11 +85,17 @@ def pictures_of(section: ModuleType, results: Results) -> dict[str, Picture]:
         return {}
     reading = Reading(*results)
     draws = section.figures(reading)
-    source = Path(section.__file__).read_text(encoding="utf-8").encode()
-    read = reading.close(source)
+    read = reading.close(*sources_of(section))
     return {
         name: Picture(draw, digest(read.encode(), name.encode())) for name, draw in draws.items()
     }
+
+
+def sources_of(section: ModuleType) -> list[bytes]:
+    """The sources of a section and of the modules beside it that are named after it."""
+    file = Path(section.__file__)
+    beside = sorted(file.parent.glob(f"{file.stem}*.py"))
+    return [path.read_text(encoding="utf-8").encode() for path in beside]
 
 
 def section_text(section: ModuleType, found: Mapping[str, Any], pictures: list[str]) -> list[str]:

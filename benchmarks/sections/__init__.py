@@ -10,5 +10,6 @@ A section is a module here with
 - ``PAGE``: ``"benchmarks"`` (the default) or ``"study"``; ``TITLE``: its heading, by default the
   first line of its docstring; ``ORDER``: smaller comes first, 50 by default, then by name.
 
-A module without ``markdown``, such as ``common``, is no section.
+A module without ``markdown``, such as ``common``, is no section. One that a section draws with is
+named after it (``memory_figures``): a change of it makes the section's figures stale.
 """

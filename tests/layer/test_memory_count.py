@@ -6,7 +6,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch._subclasses import FakeTensorMode
 
 import ila.checkpointing
-from benchmarks import memory, memory_check, memory_rows
+from benchmarks import fits, memory, memory_check, memory_rows
 from benchmarks.live_bytes import Bytes, LiveBytes, bytes_of, split
 from ila_kernels.eager import SHORT_ROWS
 
@@ -31,16 +31,19 @@ def test_the_count_is_what_the_allocator_hands_out(tiny, row, checkpointing):
     counted, real = pair(tiny, row)
     counted = memory_check.at(memory.count(counted, checkpointing), LONG)
     measured = memory_check.measure(real, checkpointing, LONG)
-    # Two things that are made without an operator, the second in the host's memory: autograd keeps
+    # Two things are made without an operator, the second in the host's memory: autograd keeps
     # PEFT's `* scaling` as a tensor of 8 bytes, and a checkpoint keeps the CPU generator's state.
     adapters = len([n for n, _ in real.named_modules() if n.endswith("lora_A.default")])
     blocks = len(real.get_base_model().model.layers) - ila.checkpointing.frozen_blocks(real)
-    if checkpointing:
-        counted["kept"] += blocks * torch.get_rng_state().nbytes
-    elif row == "PEFT":
-        counted["kept"] += 8 * adapters
+    unseen = 8 * adapters if row == "PEFT" else 0
+    unseen += blocks * torch.get_rng_state().nbytes if checkpointing else 0
+    counted |= {key: counted[key] + unseen for key in ("kept", "peak")}
     for key in ("weights", "adapters", "optimizer", "gradients", "kept"):
         assert measured[key] == counted[key], key
+    # With checkpoints it is reached inside a block, where attention's backward has its own scratch.
+    assert measured["peak"] == counted["peak"] or (
+        checkpointing and measured["peak"] > counted["peak"]
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -117,9 +120,9 @@ def test_peaks_are_the_envelope_of_all_counts():
 def test_the_longest_row_is_the_last_that_fits(tiny):
     found = memory.count(pair(tiny, "PEFT")[0])
     for card in (10**6, 10**8):
-        tokens = memory.longest(found, card)
-        assert memory.peak_at(found, tokens) <= card < memory.peak_at(found, tokens + 1)
-    assert memory.longest(found, found["weights"]) == 0
+        tokens = fits.longest(found, card)
+        assert fits.total(found, tokens) <= card < fits.total(found, tokens + 1)
+    assert fits.longest(found, found["weights"]) == 0
 
 
 def test_sizes_are_split_by_the_primes_that_they_hold():

@@ -1,0 +1,45 @@
+"""What is not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+TITLE = "Not measured"
+ORDER = 100
+
+NEVER = (
+    "Any time on a GPU: of a layer, of a training step, of the search; and with it % of the "
+    'roofline, and whether the Triton kernels beat library GEMMs anywhere. `impl="auto"` '
+    "therefore takes library GEMMs everywhere, until `python -m benchmarks.tune --auto` is run "
+    "on a GPU.",
+    "Peak memory on a GPU. The tables of memory are counts; what they leave out is said there.",
+    "Unsloth, axolotl, LoRAFusion and other packages that need a GPU to run at all. Their method, "
+    "library GEMMs with `addmm` in an autograd function, is a contestant in our own words where "
+    "times are measured.",
+    "Models larger than 135 million parameters, other than by counting.",
+    "Several GPUs. Tests run DDP and FSDP2 on two CPU processes, for the numbers and not for time.",
+)
+
+
+def on_gpu(found: Mapping[str, Any]) -> list[str]:
+    """Names of the results that come from a GPU."""
+    names = []
+    for name, result in found.items():
+        where = result.get("environment", {}) if isinstance(result, Mapping) else {}
+        if str(where.get("device", "cpu")).startswith("cuda"):
+            names.append(name)
+    return names
+
+
+def markdown(found: Mapping[str, Any]) -> list[str]:
+    if not found:
+        return []
+    if names := on_gpu(found):
+        # The list says "not on a GPU": whoever adds such a result has to say what is left of it.
+        raise ValueError(f"{', '.join(names)}: measured on a GPU; revise sections/unmeasured.py")
+    return [
+        "No GPU was at hand. Columns for one say “not measured” where a reader would look for "
+        "them.",
+        "\n".join(f"- {item}" for item in NEVER),
+    ]
