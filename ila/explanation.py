@@ -20,13 +20,12 @@ from torch import nn
 from ila.checkpointing import find_blocks, frozen_blocks, is_trained
 from ila.layer import BARE, PEFT, MaskedLoraLayer
 from ila.mlp import LEAN, MlpRoute, lean_mlps
+from ila.shapes import STEPS
 from ila_kernels.config import resolve_impl
 from ila_kernels.device import call_of
 from ila_kernels.roofline import Problem, saved_bytes
 
-# The linear layers of a block in the order of the data; those of one step read the same x.
-_STEPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-_STEP_OF = {name: step for step, names in enumerate(_STEPS) for name in names}
+_STEP_OF = {name: step for step, names in enumerate(STEPS) for name in names}
 
 
 @dataclass(frozen=True)

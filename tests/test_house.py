@@ -40,6 +40,10 @@ STOREYS = {
         "files",
         "claims",
         "mask",
+        "budget",
+        "shapes",
+        "costs",
+        "speed",
         "selection",
         "messages",
         "layer",
@@ -55,6 +59,7 @@ STOREYS = {
         "checkpoint",
         "memory",
         "measure",
+        "calibration",
         "states",
         "prefix",
         "trainer",
@@ -91,7 +96,7 @@ MODEL_LIBRARIES = {
 # Below the public functions of ila_kernels; `ila` does not reach past those.
 INNER_STOREYS = {"validate", "dropout", "swiglu", "eager", "group", "kernels", "ops"}
 # Importable in a millisecond, wherever a mask or a row is read.
-PURE_STOREYS = {"files", "claims", "mask", "selection", "messages"}
+PURE_STOREYS = {"files", "claims", "mask", "budget", "selection", "messages"}
 
 # "path": {"VARIABLE", ...}. Empty: no environment variable chooses numerics or back ends here.
 ENVIRONMENT_READS: dict[str, set[str]] = {}
