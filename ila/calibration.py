@@ -22,14 +22,18 @@ from torch import nn
 
 from ila.mask import LayerMask
 from ila.model import apply_mask, masked_layers, single_adapter
-from ila.shapes import Shape
+from ila.shapes import KINDS, Shape
 from ila.speed import Speed, fit, works
 
 ALL = "all layers"
 
 
 def designed(names: Sequence[str], seed: int = 0) -> dict[str, set[str]]:
-    """Sets that tell the rates apart: three depths, each full, scattered, and its lowest layer."""
+    """Sets that tell the rates apart.
+
+    Three depths, each full, scattered and with its lowest layer alone; the narrowest layers and the
+    widest, to tell what a layer costs from what its bytes cost; the last layer.
+    """
     draw, sets = random.Random(seed), {ALL: set(names)}
     for depth in (0, len(names) // 3, 2 * len(names) // 3, len(names) - 1):
         above = list(names[depth:])
@@ -39,6 +43,9 @@ def designed(names: Sequence[str], seed: int = 0) -> dict[str, set[str]]:
             some = {above[0], *draw.sample(above[1:], max(1, round(0.3 * len(above)) - 1))}
             sets[f"30 % of {where}"] = some
             sets[f"the lowest of {where}"] = {above[0]}
+    for what, kinds in (("keys and values", ("k_proj", "v_proj")), ("MLPs", KINDS[4:])):
+        some = {name for name in names if name.rpartition(".")[2] in kinds}
+        sets |= {what: some} if some else {}
     return sets
 
 
@@ -106,17 +113,24 @@ class Steps:
 
 
 def calibrate(
-    model: PeftModel, shape: Shape, *, rounds: int = 5, progress: bool = True
-) -> tuple[Speed, dict[str, Any]]:
+    model: PeftModel,
+    shape: Shape,
+    *,
+    rounds: int = 5,
+    unseen: Mapping[str, set[str]] | None = None,
+    progress: bool = True,
+) -> Speed:
     """Measure the designed masks and fit the rates.
 
     Args:
         model: With the adapter of ``shape`` attached; it is left with all layers open.
         shape: Its sizes, and rows and length of the steps to take.
         rounds: Steps of each mask, after one that is not counted.
+        unseen: Further sets to measure beside them and to leave out of the fit.
+        progress: Show a progress bar.
 
     Returns:
-        The rates with their worst error, and each mask's measured and fitted milliseconds.
+        The rates; ``measured`` holds each set's measured and fitted milliseconds.
 
     Raises:
         ValueError: If ``rounds`` is below 1, or the model is not what ``shape`` says.
@@ -124,25 +138,31 @@ def calibrate(
     if rounds < 1:
         raise ValueError(f"rounds must be ≥ 1, got {rounds}")
     names = list(masked_layers(model, single_adapter(model, None)))
-    sets = designed(names)
-    amounts = works(shape, names, list(sets.values()))
-    steps = Steps(model, sets, batch_of(model, shape.rows, shape.length))
+    sets, others = designed(names), dict(unseen or {})
+    amounts = works(shape, names, [*sets.values(), *others.values()])
+    steps = Steps(model, sets | others, batch_of(model, shape.rows, shape.length))
     times = steps.measured(rounds, progress=progress)
     steps.take(ALL)
-    speed = fit(amounts, list(times.values()))
+    speed = fit(amounts[: len(sets)], [times[name] for name in sets])
     rows = {
-        name: {"measured_ms": times[name], "fitted_ms": speed.milliseconds(work)}
-        for name, work in zip(sets, amounts, strict=True)
+        name: {
+            "open": len(opened),
+            "measured_ms": times[name],
+            "fitted_ms": speed.milliseconds(work),
+            "seen": name in sets,
+        }
+        for (name, opened), work in zip((sets | others).items(), amounts, strict=True)
     }
-    device = steps.batch["input_ids"].device
-    what = {
+    return replace(speed, measured={**_where(model, shape), "rounds": rounds, "steps": rows})
+
+
+def _where(model: nn.Module, shape: Shape) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "rows": shape.rows,
         "length": shape.length,
         "rank": shape.rank,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "rounds": rounds,
-        "steps": rows,
     }
-    return replace(speed, measured=what), rows

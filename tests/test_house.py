@@ -44,6 +44,7 @@ STOREYS = {
         "shapes",
         "costs",
         "speed",
+        "spending",
         "selection",
         "messages",
         "layer",

@@ -1,0 +1,199 @@
+"""A budgeted selection against the plain top-k of the same time: steps timed, both trained.
+
+    python -m benchmarks.budget --model FOLDER --mask RUN --data FILE --work DIR --json FILE
+
+Three parts, each kept in ``--work`` so that an interrupted run goes on, and `--part` runs one alone
+(the first two want a quiet machine, the third does not care):
+
+- ``calibrate``: the rates of ``ila.calibration``, and a dozen random masks that the fit has not
+  seen, timed beside those it has: correlation and worst error of what is predicted.
+- ``time``: for every `--as-top` share, the best layers by score and the selection whose budget is
+  what those take; all of them timed in turn, with all layers open.
+- ``train``: each from scratch with equal steps, from the seeds given; and all layers with as many
+  steps as the budget's time allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ila import commands
+from ila.calibration import ALL, Steps, batch_of, calibrate
+from ila.claims import claim
+from ila.files import write_json_atomic
+from ila.loading import find_source, load_model
+from ila.mask import LayerMask
+from ila.pipeline import Inputs, adapt, versions
+from ila.ranks import processes
+from ila.shapes import Shape
+from ila.speed import Speed
+from ila.spending import TIME, Budget, Spending
+from ila.train import TrainConfig
+
+PARTS = ("calibrate", "time", "train")
+
+
+def scattered(names: list[str], count: int = 12) -> dict[str, set[str]]:
+    """Random sets of random size above random depths."""
+    draw, sets = random.Random(5), {}
+    for number in range(count):
+        above = names[draw.randrange(len(names) - 10) :]
+        size = max(1, round(draw.choice([0.1, 0.3, 0.5, 0.8]) * len(above)))
+        sets[f"random {number}"] = set(draw.sample(above, size))
+    return sets
+
+
+class Run:
+    """The parts, each reading what the one before left in ``--work``."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.work = options, options.work
+        self.mask = LayerMask.load(options.mask)
+        self.inputs = Inputs(
+            options.model,
+            str(options.data),
+            limit=options.limit,
+            max_length=options.max_length,
+            rank=options.rank,
+            alpha=2.0 * options.rank,
+        )
+
+    def model(self) -> tuple[Any, Shape]:
+        """The model with its adapter, and the sizes of a step."""
+        base = load_model(find_source(self.options.model), device=processes().device)
+        shape = Shape.of(
+            base.config.to_dict(),
+            rank=self.options.rank,
+            rows=self.options.batch_size,
+            length=self.options.max_length,
+            base_bytes=base.dtype.itemsize,
+        )
+        return adapt(base, self.inputs), shape
+
+    def calibrate(self) -> None:
+        model, shape = self.model()
+        unseen = scattered(list(self.mask.scores))
+        speed = calibrate(model, shape, rounds=self.options.calibration_rounds, unseen=unseen)
+        write_json_atomic(self.work / "shape.json", asdict(shape))
+        speed.save(self.work / "speed.json")
+
+    def spending(self, budget: Budget) -> Spending:
+        shape = Shape(**json.loads((self.work / "shape.json").read_text("utf-8")))
+        return Spending(self.mask, budget, shape, Speed.load(self.work / "speed.json"))
+
+    def chosen(self) -> dict[str, dict[str, Any]]:
+        """Contestant -> its layers, counted cost and importance."""
+        whole = self.spending(Budget(TIME, 1.0))
+        found = {ALL: whole.described(whole.plain[-1]) | {"open": list(self.mask.scores)}}
+        for share in self.options.as_top:
+            top = whole.priced(self.mask.top(share).open)
+            mine = self.spending(Budget(TIME, top.cost / whole.unit))
+            for name, point in ((f"top {share:g}", top), (f"as top {share:g}", mine.chosen())):
+                found[name] = whole.described(point) | {"open": list(point.opened)}
+        return found
+
+    def time(self) -> None:
+        model, shape = self.model()
+        sets = {name: set(row["open"]) for name, row in self.chosen().items()}
+        steps = Steps(model, sets, batch_of(model, shape.rows, shape.length))
+        times = steps.measured(self.options.rounds)
+        write_json_atomic(self.work / "times.json", times)
+
+    def train(self) -> None:
+        times = json.loads((self.work / "times.json").read_text("utf-8"))
+        for name, row in self.chosen().items():
+            gates = {n: n in row["open"] for n in self.mask.scores}
+            file = self.work / f"{_slug(name)}.json"
+            LayerMask(self.mask.scores, gates).save(file)
+            for seed in range(self.options.seeds):
+                self._train(name, file, self.options.steps, seed)
+                if name.startswith("as top"):
+                    steps = round(self.options.steps * times[name] / times[ALL])
+                    self._train(f"{ALL} in the time of {name}", None, steps, seed)
+
+    def _train(self, name: str, mask: Path | None, steps: int, seed: int) -> None:
+        out = self.work / f"{_slug(name)}-seed-{seed}"
+        inputs = Inputs(**{**asdict(self.inputs), "seed": seed})
+        rate, size = self.options.learning_rate, self.options.batch_size
+        config = TrainConfig(steps=steps, learning_rate=rate, batch_size=size)
+        resume = (out / "run.json").exists()
+        metrics, _ = commands.train_selected(inputs, config, out, mask_file=mask, resume=resume)
+        print(f"{name}, seed {seed}: {steps} steps, held out {metrics['held_out_loss']:.4f}")
+
+    def document(self) -> dict[str, Any]:
+        """Everything measured, for the JSON file."""
+        speed = asdict(Speed.load(self.work / "speed.json"))
+        unseen = [row for row in speed["measured"]["steps"].values() if not row["seen"]]
+        real = np.array([row["measured_ms"] for row in unseen])
+        fitted = np.array([row["fitted_ms"] for row in unseen])
+        options = {k: v for k, v in vars(self.options).items() if k not in ("work", "json", "part")}
+        names = {key: Path(options[key]).name for key in ("model", "data", "mask")}
+        trained = {
+            folder.parent.name: json.loads(folder.read_text("utf-8"))
+            for folder in sorted(self.work.glob("*/metrics.json"))
+        }
+        keys = ("steps", "held_out_loss_before", "held_out_loss", "trainable_parameters")
+        keys += ("open_modules", "total_modules")
+        return {
+            "environment": {"machine": platform.machine(), "versions": versions()},
+            "options": options | names,
+            "speed": speed,
+            "prediction": {
+                "correlation": float(np.corrcoef(real, fitted)[0, 1]),
+                "worst_error": float(np.max(np.abs(fitted / real - 1))),
+            },
+            "curves": self.spending(Budget(TIME, 1.0)).curves(),
+            "contestants": self.chosen(),
+            "step_ms": json.loads((self.work / "times.json").read_text("utf-8")),
+            "trained": {n: {key: run[key] for key in keys} for n, run in trained.items()},
+        }
+
+
+def _slug(name: str) -> str:
+    return name.replace(" ", "-")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--mask", type=Path, required=True, help="of `ila learn --method path`")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--part", choices=PARTS, help="one part alone; all by default")
+    parser.add_argument("--as-top", type=float, nargs="+", default=[0.1, 0.3])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=192)
+    parser.add_argument("--limit", type=int, default=600)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--calibration-rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    same = {k: v for k, v in vars(options).items() if k not in ("work", "json", "part", "seeds")}
+    mine = {"what": "benchmarks.budget", "options": json.loads(json.dumps(same, default=str))}
+    try:
+        claim(options.work, mine, marker="budget.json", resume=True, remedy="give another --work")
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    run = Run(options)
+    files = {"calibrate": "speed.json", "time": "times.json", "train": ""}
+    for part in PARTS if options.part is None else (options.part,):
+        if not (files[part] and (options.work / files[part]).exists()):
+            getattr(run, part)()
+    if options.part in (None, "train"):
+        write_json_atomic(options.json, run.document())
+
+
+if __name__ == "__main__":
+    main()
