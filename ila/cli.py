@@ -101,13 +101,91 @@ def select(
     run: Annotated[Path, typer.Argument(help="Folder of `ila learn`, or a mask file.")],
     top: Annotated[float | None, typer.Option(help="Keep the best share of layers.")] = None,
     freeze: Annotated[float | None, typer.Option(help="Freeze the worst share.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep what matters most for at most time=0.6 (of the step with all layers open), "
+            "memory=12GiB (held when backward begins, without checkpointing) or parameters=1M."
+        ),
+    ] = None,
+    speed: Annotated[
+        str | None,
+        typer.Option(help="For time: file of `ila measure`, or a GPU's name for its ceilings."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For a budget, if the mask's own is elsewhere now.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows of a step; those the mask was learned with.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a row; the longest it was learned with.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Mask file to write.")] = None,
 ) -> None:
-    """Choose the layers to train from a learned mask."""
+    """Choose the layers to train from a learned mask: a share of them, or what a budget buys.
+
+    A budget weighs importance (the sum of the scores) against cost: how deep backward goes, what
+    it passes, what each layer computes and keeps. The plain top-k of that cost is printed beside
+    it, and a picture of importance against cost is drawn beside the mask.
+    """
     from ila import selection
 
+    if budget is not None and top is None and freeze is None:
+        from ila.budgeted import Step, select_within
+
+        step = Step(model, batch_size, max_length)
+        found = select_within(run, budget, speed=speed, step=step, out=out)
+        screen.print(found.text(), soft_wrap=True, highlight=False)
+        return
+    if budget is not None:
+        raise ValueError("give exactly one of --top, --freeze and --budget")
+    options = {"--speed": speed, "--model": model, "--batch-size": batch_size}
+    for name, value in {**options, "--max-length": max_length}.items():
+        if value is not None:
+            raise ValueError(f"{name} does nothing without --budget")
     mask, path = selection.select(run, top=top, freeze=freeze, out=out)
     screen.print(f"{len(mask.open)} of {len(mask)} layers open: {path}", soft_wrap=True)
+
+
+@app.command()
+def measure(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="File for the rates, such as speed.json.")],
+    batch_size: BatchSize = 8,
+    max_length: Annotated[int, typer.Option(help="Tokens of a row.")] = 1024,
+    rounds: Annotated[int, typer.Option(help="Steps of each mask that count.")] = 5,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = "auto",
+    load_in: LoadIn = None,
+    rank: Rank = 8,
+    dropout: Dropout = 0.0,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Time training steps here under a dozen masks, for `ila select --budget time=…`."""
+    from ila.budgeted import measure as run
+    from ila.pipeline import Inputs
+
+    inputs = Inputs(
+        model,
+        data="",
+        gguf_file=gguf_file,
+        dtype=dtype,
+        load_in=load_in,
+        rank=rank,
+        dropout=dropout,
+        max_length=max_length,
+        trust_remote_code=trust_remote_code,
+    )
+    speed = run(inputs, out, rows=batch_size, rounds=rounds)
+    whole = speed.measured["steps"]["all layers"]["measured_ms"]
+    screen.print(
+        f"All layers: {whole:.1f} ms a step, of which {speed.fixed_ms / whole:.0%} no mask saves; "
+        f"the worst error of a step left out of the fit is {speed.worst_error:.1%}\n"
+        f"Rates in {out}; next: ila select RUN --budget time=0.6 --speed {out}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 @app.command()

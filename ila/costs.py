@@ -10,7 +10,7 @@ D in all, e bytes an element:
     gate/up reached  silu(gate) ⊙ up, recomputed; keeps gate and up, 2·M·F
     gate/up passed   their norm
 
-Bytes held are those that autograd keeps, to the byte (the tests compare), but for two cases that are
+Bytes held are those that autograd keeps, to the byte (the tests compare), but for two that are
 counted too high: gate where up_proj alone is the lowest open step, and cos and sin where no
 attention keeps them. FLOPs and bytes moved become time through a ``Price``: the ceilings of a GPU
 (``ceiling_price``), or rates fitted to measured steps (``ila.speed``).
@@ -27,13 +27,13 @@ from ila.mask import parse_module_name
 from ila.shapes import KINDS, STEPS, Shape
 from ila_kernels.roofline import Ceiling, Cost, backward_cost, forward_cost, time_bound_ms
 
-QKV, O, GATE_UP, DOWN = range(4)
+QKV, OUTPUT, GATE_UP, DOWN = range(4)
 _TRAINED = frozenset({"lora_a", "lora_b"})
 _ADAM_BYTES = 12  # fp32: the gradient and two moments
 
 
 class Work(NamedTuple):
-    """What takes time: FLOPs of GEMMs, bytes moved, and open layers for what each costs at least."""
+    """What takes time: FLOPs of GEMMs, bytes moved, and open layers, for what none avoids."""
 
     flops: int = 0
     bytes: int = 0
@@ -89,13 +89,13 @@ def memory_table(shape: Shape, names: Iterable[str]) -> CostTable:
         own = {kind: (t + _ADAM_BYTES * shape.adapter_parameters(kind),) * 2 for kind in kinds}
         # Where a gradient passes on, down's x is made again from gate and up, which are kept, and
         # o's x is the output of an attention that keeps it.
-        shared = (x, 0 if at in (O, DOWN) else x)
+        shared = (x, 0 if at in (OUTPUT, DOWN) else x)
         block.append(Costs(reached.get(at, 0), norm if at in reached else 0, shared, own))
     return _table(shape, names, fixed, block)
 
 
 def time_table(shape: Shape, names: Iterable[str], price: Price, fixed: int) -> CostTable:
-    """Time of a step in the unit of ``price``; ``fixed`` is the forward pass, the head, the loss."""
+    """Time of a step in the unit of ``price``; ``fixed`` is forward work, head and loss."""
     block = [step.priced(price) for step in _work_of_block(shape)]
     return _table(shape, names, fixed, block)
 
@@ -138,7 +138,9 @@ def _opened(shape: Shape, kind: str, passed: bool) -> Work:
     """What an adapter adds to its layer, forward, backward and in AdamW."""
     p, dx = shape.linear(kind), frozenset({"x"} if passed else ())
     work = _work(forward_cost("addmm", p), forward_cost("frozen", p))
-    work = work.plus(_work(backward_cost("addmm", p, _TRAINED | dx), backward_cost("frozen", p, dx)))
+    work = work.plus(
+        _work(backward_cost("addmm", p, _TRAINED | dx), backward_cost("frozen", p, dx))
+    )
     return work.plus(Work(0, 28 * shape.adapter_parameters(kind), 1))
 
 

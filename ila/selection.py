@@ -16,7 +16,7 @@ def select(
         ValueError: Unless exactly one of the two is given, within its range.
     """
     if (top is None) == (freeze is None):
-        raise ValueError("give exactly one of --top and --freeze")
+        raise ValueError("give exactly one of --top, --freeze and --budget")
     mask = LayerMask.load(run)
     cut = mask.top(top) if top is not None else mask.without_bottom(freeze)
     if out is None:

@@ -97,7 +97,9 @@ class Spending:
         if self.budget.kind == PARAMETERS:
             return parameter_table(self.shape, self.mask.scores)
         if self.speed is None:
-            raise ValueError("a budget of time needs speed: rates of `ila measure`, or a GPU's name")
+            raise ValueError(
+                "a budget of time needs speed: rates of `ila measure`, or a GPU's name"
+            )
         return step_table(self.shape, list(self.mask.scores), self.speed)
 
     @cached_property
@@ -118,9 +120,7 @@ class Spending:
 
     def priced(self, opened: tuple[str, ...]) -> Point:
         """Cost and importance of a set."""
-        return Point(
-            self.table.cost(set(opened)), sum(self.mask.scores[n] for n in opened), opened
-        )
+        return Point(self.table.cost(set(opened)), sum(self.mask.scores[n] for n in opened), opened)
 
     def chosen(self) -> Point:
         """The most important set that the budget pays for.
@@ -148,7 +148,9 @@ class Spending:
     def curves(self, most: int = 200) -> dict[str, list[list[float]]]:
         """Cost (as in budgets) and share of the importance: the frontier thinned, every top-k."""
         last = len(self.frontier) - 1
-        places = sorted({round(at * last / max(1, most - 1)) for at in range(most)} & {*range(last + 1)})
+        places = sorted(
+            {round(at * last / max(1, most - 1)) for at in range(most)} & {*range(last + 1)}
+        )
         whole = float(self.frontier.values[-1])
         return {
             "frontier": [

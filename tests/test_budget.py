@@ -1,6 +1,6 @@
 """The knapsack against every set there is, and what a frontier promises."""
 
-from itertools import chain, combinations
+from itertools import chain, combinations, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -60,7 +60,7 @@ def test_a_frontier_grows_in_both_and_says_the_true_cost(problem):
         return
     points = list(Frontier(table, scores))
     assert all(table.cost(p.opened) == p.cost for p in points)
-    for one, next_ in zip(points, points[1:], strict=False):
+    for one, next_ in pairwise(points):
         assert one.cost < next_.cost and one.importance < next_.importance
     whole = {name for name in table.layers if scores[name] > 0}
     assert points[-1].importance == sum(scores[name] for name in whole)

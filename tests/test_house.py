@@ -75,6 +75,8 @@ STOREYS = {
         "runs",
         "report",
         "figures",
+        "pareto",
+        "budgeted",
         "__init__",
         "commands",
         "demo",

@@ -555,8 +555,8 @@ def test_a_wrong_input_is_one_clear_line_and_no_folder(
         (("--top", "nan"), "fraction must be in (0, 1], got nan"),
         (("--freeze", "1"), "fraction must be in [0, 1), got 1.0"),
         (("--freeze", "0.99"), "closes all 2"),
-        (("--top", "0.5", "--freeze", "0.5"), "exactly one of --top and --freeze"),
-        ((), "exactly one of --top and --freeze"),
+        (("--top", "0.5", "--freeze", "0.5"), "exactly one of --top, --freeze and --budget"),
+        ((), "exactly one of --top, --freeze and --budget"),
         (("--top", "0.5", "--out", "/nowhere/at/all.json"), "/nowhere/at"),
     ],
 )
@@ -734,7 +734,8 @@ def test_code_of_a_model_is_off_unless_the_option_is_given(learn, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["learn", "select", "train", "explain", "compare", "report", "export", "demo"]
+    "command",
+    ["learn", "select", "measure", "train", "explain", "compare", "report", "export", "demo"],
 )
 def test_every_command_explains_itself(command, ila):
     answer = ila(command, "--help")

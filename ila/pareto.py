@@ -1,0 +1,102 @@
+"""Importance against cost as a picture: what every budget buys, and where plain top-k is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ila.budget import Point
+from ila.figures import _save_png
+from ila.spending import MEMORY, TIME, Spending
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BLUE, _ORANGE, _GREY = "#2f6db3", "#d9822b", "#5f6b76"
+_AXIS = {
+    TIME: "Time of a training step (1 = all layers open)",
+    MEMORY: "Memory held when backward begins, GiB",
+}
+
+
+def pareto(
+    spending: Spending, point: Point, plain: Point | None, path: str | os.PathLike[str]
+) -> Path:
+    """Save ``pareto_figure`` for a selection as a PNG, whole or not at all.
+
+    Raises:
+        FileNotFoundError: The folder of ``path`` does not exist.
+    """
+    kind, whole = spending.budget.kind, float(spending.frontier.values[-1])
+
+    def place(p: Point) -> tuple[float, float]:
+        return p.cost / spending.unit, p.importance / whole
+
+    marks = [(*place(point), f"selected: {len(point.opened)} layers", _BLUE)]
+    if plain is not None:
+        marks.append((*place(plain), f"plain top-{len(plain.opened)}", _ORANGE))
+    limit = (spending.budget.amount, "budget")
+    return _save_png(pareto_figure(spending.curves(), kind, marks, limit=limit), path)
+
+
+def pareto_figure(
+    curves: Mapping[str, Sequence[Sequence[float]]],
+    kind: str,
+    marks: Sequence[tuple[float, float, str, str]] = (),
+    *,
+    limit: tuple[float, str] | None = None,
+) -> Figure:
+    """Draw what ``Spending.curves`` returned.
+
+    Args:
+        curves: Points (cost, share of the importance) of the frontier and of plain top-k.
+        kind: ``"time"``, ``"memory"`` or ``"parameters"``: what the costs are.
+        marks: Sets to point out: cost, share, label, colour.
+        limit: A budget to draw as a vertical line, and what to call it.
+
+    Returns:
+        A figure that no global state of matplotlib knows of.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    scale = {MEMORY: 2**30, TIME: 1}.get(kind, 1e6)
+    figure = Figure(figsize=(8.4, 5.4))
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    lines = [
+        ("frontier", "the best choice at each cost", _BLUE, "-", 2.4),
+        ("plain", "plain top-k: the k layers with the highest scores", _ORANGE, "--", 1.8),
+    ]
+    for name, label, colour, style, width in lines:
+        x = [cost / scale for cost, _ in curves[name]]
+        axes.plot(x, [y for _, y in curves[name]], style, color=colour, lw=width, label=label)
+    if limit is not None and limit[0] / scale <= max(cost for cost, _ in curves["plain"]) / scale:
+        axes.axvline(limit[0] / scale, color=_GREY, lw=1.2, ls=":")
+        axes.annotate(
+            limit[1], (limit[0] / scale, 0.01), (4, 0), textcoords="offset points", color=_GREY
+        )
+    _mark(axes, marks, scale)
+    axes.set_xlabel(_AXIS.get(kind, "Trainable parameters, millions"))
+    axes.set_ylabel("Importance kept (all layers = 100 %)")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_ylim(0, 1.04)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
+    axes.set_title("What training a part of the layers costs, and how much of the gain it keeps")
+    return figure
+
+
+def _mark(axes: Axes, marks: Sequence[tuple[float, float, str, str]], scale: float) -> None:
+    """Points with their labels at the left of and above them, clear of the curves."""
+    for cost, share, label, colour in marks:
+        axes.plot([cost / scale], [share], "o", color=colour, ms=9, zorder=5)
+        place: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "bottom"}
+        axes.annotate(
+            f"{label}, {share:.0%}", (cost / scale, share), (-9, 5), color=colour, weight="bold",
+            **place,
+        )  # fmt: skip
