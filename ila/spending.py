@@ -119,8 +119,9 @@ class Spending:
         return [self.priced(ranking[:k]) for k in range(1, len(ranking) + 1)]
 
     def priced(self, opened: tuple[str, ...]) -> Point:
-        """Cost and importance of a set."""
-        return Point(self.table.cost(set(opened)), sum(self.mask.scores[n] for n in opened), opened)
+        """Cost and importance of a set; the sum does not depend on its order."""
+        importance = math.fsum(self.mask.scores[name] for name in opened)
+        return Point(self.table.cost(set(opened)), importance, opened)
 
     def chosen(self) -> Point:
         """The most important set that the budget pays for.
@@ -136,7 +137,7 @@ class Spending:
                 f"cheapest possible, {self.budget.text(cheapest.cost / self.unit)}: "
                 f"{', '.join(cheapest.opened)} alone"
             )
-        return self.frontier.within(limit)
+        return self.priced(self.frontier.within(limit).opened)
 
     def plain_within(self) -> Point | None:
         """The most of the best layers by score that the budget pays for; None if not one."""
