@@ -26,9 +26,10 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
     prediction = result["prediction"]
     return [
         "## A selection that knows its price",
-        f"`ila select --budget` weighs importance (the sum of the scores that method `path` gave) "
-        f"against the time of a step. On {options['model']}, {where['dtype']}, {where['rows']} rows "
-        f"of {where['length']} tokens, {where['device'].upper()} with {where['threads']} threads, "
+        f"`ila select --budget` weighs importance (the sum of the scores of method `path`) "
+        f"against the time of a step. On {options['model']}, {where['dtype']}, {where['rows']} "
+        f"rows of {where['length']} tokens, {where['device'].upper()}, threads: "
+        f"{where['threads']}, "
         f"the time it predicts for {unseen} random masks that the fit had not seen correlates "
         f"{prediction['correlation']:.3f} with the time measured, and is off by "
         f"{prediction['worst_error']:.1%} at worst.",
