@@ -276,7 +276,10 @@ def explain(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write JSON.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Say what each layer computes, whether it is in the frozen prefix, and what it keeps."""
+    """Say what each layer computes, whether it is in the frozen prefix, and what it keeps.
+
+    Bytes are those of the linear layers; `ila select --budget memory=…` counts the whole step.
+    """
     from ila import commands
     from ila.files import write_json_atomic
     from ila.pipeline import Inputs

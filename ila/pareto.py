@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ila.budget import Point
 from ila.figures import _save_png
@@ -74,29 +74,41 @@ def pareto_figure(
     for name, label, colour, style, width in lines:
         x = [cost / scale for cost, _ in curves[name]]
         axes.plot(x, [y for _, y in curves[name]], style, color=colour, lw=width, label=label)
-    if limit is not None and limit[0] / scale <= max(cost for cost, _ in curves["plain"]) / scale:
-        axes.axvline(limit[0] / scale, color=_GREY, lw=1.2, ls=":")
-        axes.annotate(
-            limit[1], (limit[0] / scale, 0.01), (4, 0), textcoords="offset points", color=_GREY
-        )
+    if limit is not None and limit[0] <= max(cost for cost, _ in curves["plain"]):
+        x = limit[0] / scale
+        axes.axvline(x, color=_GREY, lw=1.2, ls=":")
+        place = {"textcoords": "offset points", "ha": "right", "color": _GREY}
+        axes.annotate(limit[1], (x, 0.015), (-5, 0), **place)
     _mark(axes, marks, scale)
     axes.set_xlabel(_AXIS.get(kind, "Trainable parameters, millions"))
     axes.set_ylabel("Importance kept (all layers = 100 %)")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_ylim(0, 1.04)
+    axes.set_ylim(0, 1.16)  # room for the legend
+    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="upper left", frameon=False)
     axes.set_title("What training a part of the layers costs, and how much of the gain it keeps")
     return figure
 
 
 def _mark(axes: Axes, marks: Sequence[tuple[float, float, str, str]], scale: float) -> None:
-    """Points with their labels at the left of and above them, clear of the curves."""
+    """Points with their labels: left of and above the point, but right of and below a plain one.
+
+    At the left of plain top-k runs the frontier, at its right nothing but the edge.
+    """
+    left, right = axes.get_xlim()
     for cost, share, label, colour in marks:
-        axes.plot([cost / scale], [share], "o", color=colour, ms=9, zorder=5)
-        place: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "bottom"}
+        x = cost / scale
+        axes.plot([x], [share], "o", color=colour, ms=9, zorder=5)
+        beside = colour != _BLUE and (x - left) / (right - left) < 0.7
+        place = {"ha": "left", "va": "top"} if beside else {"ha": "right", "va": "bottom"}
         axes.annotate(
-            f"{label}, {share:.0%}", (cost / scale, share), (-9, 5), color=colour, weight="bold",
+            f"{label}, {share:.0%}",
+            (x, share),
+            (9, -5) if beside else (-9, 5),
+            textcoords="offset points",
+            color=colour,
+            weight="bold",
             **place,
-        )  # fmt: skip
+        )

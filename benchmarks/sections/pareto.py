@@ -1,0 +1,101 @@
+"""The budgeted selection against the plain top-k of the same time, from ``benchmarks.budget``."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ila.files import write_bytes_atomic
+from ila.pareto import pareto_figure
+
+PAGE = "study"
+FIGURE = "pareto.png"
+_ALL, _BLUE, _ORANGE = "all layers", "#2f6db3", "#d9822b"
+
+
+def markdown(found: Mapping[str, Any]) -> list[str]:
+    """The paragraphs of the page; none where nothing was measured."""
+    result = found.get("budget")
+    if result is None:
+        return []
+    options, where = result["options"], result["speed"]["measured"]
+    unseen = sum(not row["seen"] for row in where["steps"].values())
+    prediction = result["prediction"]
+    return [
+        "## A selection that knows its price",
+        f"`ila select --budget` weighs importance (the sum of the scores of method `path`) "
+        f"against the time of a step. On {options['model']}, {where['dtype']}, {where['rows']} "
+        f"rows of {where['length']} tokens, {where['device'].upper()}, threads: "
+        f"{where['threads']}, "
+        f"the time it predicts for {unseen} random masks that the fit had not seen correlates "
+        f"{prediction['correlation']:.3f} with the time measured, and is off by "
+        f"{prediction['worst_error']:.1%} at worst.",
+        f"![Importance kept against the time of a step](figures/{FIGURE})",
+        f"Each budget below is what the plain top share takes by count. Steps were timed in turn, "
+        f"{options['rounds']} rounds; each was then trained from scratch on {options['data']}, "
+        f"{options['steps']} steps, seeds: {options['seeds']} (`python -m benchmarks.budget`). The "
+        f"last rows train all layers for as many steps as fit into the selection's time.",
+        _table(result),
+    ]
+
+
+def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
+    """The Pareto curve with the sets that were trained."""
+    result = found.get("budget")
+    return {} if result is None else {FIGURE: lambda path: _draw(result, path)}
+
+
+def losses(result: Mapping[str, Any], name: str) -> list[float]:
+    """Held-out loss of a contestant after training, one a seed."""
+    start = f"{name.replace(' ', '-')}-seed-"
+    runs = {n: run for n, run in result["trained"].items() if n.startswith(start)}
+    return [runs[n]["held_out_loss"] for n in sorted(runs)]
+
+
+def _table(result: Mapping[str, Any]) -> str:
+    lines = [
+        "| | layers | importance | time, counted | time, measured | steps | held-out loss |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    step_ms, steps = result["step_ms"], result["options"]["steps"]
+    for name, row in result["contestants"].items():
+        took = step_ms[name] / step_ms[_ALL]
+        cells = [_title(name), row["layers"], f"{row['importance_share']:.0%}"]
+        cells += [f"{row['time']:.3f}", f"{took:.3f}", steps, _loss(losses(result, name))]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    for name in result["contestants"]:
+        rival = f"{_ALL} in the time of {name}"
+        if losses(result, rival):
+            row = result["contestants"][_ALL]
+            fewer = round(steps * step_ms[name] / step_ms[_ALL])
+            cells = [f"all layers, in the time of {_title(name)}", row["layers"], "100%", "1", "1"]
+            cells += [fewer, _loss(losses(result, rival))]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _title(name: str) -> str:
+    if name.startswith("as top "):
+        return f"budget of the top {float(name[7:]):.0%}"
+    return f"plain top {float(name[4:]):.0%}" if name.startswith("top ") else name
+
+
+def _loss(values: list[float]) -> str:
+    if len(values) < 2:
+        return "".join(f"{value:.4f}" for value in values)
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+
+
+def _draw(result: Mapping[str, Any], path: Path) -> None:
+    marks = []
+    for name, row in result["contestants"].items():
+        if name != _ALL:
+            colour = _BLUE if name.startswith("as top") else _ORANGE
+            label = f"{row['layers']} layers"
+            marks.append((row["time"], row["importance_share"], label, colour))
+    buffer = io.BytesIO()
+    pareto_figure(result["curves"], "time", marks).savefig(buffer, format="png", dpi=150)
+    write_bytes_atomic(path, buffer.getvalue())
