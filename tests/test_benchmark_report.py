@@ -151,6 +151,6 @@ def test_only_what_was_read_in_time_is_in_the_digest():
 
 def test_every_section_is_found_and_has_a_page():
     found = {section.__name__.rpartition(".")[2] for section in report.find_sections()}
-    assert {"real_data", "saved_bytes", "step_time"} <= found and "common" not in found
+    assert {"real_data", "saved_bytes", "model"} <= found and "common" not in found
     for section in report.find_sections():
         assert section.markdown({}) == [] or section.__name__.endswith("unmeasured")
