@@ -21,8 +21,8 @@ def long_description() -> str:
 
 
 GGUF = ["gguf>=0.10"]
-# The oldest Triton is the one released for the oldest torch below.
-TRITON = ['triton>=3.2; platform_system == "Linux"']
+# Kernels take tuples as arguments, which came with Triton 3.3, that of torch 2.7.
+TRITON = ['triton>=3.3; platform_system == "Linux"']
 QUANT = ["bitsandbytes>=0.50"]
 TRL = ["trl>=1.16"]
 TEST = [

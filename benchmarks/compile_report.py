@@ -7,9 +7,10 @@
 A row is one launch as the library would make it at M = 8192, K = N = 4096 with fp32 adapters,
 a gate and a bias. ``loop_instructions`` is the length of the main loop: of all the loops in the
 machine code the one with the most tensor-core instructions (or FMAs, where fp32 uses none). For the
-GEMM, ``plain_loop_instructions`` is that of the same kernel with the low-rank part compiled out;
-``+add`` adds to what C holds, as in a group, ``+tma`` is its persistent form, and ``tma_loads``
-counts the instructions that load a descriptor's block.
+GEMM, ``plain_loop_instructions`` is that of the same kernel with the low-rank part compiled out.
+Of a group, ``+2`` and ``+3`` are the adapters in one pass over x, and ``+add`` adds to the dx of
+other members. ``+tma`` is the persistent form of the GEMM, and ``tma_loads`` counts the
+instructions that load a descriptor's block.
 ``spills`` counts instructions that move registers to or from local memory. ``occupancy`` is the
 share of a multiprocessor's warps that registers and shared memory let in.
 """
@@ -46,14 +47,20 @@ MARKED = ("forward", "dx", "forward+tma", "dx+tma")
 KERNELS = (
     "shrink",
     "shrink+dropout",
+    "shrink+2",
+    "shrink+2+dropout",
+    "shrink+3",
+    "shrink+3+dropout",
     "forward",
     "dx",
     "dx+dropout",
     "dx+add",
+    "dx+dropout+add",
     "forward+tma",
     "dx+tma",
     "dx+dropout+tma",
     "dx+add+tma",
+    "dx+dropout+add+tma",
     "grad_out",
     "grad_a+dropout",
     "sum_partials",
@@ -115,7 +122,9 @@ def make_launch(
     name, *options = kernel.split("+")
     seed, p = (2**40, 0.1) if "dropout" in options else (None, 0.0)
     if name == "shrink":
-        return shrink.launch(x, a, thin, seed, p, target)
+        members = next((int(word) for word in options if word.isdigit()), 1)
+        seeds = [seed] * members if seed else None
+        return shrink.launch(x, [a] * members, [thin] * members, seeds, p)
     if name in ("forward", "dx"):
         update = (thin, b.t()) if name == "forward" else (thin, a)
         u, v = (None, None) if plain else update
@@ -143,32 +152,30 @@ SCALARS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 def compiled(launch: Launch, gpu: GPUTarget) -> triton.compiler.CompiledKernel:
     """Compile as the runtime would: its specialisation on 1 and on multiples of 16 included."""
     signature, constants, attributes = {}, {}, {}
+
+    def described(value: object, place: tuple[int, ...], special: bool) -> str | tuple:
+        """Type of an argument; of a tuple, that of each."""
+        if isinstance(value, tuple):
+            return tuple(described(v, (*place, i), special) for i, v in enumerate(value))
+        if value is None or (special and type(value) is int and value == 1):
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{SCALARS[value.base.dtype]}{list(value.block_shape)}>"
+        if isinstance(value, float):
+            return "fp32"
+        if special and (isinstance(value, Tensor) or value % 16 == 0):
+            attributes[place] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor):
+            return "*" + SCALARS[value.dtype]
+        return "i32" if value < 2**31 else "i64"
+
     for i, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
-        special = not parameter.do_not_specialize
-        if (
-            parameter.is_constexpr
-            or value is None
-            or (special and type(value) is int and value == 1)
-        ):
+        if parameter.is_constexpr:
             signature[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, TensorDescriptor):
-            block = list(value.block_shape)
-            signature[name] = f"tensordesc<{SCALARS[value.base.dtype]}{block}>"
-            continue
-        if isinstance(value, Tensor):
-            signature[name] = "*" + SCALARS[value.dtype]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
         else:
-            signature[name] = "i32" if value < 2**31 else "i64"
-        if (
-            special
-            and not isinstance(value, float)
-            and (isinstance(value, Tensor) or value % 16 == 0)
-        ):
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            signature[name] = described(value, (i,), not parameter.do_not_specialize)
     options = {
         "num_warps": launch.tile.warps,
         "num_stages": launch.tile.stages,

@@ -139,6 +139,10 @@ GEMM_PERSISTENT: dict[str, Tile] = {
 # no descriptor encoded at every launch. A target goes in here with its measurement.
 PERSISTENT_BY_DEFAULT: frozenset[str] = frozenset()
 
+# Adapters that one pass over x serves: q, k and v, or gate and up. A program holds accumulators and
+# a mask for each of them; a fourth is another pass.
+ADAPTERS_PER_PASS = 3
+
 # Rows of one program of a gradient that sums over M. A constant: the order of the sum, hence the
 # bits of dA and dB, then depend on the shape alone and not on the GPU.
 ROWS_PER_PROGRAM = 1024
@@ -255,13 +259,32 @@ def gemm_form(
     return "persistent", "measured" if preferred is None else "preferred"
 
 
-def shrink_tile(r: int, element_bytes: int) -> Tile:
-    """Tile of t (M, R) = x̂ Aᵀ: few rows, so that few thousand tokens already fill a GPU.
+def shrink_tile(r: int, element_bytes: int, adapters: int = 1, dropout: bool = False) -> Tile:
+    """Tile of every t (M, R) = x̂ Aᵀ: few rows, so that few thousand tokens already fill a GPU.
 
-    At M = 8192 these are 128 programs at 16 bits. 4 warps: at R = 64 up to 144 registers a thread
-    (209 with dropout, whose Philox rounds take them), three blocks or more (two); shared memory
-    is at most 40 KiB, within what every target allows.
+    At M = 8192 these are 128 programs at 16 bits. One adapter, 4 warps: at R = 64 up to 144
+    registers a thread (212 with dropout, whose Philox rounds take them), three blocks or more
+    (two). A group holds accumulators and a mask for each of up to three adapters, so its steps over
+    K are shorter (at 64, three adapters under dropout spilled 3 to 27 registers on three targets)
+    and beyond R = 16 it has 8 warps; with dropout BLOCK_R ends at 32 (at 64, 24 spills on sm_80 and
+    38 on sm_120). At most 128 registers at R = 16 and 176 above. In fp32 64 rows: at 32, two
+    adapters spilled up to 13 registers on sm_90. Shared memory is at most 45 KiB, within what every
+    target allows.
+
+    Args:
+        r: R, the largest of the adapters'.
+        element_bytes: Size of an element of x.
+        adapters: How many A's a program multiplies x with.
+        dropout: Whether x is masked, for each of them anew.
+
+    >>> shrink_tile(16, 2, adapters=3, dropout=True)
+    Tile(m=64, n=1, k=32, r=16, warps=4, stages=2)
     """
+    if adapters > 1:
+        if element_bytes == 4:
+            return Tile(64, 1, 16, 16, warps=4, stages=2)
+        block = rank_block(r, 32 if dropout else 64)
+        return Tile(64, 1, 32, block, warps=4 if block == 16 else 8, stages=2)
     if element_bytes == 4:
         return Tile(32, 1, 32, rank_block(r, 32), warps=4, stages=2)
     return Tile(64, 1, 64, rank_block(r, 64), warps=4, stages=2)

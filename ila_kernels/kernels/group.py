@@ -27,17 +27,11 @@ from ila_kernels.kernels.shrink import shrink
 
 
 def shrink_all(x: Tensor, members: Sequence[Member], dropout_p: float) -> list[Tensor | None]:
-    """Every t = x̂ Aᵀ of the group; one pass over x where no mask differs."""
+    """Every t = x̂ Aᵀ of the group from one pass over x, each under its member's own mask."""
     adapters = [m for m in members if m.is_open]
-    if not adapters:
-        return [None] * len(members)
-    if dropout_p > 0.0:
-        # Each member has a mask of its own, and `shrink` draws one for all its adapters.
-        parts = (shrink(x, [m.lora_a], on_host(m.seed), dropout_p) for m in adapters)
-    else:
-        together = shrink(x, [m.lora_a for m in adapters])
-        parts = iter(together.split([m.lora_a.shape[0] for m in adapters], dim=1))
-    return [next(parts) if m.is_open else None for m in members]
+    seeds = [int(m.seed) for m in adapters] if dropout_p > 0.0 else None
+    ts = iter(shrink(x, [m.lora_a for m in adapters], seeds, dropout_p))
+    return [next(ts) if m.is_open else None for m in members]
 
 
 def forward(

@@ -41,7 +41,7 @@ def forward(
     """x (M, K), W (N, K), A (R, K), B (N, R) -> y (M, N) and t (M, R), both in the dtype of x."""
     check_dtype(x.dtype)
     with torch.cuda.device(x.device):
-        t = shrink(x, [lora_a], on_host(seed), dropout_p)
+        (t,) = shrink(x, [lora_a], None if seed is None else [int(seed)], dropout_p)
         return lowrank_gemm(x, weight.t(), t, lora_b.t(), scale, gate, bias), t
 
 
@@ -52,13 +52,10 @@ def parameter_grads(
     dweight = dbias = da = db = dgate = u = None
     (n, r), both = m.lora_b.shape, needs.makes_u and needs.lora_b
     if both and one_read_pays(n, r, dy.element_size(), target_of(dy)):
-        # t of a group is a slice, and the sum ⟨u, t⟩ reads it as one stretch.
-        u, db, inner = grad_out(
-            dy, m.lora_b, t.contiguous(), m.scale, m.gate, m.lora_b.dtype, needs.gate
-        )
+        u, db, inner = grad_out(dy, m.lora_b, t, m.scale, m.gate, m.lora_b.dtype, needs.gate)
         dgate = inner.to(m.gate.dtype).reshape(m.gate.shape) if needs.gate else None
     elif needs.makes_u:
-        u = shrink(dy, [m.lora_b.t()])
+        (u,) = shrink(dy, [m.lora_b.t()])
     if needs.lora_a and m.seed is not None:
         da = grad_a(u, x, on_host(m.seed), dropout_p, m.scale, m.gate, m.lora_a.dtype)
     # What is left is one product of library GEMMs: nothing to fuse it with.

@@ -1,72 +1,92 @@
-"""t = x̂ Aᵀ with x̂ = x ⊙ keep / (1 − p); A may be several adapters, one under the other.
+"""tᵢ = x̂ᵢ Aᵢᵀ with x̂ᵢ = x ⊙ keepᵢ / (1 − p), for one adapter or several of the same x.
 
-One read of x for all of them: q/k/v apart read it three times, M·K elements each. The mask is
-drawn in registers and A is rounded where it is loaded, so neither x̂ nor a cast A is ever stored.
+One read of x for all of them: q/k/v apart read it three times, M·K elements each. A program loads a
+tile of x once and multiplies it with every A, each under a mask of its own. Masks are drawn in
+registers and A is rounded where it is loaded, so neither x̂ nor a cast A is ever stored; and every t
+is a tensor of its own, so nothing is concatenated before or copied apart after.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ila_kernels.config import shrink_tile
-from ila_kernels.device import target_of
+from ila_kernels.config import ADAPTERS_PER_PASS, shrink_tile
 from ila_kernels.kernels.launch import TL_DTYPES, Launch, precision
 from ila_kernels.kernels.philox import keep_tile, threshold
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+@triton.jit(do_not_specialize=["ranks", "seeds", "threshold"])
 def _shrink(
-    x_ptr, a_ptr, t_ptr, M, K, R, factor, seed, threshold,
-    x_m, x_k, a_r, a_k, t_m,
+    x_ptr, a_ptrs, t_ptrs, ranks, M, K, factor, seeds, threshold,
+    x_m, x_k, a_r, a_k,
     DROPOUT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
-    in_m, in_r = (m < M)[:, None], (r < R)[None, :]
+    in_m, wide_r = (m < M)[:, None], r.to(tl.int64)[None, :]
     x = x_ptr + m[:, None] * x_m + k.to(tl.int64)[None, :] * x_k
-    a = a_ptr + k.to(tl.int64)[:, None] * a_k + r.to(tl.int64)[None, :] * a_r
-    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    sums = (tl.zeros((BLOCK_M, BLOCK_R), tl.float32),) * len(a_ptrs)
     for k0 in range(0, K, BLOCK_K):
-        x_tile = tl.load(x, mask=in_m & (k < K - k0)[None, :], other=0.0)
-        a_tile = tl.load(a, mask=in_r & (k < K - k0)[:, None], other=0.0).to(DTYPE)
-        if DROPOUT:
-            keep = keep_tile(seed, threshold, m, k0, BLOCK_M, BLOCK_K)
-            x_tile = tl.where(keep, x_tile, 0.0).to(DTYPE)
-        acc = tl.dot(x_tile, a_tile, acc, input_precision=PRECISION)
+        in_k = k < K - k0
+        x_tile = tl.load(x, mask=in_m & in_k[None, :], other=0.0)
+        more = ()
+        for i in tl.static_range(len(a_ptrs)):
+            a = a_ptrs[i] + (k0 + k).to(tl.int64)[:, None] * a_k[i] + wide_r * a_r[i]
+            a_tile = tl.load(a, mask=in_k[:, None] & (r < ranks[i])[None, :], other=0.0).to(DTYPE)
+            x_hat = x_tile
+            if DROPOUT:
+                keep = keep_tile(seeds[i], threshold, m, k0, BLOCK_M, BLOCK_K)
+                x_hat = tl.where(keep, x_tile, 0.0).to(DTYPE)
+            more += (tl.dot(x_hat, a_tile, sums[i], input_precision=PRECISION),)
+        sums = more
         x += tl.full((), BLOCK_K, tl.int64) * x_k
-        a += tl.full((), BLOCK_K, tl.int64) * a_k
-    tl.store(t_ptr + m[:, None] * t_m + r[None, :], (acc * factor).to(DTYPE), mask=in_m & in_r)
+    for i in tl.static_range(len(a_ptrs)):
+        t = t_ptrs[i] + m[:, None] * ranks[i] + r[None, :]
+        tl.store(t, (sums[i] * factor).to(DTYPE), mask=in_m & (r < ranks[i])[None, :])
 
 
 def launch(
-    x: Tensor, a: Tensor, t: Tensor, seed: int | None, dropout_p: float, target: str
+    x: Tensor,
+    adapters: Sequence[Tensor],
+    ts: Sequence[Tensor],
+    seeds: Sequence[int] | None,
+    dropout_p: float,
 ) -> Launch:
-    """Describe the launch that writes t (M, R)."""
-    (m, k), r = x.shape, a.shape[0]
-    tile = shrink_tile(r, x.element_size())
+    """Describe the launch that writes every t (M, Rᵢ), contiguous, of up to three adapters."""
+    (m, k), ranks = x.shape, tuple(a.shape[0] for a in adapters)
+    tile = shrink_tile(max(ranks), x.element_size(), len(ranks), seeds is not None)
     arguments = {
-        "x_ptr": x, "a_ptr": a, "t_ptr": t, "M": m, "K": k, "R": r,
-        "factor": 1.0 / (1.0 - dropout_p), "seed": seed or 0, "threshold": threshold(dropout_p),
-        "x_m": x.stride(0), "x_k": x.stride(1), "a_r": a.stride(0), "a_k": a.stride(1),
-        "t_m": t.stride(0), "DROPOUT": seed is not None, "DTYPE": TL_DTYPES[x.dtype],
+        "x_ptr": x, "a_ptrs": tuple(adapters), "t_ptrs": tuple(ts), "ranks": ranks, "M": m, "K": k,
+        "factor": 1.0 / (1.0 - dropout_p), "seeds": tuple(seeds or (0,) * len(ranks)),
+        "threshold": threshold(dropout_p), "x_m": x.stride(0), "x_k": x.stride(1),
+        "a_r": tuple(a.stride(0) for a in adapters), "a_k": tuple(a.stride(1) for a in adapters),
+        "DROPOUT": seeds is not None, "DTYPE": TL_DTYPES[x.dtype],
         "PRECISION": precision(x.dtype), "BLOCK_M": tile.m, "BLOCK_K": tile.k, "BLOCK_R": tile.r,
     }  # fmt: skip
-    return Launch(_shrink, (triton.cdiv(m, tile.m), triton.cdiv(r, tile.r)), arguments, tile)
+    grid = (triton.cdiv(m, tile.m), triton.cdiv(max(ranks), tile.r))
+    return Launch(_shrink, grid, arguments, tile)
 
 
 def shrink(
-    x: Tensor, adapters: list[Tensor], seed: int | None = None, dropout_p: float = 0.0
-) -> Tensor:
-    """x (M, K), adapters (Rᵢ, K) of any dtype -> t (M, Σ Rᵢ) in the dtype of x.
+    x: Tensor,
+    adapters: Sequence[Tensor],
+    seeds: Sequence[int] | None = None,
+    dropout_p: float = 0.0,
+) -> list[Tensor]:
+    """x (M, K), adapters (Rᵢ, K) of any dtype -> every t (M, Rᵢ), contiguous, in the dtype of x.
 
-    Any strides. A seed masks x, with one mask for all adapters. fp32 accumulation, one rounding.
+    Any strides. ``seeds``, one for each adapter, mask x. fp32 accumulation, one rounding.
     """
-    a = adapters[0] if len(adapters) == 1 else torch.cat(adapters)
-    t = torch.empty(x.shape[0], a.shape[0], dtype=x.dtype, device=x.device)
-    launch(x, a, t, seed, dropout_p, target_of(x)).run()
-    return t
+    ts = [torch.empty(x.shape[0], a.shape[0], dtype=x.dtype, device=x.device) for a in adapters]
+    for first in range(0, len(adapters), ADAPTERS_PER_PASS):
+        part = slice(first, first + ADAPTERS_PER_PASS)
+        own = None if seeds is None else seeds[part]
+        launch(x, adapters[part], ts[part], own, dropout_p).run()
+    return ts

@@ -145,6 +145,27 @@ def test_a_group_of_one_costs_what_it_costs_alone():
         assert cost == backward_cost(contestant, P, TRAINING)
 
 
+@pytest.mark.parametrize(
+    ("contestant", "dropout", "passes"),
+    [
+        ("fused", False, 1),
+        ("fused", True, 1),
+        ("addmm", False, 1),
+        ("addmm", True, 3),
+        ("peft", True, 3),
+    ],
+)
+def test_a_group_reads_x_for_t_once_where_it_can(contestant, dropout, passes):
+    p = dataclasses.replace(P, dropout=dropout)
+    apart = 3 * forward_cost(contestant, p).bytes
+    assert apart - group_forward_cost(contestant, [p] * 3).bytes == 2 * M * K * (3 - passes)
+
+
+def test_a_fourth_adapter_is_a_second_pass_over_x():
+    apart = 4 * forward_cost("fused", P).bytes
+    assert apart - group_forward_cost("fused", [P] * 4).bytes == 2 * M * K * 2
+
+
 def test_empty_input_costs_no_flops():
     p = dataclasses.replace(P, m=0)
     for contestant in CONTESTANTS:

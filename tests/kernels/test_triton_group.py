@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
@@ -72,8 +73,11 @@ class Group:
 
     def run(self, dropout_p=0.0) -> tuple[Tensor, ...]:
         torch.manual_seed(7)  # what the seeds of dropout are drawn from
+        return self.call(self.members[0].x, dropout_p)
+
+    def call(self, x: Tensor, dropout_p: float) -> tuple[Tensor, ...]:
         return masked_lora_linear_group(
-            self.members[0].x,
+            x,
             self.column("weight", only_open=False),
             self.column("lora_a"),
             self.column("lora_b"),
@@ -116,7 +120,7 @@ def keeps_of(count: int, m: int, k: int, p: float) -> list[Tensor | None]:
 
     torch.manual_seed(7)
     x, a = torch.ones(m, k, device="cuda"), torch.eye(k, device="cuda")
-    return [shrink(x, [a], seed, p) != 0 for seed in draw_seed(count).tolist()]
+    return [shrink(x, [a], [seed], p)[0] != 0 for seed in draw_seed(count).tolist()]
 
 
 def assert_matches(group: Group, dropout_p: float = 0.0, used=None) -> dict[str, Tensor]:
@@ -146,6 +150,7 @@ GRID = [
     ("only the closed output is used", 5, OPEN_FIRST, BF16, FP32, 0.3, False, (2,)),
     ("all but the first are used", 5, OPEN_FIRST, FP32, FP32, 0.3, False, (1, 2, 3)),
     ("several tiles of dx, the last a rim", 150, CLOSED_FIRST, BF16, FP32, 0.0, False, None),
+    ("four adapters: a second pass over x", 20, OPEN_FIRST * 2, BF16, FP32, 0.3, False, None),
     ("no tokens", 0, OPEN_FIRST, BF16, FP32, 0.3, False, None),
     ("one member", 37, OPEN_FIRST[:1], BF16, FP32, 0.0, False, None),
     ("no adapters", 37, [OPEN_FIRST[2]] * 2, BF16, FP32, 0.3, False, None),
@@ -213,11 +218,13 @@ def launches(monkeypatch):
     return seen
 
 
-def test_one_pass_over_x_serves_every_adapter(launches):
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_one_pass_over_x_serves_every_adapter(launches, dropout_p):
     group = Group(37, 48, OPEN_FIRST, dtype=BF16, adapter_dtype=FP32)
-    group.run()
+    group.run(dropout_p)
     assert [name for name, _ in launches] == ["shrink"] + ["lowrank_gemm"] * 3
-    assert launches[0][1]["R"] == 4 + 7 + 1
+    assert launches[0][1]["ranks"] == (4, 7, 1)
+    assert len(set(launches[0][1]["seeds"])) == (3 if dropout_p else 1)
 
 
 def test_every_member_adds_to_the_same_dx(launches):
@@ -244,6 +251,18 @@ def test_the_persistent_form_adds_to_dx_too(launches):
         prefer()
     forms = [(z["PERSISTENT"], z["ACCUMULATE"]) for _, z in launches if "ACCUMULATE" in z]
     assert forms[-2:] == [(True, False), (True, True)]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputation_draws_the_masks_of_the_group_again(plain_tensors, use_reentrant):
+    group = Group(37, 48, OPEN_FIRST, dtype=BF16, adapter_dtype=FP32)
+    expected = results(group, group.run(0.3))
+    torch.manual_seed(7)
+    ys = checkpoint(group.call, group.members[0].x, 0.3, use_reentrant=use_reentrant)
+    torch.manual_seed(8)  # what runs in between draws on
+    torch.autograd.backward(ys, [member.dy for member in group.members])
+    for name, tensor in group.wanted().items():
+        assert torch.equal(tensor.grad, expected[f"d{name}"]), name
 
 
 def test_two_runs_give_the_same_bits():

@@ -5,8 +5,10 @@ stores: what reaches memory if re-reads by neighbouring programs hit the cache. 
 the tiles' business, as in any GEMM.
 """
 
+import dataclasses
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,10 +16,17 @@ import torch
 
 pytest.importorskip("triton")
 
-from ila_kernels import masked_lora_linear
+from ila_kernels import masked_lora_linear, masked_lora_linear_group
 from ila_kernels.config import grad_tile
+from ila_kernels.kernels import selfcheck
 from ila_kernels.kernels.launch import Launch
-from ila_kernels.roofline import Problem, backward_cost, forward_cost
+from ila_kernels.roofline import (
+    Problem,
+    backward_cost,
+    forward_cost,
+    group_backward_cost,
+    group_forward_cost,
+)
 from ila_kernels.testing import make_inputs
 
 pytestmark = [
@@ -41,6 +50,13 @@ class Traffic:
     def of(self, kernel: str, argument: str, kind: str) -> int:
         """Bytes over all launches of a kernel."""
         return sum(launch.get((kernel, argument, kind), 0) for launch in self.launches)
+
+
+def tensors(arguments: dict) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a launch by the name of its argument, which may be a tuple of several."""
+    for name, value in arguments.items():
+        several = value if isinstance(value, tuple) else (value,)
+        yield from ((name, one) for one in several if isinstance(one, torch.Tensor))
 
 
 @pytest.fixture
@@ -72,14 +88,13 @@ def traffic(monkeypatch):
         for kind, pieces in touched.items():
             seen = np.unique(np.concatenate(pieces))
             inside = np.zeros(len(seen), dtype=bool)
-            for name, tensor in launch.arguments.items():
-                if not isinstance(tensor, torch.Tensor):
-                    continue
+            for name, tensor in tensors(launch.arguments):
                 first = tensor.untyped_storage().data_ptr()
                 own = (seen >= first) & (seen < first + tensor.untyped_storage().nbytes())
                 inside |= own
                 if own.any() and name not in ("gate_ptr", "inner_ptr"):
-                    bytes_of[kernel, name.removesuffix("_ptr"), kind] = int(own.sum())
+                    key = kernel, name.removesuffix("s").removesuffix("_ptr"), kind
+                    bytes_of[key] = bytes_of.get(key, 0) + int(own.sum())
             assert inside.all(), f"{kernel} touches memory of none of its arguments"
         found.launches.append(bytes_of)
 
@@ -142,3 +157,49 @@ def test_backward_moves_what_the_cost_model_says(traffic, needs, dropout_p):
         # One read of dy gives u, dB and dγ; the second one is that of the input gradient.
         assert traffic.of("grad_out", "dy", "load") == 2 * M * N
     assert traffic.total() == backward_cost("fused", problem(dropout_p), needs).bytes
+
+
+# --- q, k and v, or gate and up, and more members than one pass takes
+
+
+class Group:
+    """Members of one x, N and R of each; the outputs that have a dy are all of them."""
+
+    def __init__(self, sizes, requires):
+        kinds = {"dtype": BF16, "adapter_dtype": FP32, "gate": 0.5, "device": "cuda"}
+        rows = [make_inputs(M, K, n, r, requires=requires, **kinds) for n, r in sizes]
+        self.x, self.dys = rows[0].x, [row.dy for row in rows]
+        names = ("weight", "lora_a", "lora_b", "gate")
+        self.columns = [[getattr(row, name) for row in rows] for name in names]
+        self.leaves = [t for column in self.columns for t in column if t.requires_grad]
+
+    def __call__(self, dropout_p):
+        return masked_lora_linear_group(self.x, *self.columns, dropout_p=dropout_p, impl="triton")
+
+
+QKV = ((300, 5), (72, 5), (72, 3))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(("sizes", "passes"), [(QKV, 1), (QKV[:2], 1), (QKV + QKV[:1], 2)])
+def test_forward_of_a_group_moves_what_the_cost_model_says(traffic, sizes, passes, dropout_p):
+    group = Group(sizes, ())
+    selfcheck.ensure(group.x.device)
+    traffic.launches.clear()
+    group(dropout_p)
+    assert traffic.of("shrink", "x", "load") == passes * 2 * M * K  # x once for every t
+    members = [dataclasses.replace(problem(dropout_p), n=n, r=r) for n, r in sizes]
+    assert traffic.total() == group_forward_cost("fused", members).bytes
+
+
+def test_backward_of_a_group_moves_what_the_cost_model_says(traffic):
+    needs = {"x", "lora_a", "lora_b", "gate"}
+    group = Group(QKV, needs)
+    ys = group(0.3)
+    traffic.launches.clear()
+    torch.autograd.grad(ys, [group.x, *group.leaves], group.dys)
+    # dx is written by every member and read by all but the first.
+    assert traffic.of("lowrank_gemm", "c", "store") == 3 * 2 * M * K
+    assert traffic.of("lowrank_gemm", "c", "load") == 2 * 2 * M * K
+    members = [dataclasses.replace(problem(0.3), n=n, r=r) for n, r in QKV]
+    assert traffic.total() == group_backward_cost("fused", members, needs).bytes
