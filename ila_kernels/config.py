@@ -262,7 +262,7 @@ def gemm_form(
 def shrink_tile(r: int, element_bytes: int, adapters: int = 1, dropout: bool = False) -> Tile:
     """Tile of every t (M, R) = x̂ Aᵀ: few rows, so that few thousand tokens already fill a GPU.
 
-    At M = 8192 these are 128 programs at 16 bits. One adapter, 4 warps: at R = 64 up to 144
+    At M = 8192 these are 128 programs at 16 bits. One adapter, 4 warps: at R = 64 up to 147
     registers a thread (212 with dropout, whose Philox rounds take them), three blocks or more
     (two). A group holds accumulators and a mask for each of up to three adapters, so its steps over
     K are shorter (at 64, three adapters under dropout spilled 3 to 27 registers on three targets)

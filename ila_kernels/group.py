@@ -12,7 +12,7 @@ A member without an adapter (closed) is a bare linear that still shares dx.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +22,11 @@ from ila_kernels.eager import Grads, Needs
 from ila_kernels.quant import PackedWeight, input_grad, linear
 
 
-@dataclass
-class Member:
-    """One linear of a group: W (N, K), A (R, K), B (N, R), γ (1 element), bias (N,), seed (1,)."""
+class Member(NamedTuple):
+    """One linear of a group: W (N, K), A (R, K), B (N, R), γ (1 element), bias (N,), seed (1,).
+
+    In backward also t (M, R), where dB or dγ read it, and what is wanted; the bias is not read.
+    """
 
     weight: Tensor | PackedWeight
     lora_a: Tensor | None
@@ -33,11 +35,16 @@ class Member:
     bias: Tensor | None
     seed: Tensor | None
     scale: float
+    t: Tensor | None = None
+    needs: Needs = Needs(*[False] * 6)
 
     @property
     def is_open(self) -> bool:
         """Whether this member has an adapter."""
         return self.lora_a is not None
+
+
+NO_GRADS = Grads(*[None] * 6)
 
 
 def shrink_all(x: Tensor, members: Sequence[Member], dropout_p: float) -> list[Tensor | None]:
@@ -102,29 +109,26 @@ def shared_input_grad(
 
 
 def backward(
-    dys: Sequence[Tensor | None],
-    x: Tensor | None,
-    members: Sequence[Member],
-    ts: Sequence[Tensor | None],
-    dropout_p: float,
-    needs: Sequence[Needs],
+    dys: Sequence[Tensor | None], x: Tensor | None, members: Sequence[Member], dropout_p: float
 ) -> tuple[Tensor | None, list[Grads]]:
     """dx of the group and the parameter gradients of every member (their ``Grads.x`` is None)."""
-    us = [
-        eager.expand_grad(dy, m.lora_b) if dy is not None and m.is_open and n.makes_u else None
-        for dy, m, n in zip(dys, members, needs, strict=True)
+    makes_u = [
+        dy is not None and m.is_open and m.needs.makes_u for dy, m in zip(dys, members, strict=True)
     ]
-    dx = shared_input_grad(dys, us, members, dropout_p) if needs[0].x else None
-    grads = []
-    for dy, m, t, u, n in zip(dys, members, ts, us, needs, strict=True):
-        if dy is None:
-            grads.append(Grads(None, None, None, None, None, None))
-            continue
-        da = db = dgate = None
-        if m.is_open:
-            da, db, dgate = eager.adapter_grads(
-                dy, x, u, t, m.lora_a, m.lora_b, m.gate, m.seed, m.scale, dropout_p, n
-            )
-        dweight = torch.mm(dy.t(), x) if n.weight else None
-        grads.append(Grads(None, dweight, da, db, dgate, dy.sum(0) if n.bias else None))
-    return dx, grads
+    us = [
+        eager.expand_grad(dy, m.lora_b) if makes else None
+        for dy, m, makes in zip(dys, members, makes_u, strict=True)
+    ]
+    dx = shared_input_grad(dys, us, members, dropout_p) if members[0].needs.x else None
+    rows = zip(dys, us, members, strict=True)
+    return dx, [NO_GRADS if dy is None else _own(dy, x, u, m, dropout_p) for dy, u, m in rows]
+
+
+def _own(dy: Tensor, x: Tensor | None, u: Tensor | None, m: Member, dropout_p: float) -> Grads:
+    da = db = dgate = None
+    if m.is_open:
+        da, db, dgate = eager.adapter_grads(
+            dy, x, u, m.t, m.lora_a, m.lora_b, m.gate, m.seed, m.scale, dropout_p, m.needs
+        )
+    dweight = torch.mm(dy.t(), x) if m.needs.weight else None
+    return Grads(None, dweight, da, db, dgate, dy.sum(0) if m.needs.bias else None)

@@ -185,14 +185,14 @@ def _group_grads(ctx, dys, run):
     x, *flat = ctx.saved_tensors
     rows = [flat[i : i + 6] for i in range(0, len(flat), 6)]
     members = [
-        Member(packed or weight, a, b, gate, None, seed, scale)
-        for (weight, a, b, gate, seed, _), packed, scale in zip(
-            rows, ctx.packed, ctx.scales, strict=True
+        Member(packed or weight, a, b, gate, None, seed, scale, t, needs)
+        for (weight, a, b, gate, seed, t), packed, scale, needs in zip(
+            rows, ctx.packed, ctx.scales, ctx.needs, strict=True
         )
     ]
     dy = next((dy for dy in dys if dy is not None), None)
     with _own_dtypes(dy, dy is not None and any(ctx.packed)):
-        return run(dys, x, members, [r[5] for r in rows], ctx.dropout_p, ctx.needs)
+        return run(dys, x, members, ctx.dropout_p)
 
 
 class MaskedLoraLinearGroupFunction(torch.autograd.Function):

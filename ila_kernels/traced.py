@@ -7,13 +7,15 @@ launched on those. Library calls are traced into and compiled with what surround
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ila_kernels.eager import Grads, Needs
 from ila_kernels.group import Member
+
+NONE = Needs(*[False] * 6)
 
 # A list of an op holds no None: of the gradients it returns those that are wanted, in order.
 
@@ -35,14 +37,13 @@ def _linear(
     from ila_kernels.kernels import linear
 
     arguments = (dy, x, weight, lora_a, lora_b, gate, t, seed, scale, dropout_p)
-    return _wanted(linear.backward(*arguments, Needs(*needs)))
+    return _made(linear.backward(*arguments, Needs(*needs)))
 
 
 @_linear.register_fake
 def _(dy, x, weight, lora_a, lora_b, gate, t, seed, scale, dropout_p, needs):
     like = next((s for s in (x, weight, t) if s is not None), dy)
-    grads = _empty(dy, like, lora_a, lora_b, gate, lora_a.shape[1], Needs(*needs))
-    return _wanted(grads)
+    return _made(_empty(dy, like, lora_a, lora_b, gate, lora_a.shape[1], Needs(*needs)))
 
 
 def _empty(dy, like, lora_a, lora_b, gate, k, needs: Needs) -> Grads:
@@ -58,15 +59,18 @@ def _empty(dy, like, lora_a, lora_b, gate, k, needs: Needs) -> Grads:
     )
 
 
-def _wanted(grads: Sequence[Tensor | None]) -> list[Tensor]:
+def _made(grads: Sequence[Tensor | None]) -> list[Tensor]:
     return [g for g in grads if g is not None]
 
 
-def linear_backward(dy, x, weight, lora_a, lora_b, gate, t, seed, scale, dropout_p, needs) -> Grads:
-    """``kernels.linear.backward`` by its op."""
-    tensors = (dy, x, weight, lora_a, lora_b, gate, t, seed)
-    grads = iter(torch.ops.ila.masked_lora_linear_backward(*tensors, scale, dropout_p, list(needs)))
-    return Grads(*(next(grads) if wanted else None for wanted in needs))
+def _placed(made: Iterator[Tensor], needs: Needs) -> Grads:
+    return Grads(*(next(made) if wanted else None for wanted in needs))
+
+
+def linear_backward(*saved: Tensor | None, scale: float, dropout_p: float, needs: Needs) -> Grads:
+    """``kernels.linear.backward`` by its op: dy, x, W, A, B, γ, t, seed."""
+    made = torch.ops.ila.masked_lora_linear_backward(*saved, scale, dropout_p, list(needs))
+    return _placed(iter(made), needs)
 
 
 @torch.library.custom_op("ila::masked_lora_linear_group_backward", mutates_args=())
@@ -85,10 +89,10 @@ def _group(
 ) -> list[Tensor]:
     from ila_kernels.kernels import group
 
-    columns = zip(weights, lora_as, lora_bs, gates, seeds, scales, strict=True)
-    members = [Member(w, a, b, gate, None, seed, s) for w, a, b, gate, seed, s in columns]
-    dx, grads = group.backward(dys, x, members, ts, dropout_p, _by_member(needs))
-    return _wanted((dx, *(g for member in grads for g in member)))
+    columns = (weights, lora_as, lora_bs, gates, [None] * len(scales), seeds, scales, ts)
+    members = [Member(*row) for row in zip(*columns, _by_member(needs), strict=True)]
+    dx, grads = group.backward(dys, x, members, dropout_p)
+    return _made((dx, *(g for member in grads for g in member)))
 
 
 @_group.register_fake
@@ -104,7 +108,7 @@ def _(dys, x, weights, lora_as, lora_bs, gates, seeds, ts, scales, dropout_p, ne
             dx = like.new_empty(dy.shape[0], w.shape[1])
         k = x.shape[1] if n.weight else 0
         flat += _empty(dy, like, a, b, gate, k, n._replace(x=False))
-    return _wanted((dx, *flat))
+    return _made((dx, *flat))
 
 
 def _by_member(needs: Sequence[bool]) -> list[Needs]:
@@ -112,23 +116,14 @@ def _by_member(needs: Sequence[bool]) -> list[Needs]:
 
 
 def group_backward(
-    dys: Sequence[Tensor | None],
-    x: Tensor | None,
-    members: Sequence[Member],
-    ts: Sequence[Tensor | None],
-    dropout_p: float,
-    needs: Sequence[Needs],
+    dys: Sequence[Tensor | None], x: Tensor | None, members: Sequence[Member], dropout_p: float
 ) -> tuple[Tensor | None, list[Grads]]:
     """``kernels.group.backward`` by its op."""
-    names = ("weight", "lora_a", "lora_b", "gate", "seed")
+    names = ("weight", "lora_a", "lora_b", "gate", "seed", "t", "scale")
     columns = ([getattr(m, name) for m in members] for name in names)
-    scales, flat = [m.scale for m in members], [wanted for n in needs for wanted in n]
-    rest = (list(ts), scales, dropout_p, flat)
-    out = iter(torch.ops.ila.masked_lora_linear_group_backward(list(dys), x, *columns, *rest))
-    used = [
-        n._replace(x=False) if dy is not None else Needs(*[False] * 6)
-        for dy, n in zip(dys, needs, strict=True)
-    ]
-    has_dx = any(n.x and dy is not None for dy, n in zip(dys, needs, strict=True))
-    dx = next(out) if has_dx else None
-    return dx, [Grads(*(next(out) if wanted else None for wanted in n)) for n in used]
+    flat = [wanted for m in members for wanted in m.needs]
+    ops = torch.ops.ila
+    made = iter(ops.masked_lora_linear_group_backward(list(dys), x, *columns, dropout_p, flat))
+    used = [m.needs if dy is not None else NONE for dy, m in zip(dys, members, strict=True)]
+    dx = next(made) if any(n.x for n in used) else None
+    return dx, [_placed(made, n._replace(x=False)) for n in used]

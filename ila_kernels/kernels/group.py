@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ila_kernels.eager import Grads, Needs
-from ila_kernels.group import Member
-from ila_kernels.kernels.linear import check_dtype, on_host, parameter_grads
+from ila_kernels.eager import Grads
+from ila_kernels.group import NO_GRADS, Member
+from ila_kernels.kernels.linear import check_dtype, input_grad, parameter_grads
 from ila_kernels.kernels.lowrank_gemm import lowrank_gemm
 from ila_kernels.kernels.shrink import shrink
 
@@ -51,13 +51,11 @@ def forward(
 
 
 def add_input_grad(
-    dx: Tensor | None, dy: Tensor, u: Tensor | None, member: Member, dropout_p: float
+    dx: Tensor | None, dy: Tensor, u: Tensor | None, m: Member, dropout_p: float
 ) -> Tensor:
     """dx (M, K) += dy W + γα (u A) ⊙ keep/(1−p), in place; ``None`` stands for zeros."""
-    m = member
     if u is not None:
-        update = (u, m.lora_a, m.scale, m.gate, None, on_host(m.seed), dropout_p)
-        return lowrank_gemm(dy, m.weight, *update, out=dx)
+        return input_grad(dy, u, m, dropout_p, out=dx)
     if dx is not None:
         return dx.addmm_(dy, m.weight)
     # Given `out`, mm keeps its dtype under autocast too.
@@ -65,29 +63,20 @@ def add_input_grad(
 
 
 def backward(
-    dys: Sequence[Tensor | None],
-    x: Tensor | None,
-    members: Sequence[Member],
-    ts: Sequence[Tensor | None],
-    dropout_p: float,
-    needs: Sequence[Needs],
+    dys: Sequence[Tensor | None], x: Tensor | None, members: Sequence[Member], dropout_p: float
 ) -> tuple[Tensor | None, list[Grads]]:
     """dx of the group and the parameter gradients of every member (their ``Grads.x`` is None)."""
-    saved = (x, *(m.weight for m in members), *ts, *dys)
+    saved = (x, *(m.weight for m in members), *(m.t for m in members), *dys)
     dtype = next((s.dtype for s in saved if s is not None), None)
     dx, grads = None, []
-    for dy, m, t, n in zip(dys, members, ts, needs, strict=True):
+    for dy, m in zip(dys, members, strict=True):
         if dy is None:
-            grads.append(Grads(None, None, None, None, None, None))
+            grads.append(NO_GRADS)
             continue
         with torch.cuda.device(dy.device):
-            dy, u = dy.to(dtype), None
-            if m.is_open:
-                u, own = parameter_grads(dy, x, m, t, dropout_p, n)
-            else:
-                dweight = torch.mm(dy.t(), x) if n.weight else None
-                own = Grads(None, dweight, None, None, None, dy.sum(0) if n.bias else None)
+            dy = dy.to(dtype)
+            u, own = parameter_grads(dy, x, m, dropout_p)
             grads.append(own)
-            if n.x:
+            if m.needs.x:
                 dx = add_input_grad(dx, dy, u, m, dropout_p)
     return dx, grads

@@ -46,37 +46,49 @@ def forward(
 
 
 def parameter_grads(
-    dy: Tensor, x: Tensor | None, m: Member, t: Tensor | None, dropout_p: float, needs: Needs
+    dy: Tensor, x: Tensor | None, m: Member, dropout_p: float
 ) -> tuple[Tensor | None, Grads]:
     """u (M, R), for dx, and every wanted gradient but dx, from dy (M, N)."""
-    dweight = dbias = da = db = dgate = u = None
-    (n, r), both = m.lora_b.shape, needs.makes_u and needs.lora_b
+    u = da = db = dgate = None
+    if m.is_open:
+        u, da, db, dgate = _adapter_grads(dy, x, m, dropout_p)
+    dweight = torch.mm(dy.t(), x) if m.needs.weight else None
+    return u, Grads(None, dweight, da, db, dgate, dy.sum(0) if m.needs.bias else None)
+
+
+def _adapter_grads(
+    dy: Tensor, x: Tensor | None, m: Member, dropout_p: float
+) -> tuple[Tensor | None, ...]:
+    """u, dA, dB and dγ of an open member."""
+    needs, (n, r), u, da, db, dgate = m.needs, m.lora_b.shape, None, None, None, None
+    both = needs.makes_u and needs.lora_b
     if both and one_read_pays(n, r, dy.element_size(), target_of(dy)):
-        u, db, inner = grad_out(dy, m.lora_b, t, m.scale, m.gate, m.lora_b.dtype, needs.gate)
+        u, db, inner = grad_out(dy, m.lora_b, m.t, m.scale, m.gate, m.lora_b.dtype, needs.gate)
         dgate = inner.to(m.gate.dtype).reshape(m.gate.shape) if needs.gate else None
     elif needs.makes_u:
         (u,) = shrink(dy, [m.lora_b.t()])
     if needs.lora_a and m.seed is not None:
-        da = grad_a(u, x, on_host(m.seed), dropout_p, m.scale, m.gate, m.lora_a.dtype)
+        da = grad_a(u, x, int(m.seed), dropout_p, m.scale, m.gate, m.lora_a.dtype)
     # What is left is one product of library GEMMs: nothing to fuse it with.
     rest = needs._replace(
         lora_a=needs.lora_a and da is None,
         lora_b=needs.lora_b and db is None,
         gate=needs.gate and dgate is None,
     )
-    da_, db_, dgate_ = eager.adapter_grads(
-        dy, x, u, t, m.lora_a, m.lora_b, m.gate, None, m.scale, 0.0, rest
+    others = eager.adapter_grads(
+        dy, x, u, m.t, m.lora_a, m.lora_b, m.gate, None, m.scale, 0.0, rest
     )
-    if needs.weight:
-        dweight = torch.mm(dy.t(), x)
-    if needs.bias:
-        dbias = dy.sum(0)
-    da, db, dgate = (
-        da_ if da is None else da,
-        db_ if db is None else db,
-        dgate_ if dgate is None else dgate,
-    )
-    return u, Grads(None, dweight, da, db, dgate, dbias)
+    pairs = zip((da, db, dgate), others, strict=True)
+    return u, *(other if own is None else own for own, other in pairs)
+
+
+def input_grad(
+    dy: Tensor, u: Tensor, m: Member, dropout_p: float, out: Tensor | None = None
+) -> Tensor:
+    """dx (M, K) = dy W + γα (u A) ⊙ keep/(1−p), added to what ``out`` holds."""
+    # The seed's tensor lives on the CPU: reading it waits for nothing.
+    seed = None if m.seed is None else int(m.seed)
+    return lowrank_gemm(dy, m.weight, u, m.lora_a, m.scale, m.gate, None, seed, dropout_p, out=out)
 
 
 def backward(
@@ -94,15 +106,7 @@ def backward(
 ) -> Grads:
     """All wanted gradients of ``forward`` from dy (M, N)."""
     saved = next((s for s in (x, weight, t) if s is not None), dy)
-    dy, m = dy.to(saved.dtype), Member(weight, lora_a, lora_b, gate, None, seed, scale)
+    dy, m = dy.to(saved.dtype), Member(weight, lora_a, lora_b, gate, None, seed, scale, t, needs)
     with torch.cuda.device(dy.device):
-        u, grads = parameter_grads(dy, x, m, t, dropout_p, needs)
-        if not needs.x:
-            return grads
-        update = (u, lora_a, scale, gate, None, on_host(seed), dropout_p)
-        return grads._replace(x=lowrank_gemm(dy, weight, *update))
-
-
-def on_host(seed: Tensor | None) -> int | None:
-    """The seed as an integer; its tensor lives on the CPU, so this waits for nothing."""
-    return None if seed is None else int(seed)
+        u, grads = parameter_grads(dy, x, m, dropout_p)
+        return grads._replace(x=input_grad(dy, u, m, dropout_p)) if needs.x else grads

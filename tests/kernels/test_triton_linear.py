@@ -264,12 +264,3 @@ def test_fp64_is_refused():
     i = make_inputs(*ODD, dtype=torch.float64, device="cuda")
     with pytest.raises(TypeError, match="computes in bfloat16, float16 or float32"):
         ours(i)
-
-
-def test_a_device_that_writes_nothing_is_refused(monkeypatch):
-    from ila_kernels.kernels import launch, selfcheck
-
-    selfcheck.check(torch.device("cuda"))
-    monkeypatch.setattr(launch.Launch, "run", lambda self: self.arguments.get("c_ptr"))
-    with pytest.raises(RuntimeError, match=r"compute wrong results on cuda.*impl='eager'"):
-        selfcheck.check(torch.device("cuda"))
