@@ -134,7 +134,7 @@ def by_share(found: Mapping[str, Any], model: str, base: str, path: Path) -> Non
             axes.plot(
                 [key[1] * 100 for key in keys], heights, color=colour, linestyle=line, marker="o",
                 markersize=4, linewidth=1.8,
-                label=f"{'ours' if who == OURS else 'PEFT on the same layers'}, {_where(position)}",
+                label=f"{'ours' if who == OURS else 'PEFT, same layers'}, {_where(position)}",
             )  # fmt: skip
     for key, says in (
         (("PEFT", 1.0, "all"), "PEFT"),

@@ -40,7 +40,8 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
 
 
 def summary(found: Mapping[str, Any]) -> list[str]:
-    if "saved-bytes" not in found:
+    """The table without places, where nothing else in the README speaks of memory."""
+    if "saved-bytes" not in found or "memory" in found:
         return []
     result = found["saved-bytes"]
     rows = [[name, gib(row["bytes"])] for name, row in result["rows"].items()]

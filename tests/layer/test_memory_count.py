@@ -8,6 +8,7 @@ from torch._subclasses import FakeTensorMode
 import ila.checkpointing
 from benchmarks import fits, memory, memory_check, memory_rows
 from benchmarks.live_bytes import Bytes, LiveBytes, bytes_of, split
+from benchmarks.sections import memory_counts
 from ila_kernels.eager import SHORT_ROWS
 
 ROWS = memory_check.contestants()
@@ -128,3 +129,14 @@ def test_the_longest_row_is_the_last_that_fits(tiny):
 def test_sizes_are_split_by_the_primes_that_they_hold():
     assert split(5 * 2017, 2017) == Bytes(0, 5) and split(5 * 2018, 2017) == Bytes(5, 5)
     assert split(4096 * 11008, 2017) == Bytes(4096 * 11008) and split(2017, None) == Bytes(2017)
+
+
+def test_the_rows_of_the_tables_are_counted_and_named_alike():
+    """The page knows neither torch nor PEFT, so it repeats the contestants' names."""
+    for base in memory_rows.BASES:
+        for checkpointing in (False, True):
+            keys = {
+                (r.contestant, r.share, r.position) for r in memory_rows.rows(base, checkpointing)
+            }
+            missing = set(memory_counts.ROWS) - keys
+            assert missing == set() or (base == "bf16" and missing == {memory_counts.ROWS[2]})
