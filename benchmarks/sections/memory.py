@@ -130,8 +130,8 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
         "where nothing else is said.",
         "**Not in it:** what a kernel allocates inside of itself, the allocator's rounding and "
         "fragmentation, the CUDA context (some hundred MB), and other programs. No GPU has "
-        "confirmed these numbers. GB are 10⁹ bytes. A card of 16 GB is taken as that, 7 % less than "
-        "the 16 GiB that such cards have: room for some of what is not in the count.",
+        "confirmed these numbers. GB are 10⁹ bytes. A card of 16 GB is taken as that, 7 % less "
+        "than the 16 GiB that such cards have: room for some of what is not in the count.",
     ]
     for model in models:
         # One model is in the open; the others unfold.
