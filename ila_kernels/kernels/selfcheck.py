@@ -5,7 +5,8 @@ and raise nothing (unslothai/unsloth#11614). Training on that is worse than an e
 
 Every form of a kernel that training launches runs at least once: each number of adapters that a
 pass over x serves, forward and input gradient alone and added to another's, sums with their shares,
-all of it with and without dropout. That is 50 launches.
+all of it with and without dropout. A gate, one more number to read, is there in some of them. That
+is 50 launches.
 """
 
 from __future__ import annotations

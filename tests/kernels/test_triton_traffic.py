@@ -180,8 +180,10 @@ class Group:
 QKV = ((300, 5), (72, 5), (72, 3))
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize(("sizes", "passes"), [(QKV, 1), (QKV[:2], 1), (QKV + QKV[:1], 2)])
+@pytest.mark.parametrize(
+    ("sizes", "passes", "dropout_p"),
+    [(QKV, 1, 0.0), (QKV[:2], 1, 0.3), (QKV + QKV[:1], 2, 0.3)],
+)
 def test_forward_of_a_group_moves_what_the_cost_model_says(traffic, sizes, passes, dropout_p):
     group = Group(sizes, ())
     selfcheck.ensure(group.x.device)
