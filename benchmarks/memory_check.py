@@ -41,11 +41,13 @@ def compare(folder: str, tokens: int) -> dict[str, Any]:
     """Count and measure each contestant, without and with checkpoints; rows for the JSON."""
     source = find_source(folder)
     config = AutoConfig.from_pretrained(folder)
+    config.use_cache = False
     rows = []
     for name, checkpointing, change in _cases():
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         real = load_model(source, "bfloat16", device="cpu")
+        real.config.use_cache = False
         models = [
             change(without_mask(base.requires_grad_(False).train()), is_empty)
             for base, is_empty in ((empty, True), (real, False))

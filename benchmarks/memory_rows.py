@@ -8,6 +8,7 @@ the head stay in bf16, as transformers leaves them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import ila
 from benchmarks import saved_bytes
-from benchmarks.saved_bytes import RANK, adapt, at_random, convert
+from benchmarks.saved_bytes import RANK, adapt, at_random, convert, in_dtype
 
 # Transformers makes a mask for every kind of attention that it knows masks of. A batch without
 # padding trains without one; fake tensors would get one all the same (2·T² bytes).
@@ -33,6 +34,7 @@ PEFT, PEFT_BF16, PEFT_PREPARED, OURS = (
     "PEFT", "PEFT, adapters in the base's dtype", "PEFT, prepared for k-bit training", "ours",
 )  # fmt: skip
 RESTRICTED = "PEFT, the same layers"
+RESTRICTED_BF16 = "PEFT, the same layers, adapters in the base's dtype"
 
 
 class Row(NamedTuple):
@@ -67,11 +69,14 @@ def rows(base: str, checkpointing: bool = False) -> Iterator[Row]:
             def ours(model, rank_of=rank_of, share=share):
                 return saved_bytes.masked(convert(adapt(model)), rank_of(), share)
 
-            def peft(model, rank_of=rank_of, share=share):
-                return restricted(model, rank_of(), share)
+            def peft(model, bf16=False, rank_of=rank_of, share=share):
+                return restricted(model, rank_of(), share, bf16)
 
             yield Row(OURS, share, position, seed, ours)
             yield Row(RESTRICTED, share, position, seed, peft)
+            if share < 0.5 and position != "bottom" and not seed:
+                bf16 = partial(peft, bf16=True)
+                yield Row(RESTRICTED_BF16, share, position, seed, bf16)
 
 
 def positions(
@@ -84,7 +89,9 @@ def positions(
         yield "scattered", seed, lambda seed=seed: at_random(seed)
 
 
-def restricted(model: nn.Module, rank_of: Callable[[int], float], share: float) -> nn.Module:
+def restricted(
+    model: nn.Module, rank_of: Callable[[int], float], share: float, bf16: bool = False
+) -> nn.Module:
     """PEFT's adapters on the layers, by name, that ``saved_bytes.masked`` would leave open."""
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n]
     scores = {name: rank_of(position) for position, name in enumerate(names)}
@@ -92,7 +99,8 @@ def restricted(model: nn.Module, rank_of: Callable[[int], float], share: float) 
     config = LoraConfig(
         r=RANK, lora_alpha=2 * RANK, target_modules=set(chosen), task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, config, low_cpu_mem_usage=True)
+    peft = get_peft_model(model, config, low_cpu_mem_usage=True)
+    return in_dtype(peft, torch.bfloat16 if bf16 else torch.float32)
 
 
 def build(name: str, base: str, layers: int | None = None) -> nn.Module:

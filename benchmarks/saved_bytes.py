@@ -136,7 +136,11 @@ def adapt(
         task_type="CAUSAL_LM",
     )  # fmt: skip
     model = get_peft_model(base, config, low_cpu_mem_usage=empty)
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    return in_dtype(model, torch.bfloat16 if bf16 else torch.float32)
+
+
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give the adapters a dtype, in place."""
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(dtype)

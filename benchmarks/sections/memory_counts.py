@@ -11,6 +11,7 @@ NAMES = {"llama-2-7b": "Llama-2-7B", "llama-3-8b": "Llama-3-8B", "mistral-7b": "
 BASES = {"bf16": "LoRA over bf16", "nf4": "QLoRA over NF4"}
 RESTRICTED, OURS = "PEFT, the same layers", "ours"
 PEFT_BF16 = "PEFT, adapters in the base's dtype"
+RESTRICTED_BF16 = "PEFT, the same layers, adapters in the base's dtype"
 # Contestant, share, position: the rows of the tables, in this order; others are in the file.
 ROWS = (
     ("PEFT", 1.0, "all"),
@@ -18,11 +19,11 @@ ROWS = (
     ("PEFT, prepared for k-bit training", 1.0, "all"),
     (OURS, 1.0, "all"),
     *((OURS, 0.75, position) for position in ("scattered", "top", "bottom")),
-    *((who, 0.3, "scattered") for who in (RESTRICTED, OURS)),
-    *((who, 0.3, "top") for who in (RESTRICTED, OURS)),
+    *((who, 0.3, "scattered") for who in (RESTRICTED, RESTRICTED_BF16, OURS)),
+    *((who, 0.3, "top") for who in (RESTRICTED, RESTRICTED_BF16, OURS)),
     *((who, 0.3, "bottom") for who in (RESTRICTED, OURS)),
-    *((who, 0.1, "scattered") for who in (RESTRICTED, OURS)),
-    *((who, 0.1, "top") for who in (RESTRICTED, OURS)),
+    *((who, 0.1, "scattered") for who in (RESTRICTED, RESTRICTED_BF16, OURS)),
+    *((who, 0.1, "top") for who in (RESTRICTED, RESTRICTED_BF16, OURS)),
 )
 GB = 1e9
 
@@ -43,6 +44,8 @@ def label(key: tuple[str, float, str]) -> str:
     if position == "all":
         return {OURS: "ours, all layers", PEFT_BF16: "PEFT, bf16 adapters"}.get(who, who)
     where = {"top": "at the top", "bottom": "at the bottom", "scattered": "scattered"}[position]
+    if who == RESTRICTED_BF16:
+        return f"PEFT, bf16 adapters on the same {share * 100:.0f} % {where}"
     if who == RESTRICTED:
         return f"PEFT on the same {share * 100:.0f} % {where}"
     return f"ours, {share * 100:.0f} % {where}"
