@@ -133,6 +133,10 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
         "fragmentation, the CUDA context (some hundred MB), and other programs. No GPU has "
         "confirmed these numbers. GB are 10⁹ bytes. A card of 16 GB is taken as that, 7 % less "
         "than the 16 GiB that such cards have: room for some of what is not in the count.",
+        "**What to take from it.** Without gradient checkpointing, what is kept decides, and with "
+        "it where the open layers are. With checkpointing little is left between the contestants: "
+        "weights and logits are most of it, and only blocks below the lowest open layer, of which "
+        "not even the input is kept, make a difference.",
     ]
     for model in models:
         # One model is in the open; the others unfold.
