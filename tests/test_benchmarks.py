@@ -36,7 +36,7 @@ def run_benchmark(
 ) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command += [f"benchmarks/{file}", "--smoke", "--rounds", "2", "--results", str(results)]
-    # pytest-benchmark refuses to measure in a worker of xdist, and this one is a session of its own.
+    # pytest-benchmark refuses to measure in a worker of xdist; this is a session of its own.
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     environment = {**kept, "OMP_NUM_THREADS": "1"}
     if plugins is not None:
