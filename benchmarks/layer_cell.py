@@ -98,11 +98,10 @@ class LayerCell:
         requires = {"x", "lora_a", "lora_b"} - ({"lora_a", "lora_b"} if self.is_bare else set())
         options = {"dtype": DTYPE, "adapter_dtype": ADAPTERS, "device": self.options.device}
         shapes = [shape(self.model, layer) for layer in self.layers.split()]
-        found = [
+        return [
             make_inputs(self.m, k, n, self.r, gate=gate, requires=requires, **options)
             for k, n in shapes
         ]
-        return found
 
     @property
     def is_bare(self) -> bool:

@@ -28,7 +28,7 @@ class Truth:
     def of(self, made: Contestant, keeps: list[Tensor] | None):
         """(exact, plain) for a contestant: bare, adapted or gated, and with its dropout masks."""
         adapted = "dA 0" in made.leaves
-        key = (adapted, made.gated, *(int(k.sum()) for k in keeps or ()))
+        key = (adapted, made.gated, *(k.cpu().numpy().tobytes() for k in keeps or ()))
         if key not in self.known:
             self.known[key] = tuple(
                 self._computed(dtype, keeps, adapted, made.gated)

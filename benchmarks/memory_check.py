@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.harness.memory import allocated
 from benchmarks.live_bytes import Bytes, bytes_of
 from benchmarks.memory import checkpoint_blocks, count, first_step
 from benchmarks.memory_rows import without_mask
@@ -102,15 +102,3 @@ def measure(model: nn.Module, checkpointing: bool, tokens: int) -> dict[str, int
         "peak": peak,
         "kept_by_hooks": hooked,
     }
-
-
-def allocated(compute: Callable[[], Any]) -> tuple[Any, int, int]:
-    """What ``compute`` returns, the bytes that it left allocated, and the most that it had."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = compute()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return result, now, most

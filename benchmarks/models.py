@@ -144,7 +144,6 @@ def build(spec: Spec, base: nn.Module, mask: ila.LayerMask, rank: int) -> nn.Mod
         return model.train()
     if spec.is_ours:
         model = ila.attach(model, lora(rank))
-        fill_adapters(model)
         if mask.closed:
             ila.apply_mask(model, mask)
     else:

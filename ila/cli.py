@@ -52,7 +52,7 @@ def learn(
     out: Out,
     full: Full = False,
     method: Annotated[
-        str, typer.Option(help="path, ila, gate_gradient; or a baseline: see README.")
+        str, typer.Option(help="path, ila, gate_gradient; or a baseline, such as update_norm.")
     ] = "path",
     stage1_steps: Annotated[int, typer.Option(help="Budget of stage 1, training.")] = 400,
     epsilon: Annotated[float, typer.Option(help="Stage 1 ends at ε-stability; 0: never.")] = 0.01,

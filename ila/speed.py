@@ -80,7 +80,8 @@ def fit(works: Sequence[Work], times_ms: Sequence[float]) -> Speed:
     """Fit the rates to measured steps, and predict each from the others.
 
     Raises:
-        ValueError: If fewer than five steps are given, which is one more than there are rates.
+        ValueError: If fewer than five steps are given, which is one more than there are rates, or
+            not as many times.
 
     >>> works = [Work(10, 0, 1), Work(20, 5, 2), Work(0, 40, 3), Work(7, 7, 9), Work(1, 90, 1)]
     >>> speed = fit(works, [100 + 2.0 * w.flops + 0.5 * w.bytes for w in works])
@@ -88,7 +89,9 @@ def fit(works: Sequence[Work], times_ms: Sequence[float]) -> Speed:
     (100, 2.0, 0.0)
     """
     if len(works) != len(times_ms) or len(works) < 5:
-        raise ValueError(f"works must hold ≥ 5 steps, one a time, got {len(works)}")
+        raise ValueError(
+            f"works must hold ≥ 5 steps, one a time, got {len(works)} and {len(times_ms)} times"
+        )
     errors = []
     for out in range(len(works)):
         rest = [i for i in range(len(works)) if i != out]
@@ -132,6 +135,8 @@ def step_table(shape: Shape, names: Sequence[str], speed: Speed | str) -> CostTa
     if isinstance(speed, Speed):
         return time_table(shape, names, speed.price, round(speed.fixed_ms * _PICOSECONDS))
     if speed not in CEILINGS:
-        raise ValueError(f"speed must be a file of `ila measure` or one of {list(CEILINGS)}")
+        raise ValueError(
+            f"speed must be a file of `ila measure` or one of {list(CEILINGS)}, got {speed!r}"
+        )
     price = ceiling_price(CEILINGS[speed])
     return time_table(shape, names, price, sum(price(work) for work in fixed_work(shape)))

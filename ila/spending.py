@@ -24,7 +24,7 @@ from ila.shapes import Shape
 from ila.speed import Speed, step_table
 
 TIME, MEMORY, PARAMETERS = "time", "memory", "parameters"
-ADDITIVE = ("path", "gate_gradient")
+ADDITIVE = ("path",)  # methods whose scores add up to what the adapter removes of the loss
 _UNITS = {
     TIME: {"": 1.0},
     MEMORY: {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 1e6, "GB": 1e9, "TB": 1e12},

@@ -1,5 +1,7 @@
 """Pages and figures are what the result files give, and a check says where they are not."""
 
+import doctest
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -153,4 +155,21 @@ def test_every_section_is_found_and_has_a_page():
     found = {section.__name__.rpartition(".")[2] for section in report.find_sections()}
     assert {"real_data", "saved_bytes", "model"} <= found and "common" not in found
     for section in report.find_sections():
-        assert section.markdown({}) == [] or section.__name__.endswith("unmeasured")
+        assert section.markdown({}) == []
+
+
+SOURCES = sorted((report.ROOT / "benchmarks").rglob("*.py"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".".join(path.relative_to(report.ROOT).with_suffix("").parts)
+        for path in SOURCES
+        if ">>> " in path.read_text(encoding="utf-8")
+    ],
+)
+def test_examples_in_docstrings_are_right(name):
+    """`make test` collects those of the packages; the benchmarks' are run here."""
+    found = doctest.testmod(import_module(name))
+    assert found.attempted and not found.failed

@@ -122,7 +122,7 @@ def test_a_gate_is_red_in_process_too(name, monkeypatch):
         found = right(*args, **kwargs)
         return (
             type(found)(*(None if t is None else t * 1.1 for t in found))
-            if name == ("backward")
+            if name == "backward"
             else (found[0] * 1.1, found[1])
         )
 

@@ -70,8 +70,9 @@ def test_nothing_plain_within_the_budget_beats_what_is_chosen(scores, text):
     best = found.chosen()
     assert best.cost <= limit and all(found.mask.scores[name] > 0 for name in best.opened)
     rivals = [p for p in found.plain if p.cost <= limit]
-    assert all(best.importance >= p.importance - 1e-9 for p in rivals)
-    assert found.plain_within() == (rivals[-1] if rivals else None) or rivals
+    # Half-precision scores add up without rounding in fp64, in any order.
+    assert all(best.importance >= p.importance for p in rivals)
+    assert found.plain_within() == (rivals[-1] if rivals else None)
 
 
 def test_an_impossible_budget_names_the_cheapest_set():

@@ -7,6 +7,7 @@ is exact where the resident set of a process is not: freed blocks stay resident.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -21,8 +22,14 @@ def peak_tensor_bytes(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    _, _, peak = allocated(run)
+    return peak
+
+
+def allocated(run: Callable[[], Any]) -> tuple[Any, int, int]:
+    """What ``run`` returns, the bytes it left allocated on the CPU, and the most that it had."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
+        result = run()
     events = record.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     # At one instant a release sorts before an allocation; a realloc is one tensor, not two.
@@ -30,4 +37,4 @@ def peak_tensor_bytes(run: Callable[[], object], device: torch.device) -> int:
     for _, change in changes:
         now += change
         peak = max(peak, now)
-    return peak
+    return result, now, peak

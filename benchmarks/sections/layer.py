@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.sections.common import NOT_MEASURED, save, table
 from benchmarks.sections.pieces import COLOURS, machine, new_figure, quietness, share
 
+TITLE = "One layer"
 COMMAND = "`pytest benchmarks/test_layer.py`"
 # Whose share of the roofline stands beside ours.
 SPEEDS = ("ours, Triton", "PEFT", "frozen")
@@ -19,7 +20,7 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
     """Paragraphs for the page of benchmarks."""
     if not any(stem in found for _, stem in STEMS):
         return []
-    parts = ["### One layer"]
+    parts: list[str] = []
     for title, stem in STEMS:
         if stem not in found:
             parts.append(f"On a {title}: {NOT_MEASURED}.")

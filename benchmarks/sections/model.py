@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.sections.common import NOT_MEASURED, save, table
 from benchmarks.sections.pieces import COLOURS, machine, mebibytes, new_figure, quietness, share
 
+TITLE = "A training step of a model"
 COMMAND = "`pytest benchmarks/test_model.py`"
 # What the README shows.
 HEADLINES = (
@@ -46,7 +47,7 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
     if "model" not in found and "model-gpu" not in found:
         return []
     columns = ["time / PEFT's", "time / PEFT's on the same layers", "ms", "tokens/s", "peak"]
-    parts = ["### A training step of a model"]
+    parts: list[str] = []
     for title, stem in (("CPU", "model"), ("GPU", "model-gpu")):
         if stem not in found:
             parts.append(f"On a {title}: {NOT_MEASURED}.")

@@ -12,6 +12,7 @@ from ila.files import write_bytes_atomic
 from ila.pareto import pareto_figure
 
 PAGE = "study"
+TITLE = "A selection that knows its price"
 FIGURE = "pareto.png"
 _ALL, _BLUE, _ORANGE = "all layers", "#2f6db3", "#d9822b"
 
@@ -25,7 +26,6 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
     unseen = sum(not row["seen"] for row in where["steps"].values())
     prediction = result["prediction"]
     return [
-        "## A selection that knows its price",
         f"`ila select --budget` weighs importance (the sum of the scores of method `path`) "
         f"against the time of a step. On {options['model']}, {where['dtype']}, {where['rows']} "
         f"rows of {where['length']} tokens, {where['device'].upper()}, threads: "

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.sections.common import NOT_MEASURED, save, table
 from benchmarks.sections.pieces import COLOURS, machine, new_figure, quietness
 
+TITLE = "How cost grows"
 COMMAND = "`pytest benchmarks/test_scaling.py`"
 STEMS = (("CPU", "scaling"), ("GPU", "scaling-gpu"))
 # The axis in words, and what one step along it is called.
@@ -24,7 +25,7 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
     """Paragraphs for the page of benchmarks."""
     if not any(stem in found for _, stem in STEMS):
         return []
-    parts = ["### How cost grows"]
+    parts: list[str] = []
     for title, stem in STEMS:
         if stem not in found:
             parts.append(f"On a {title}: {NOT_MEASURED}.")

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.sections.common import NOT_MEASURED, table
 from benchmarks.sections.pieces import machine, quietness, share
 
+TITLE = "What the search costs"
 COMMAND = "`pytest benchmarks/test_search_cost.py`"
 STEMS = (("CPU", "search-cost"), ("GPU", "search-cost-gpu"))
 
@@ -17,7 +18,7 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
     """Paragraphs for the page of benchmarks."""
     if not any(stem in found for _, stem in STEMS):
         return []
-    parts = ["### What the search costs"]
+    parts: list[str] = []
     for title, stem in STEMS:
         if stem not in found:
             parts.append(f"On a {title}: {NOT_MEASURED}.")
