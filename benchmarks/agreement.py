@@ -15,7 +15,7 @@ import numpy as np
 
 from ila.mask import LayerMask
 
-SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
 DRAWS = 400
 # What a mask depends on; two masks are compared if they differ in one of these alone.
 FACTORS = ("data", "seed", "method", "milestone", "score_init", "score_lr", "stage2_steps")
@@ -75,7 +75,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     masks = [LayerMask(dict(zip(names, one["scores"], strict=True))) for one in (a, b)]
     rho = float(spearman(np.array(a["scores"]), np.array(b["scores"])))
     return {
-        "jaccard": [round(masks[0].top(p).jaccard(masks[1].top(p)), 4) for p in SHARES],
+        "jaccard": {str(p): round(masks[0].top(p).jaccard(masks[1].top(p)), 4) for p in SHARES},
         "spearman": None if np.isnan(rho) else round(rho, 4),
         "interval": interval(a["folds"], b["folds"]),
     }
