@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ila.layer import MaskedLoraLayer
-from ila.signals import LayerMean
+from ila.signals import FOLDS, LayerMean
 from ila_kernels.quant import PackedWeight
 
 POSITIONS = ("random", "first", "middle", "last")
@@ -89,14 +89,15 @@ class GradientNorm(LayerMean):
 
 
 class TokenMean:
-    """Mean over tokens of one number per layer, gathered while batches run forward."""
+    """Sums over tokens of one number per layer, by folds of the batches that run forward."""
 
     def __init__(self, layers: Mapping[str, MaskedLoraLayer], adapter: str, method: str):
         refuse_sharded(layers)
         self.layers = layers
         device = next(iter(layers.values())).weight.device
-        self.totals = torch.zeros(len(layers), dtype=torch.float64, device=device)
-        self.tokens = 0.0
+        self.totals = torch.zeros(FOLDS, len(layers), dtype=torch.float64, device=device)
+        self.tokens = torch.zeros(FOLDS, dtype=torch.float64, device=device)
+        self.fold = 0
         self.mask: Tensor | None = None
         make = {"output_norm": _output_square, "feature_norm": _alignment}[method]
         self.measures = [make(layer, adapter) for layer in layers.values()]
@@ -114,15 +115,15 @@ class TokenMean:
             for handle in handles:
                 handle.remove()
 
-    def begin(self, mask: Tensor) -> None:
-        """Say which tokens (rows, length) of the next batch are no padding."""
-        self.mask = mask.bool()
-        self.tokens += float(self.mask.sum())
+    def begin(self, mask: Tensor, step: int) -> None:
+        """Say which tokens (rows, length) of the next batch are no padding, and its number."""
+        self.mask, self.fold = mask.bool(), step % FOLDS
+        self.tokens[self.fold] += self.mask.sum()
 
     def _hook(self, place: int) -> Callable[..., None]:
         def hook(layer, args, y):
             value = self.measures[place](args[0][self.mask], y[self.mask])
-            self.totals[place] += value.double().sum()
+            self.totals[self.fold, place] += value.double().sum()
 
         return hook
 

@@ -3,6 +3,9 @@
 Stage 1 is ordinary LoRA training until the loss is ε-stable or a budget is spent. Stage 2 freezes
 everything, gives each layer a gate γ = σ(s), and turns gates into scores by one of ``METHODS``.
 Source: Shi et al., "Understanding Layer Significance in LLM Alignment", arXiv 2410.17875.
+
+The parts, ``begin``, ``adapt``, ``score`` and ``mask_of``, are there for who scores one stage 1 in
+several ways.
 """
 
 from __future__ import annotations
@@ -11,49 +14,28 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
-from ila import claims, stages
-from ila.baselines import (
-    FORWARD,
-    POSITIONS,
-    UNTRAINED,
-    GradientNorm,
-    TokenMean,
-    by_position,
-    refuse_sharded,
-    update_norms,
-)
-from ila.claims import RUN_MARKER
+from ila.baselines import POSITIONS, UNTRAINED
 from ila.files import write_folder_atomic, write_json_atomic
 from ila.full import OpenLayers
 from ila.gated_weights import FullUpdates
 from ila.mask import LayerMask
-from ila.ranks import on_main_process, sum_over_processes
+from ila.ranks import on_main_process
+from ila.scoring import Scored, parameters, score
 from ila.search_config import METHODS, SEARCHES, SearchConfig
-from ila.signals import LayerMean, PathGradient, SignalTrainer
+from ila.signals import LayerMean, SignalTrainer
 from ila.stability import StopWhenStable
-from ila.trainer import (
-    LogFile,
-    arguments,
-    check_dataset,
-    default_collator,
-    losses,
-    resume_point,
-    run,
-    stage_callbacks,
-)
+from ila.trainer import check_dataset, default_collator, losses
 from ila.updates import AdapterUpdates
+from ila.work import Work, train_stage
+
+__all__ = ["METHODS", "SearchConfig", "adapt", "begin", "learn_mask", "mask_of", "score"]
 
 
 def learn_mask(
@@ -86,115 +68,141 @@ def learn_mask(
 
     Returns:
         A mask with every layer open, its scores, and in ``provenance`` the configuration, the
-        course of both stages and the free signal of stage 1.
+        course of both stages, the free signal of stage 1, what the scores cost in steps and
+        seconds, how many parameters each layer trains (a large one may win by its size alone), and
+        the scores that eighths of the batches give: how well a ranking repeats.
 
     Raises:
         ValueError: If the model has no layer to score, a layer is closed or does not take the
             fused path, the data set is empty, or ``output_dir`` holds another search.
         FloatingPointError: If the loss stops being finite.
     """
-    config = SearchConfig() if config is None else config
-    what = (
-        FullUpdates(peft_model)
-        if isinstance(peft_model, OpenLayers)
-        else AdapterUpdates(peft_model)
-    )
-    model = what.model
-    if isinstance(what, FullUpdates) and config.method in set(METHODS) - {*SEARCHES, *POSITIONS}:
+    if output_dir is None and resume:
+        raise ValueError("resume=True needs the output_dir of the search to go on with")
+    with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
+        work = begin(
+            *(peft_model, dataset, SearchConfig() if config is None else config),
+            collator=collator,
+            folder=Path(folder),
+            keep=output_dir is not None,
+            resume=resume,
+            progress=progress,
+        )
+        on_main_process(work.claim)
+        training = work.what.model.training
+        try:
+            stage1 = adapt(work)
+            return mask_of(work, stage1, score(work, stage1))
+        finally:
+            work.what.model.train(training)
+
+
+def begin(
+    peft_model: PeftModel | OpenLayers,
+    dataset: Sequence[Mapping[str, Any]],
+    config: SearchConfig,
+    *,
+    collator: Any = None,
+    **more: Any,
+) -> Work:
+    """Check what a search is given; arguments and errors as in ``learn_mask``.
+
+    Args:
+        peft_model: What to search.
+        dataset: Rows.
+        config: How to search.
+        collator: Rows to a batch.
+        **more: Further fields of ``Work``.
+    """
+    full = isinstance(peft_model, OpenLayers)
+    what = FullUpdates(peft_model) if full else AdapterUpdates(peft_model)
+    if full and config.method in set(METHODS) - {*SEARCHES, *POSITIONS}:
         raise ValueError(
             f"method must be one of {(*SEARCHES, *POSITIONS)} where weights are trained in full, "
             f"got {config.method!r}"
         )
     check_dataset(dataset)
-    collator = default_collator(model) if collator is None else collator
-    if output_dir is None and resume:
-        raise ValueError("resume=True needs the output_dir of the search to go on with")
-    with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
-        work = _Work(
-            *(what, dataset, collator, config),
-            *(Path(folder), output_dir is not None, resume, progress),
-        )
-        on_main_process(work.claim)
-        training = model.training
-        try:
-            stage1 = _stage1(work)
-            scores, stage2 = _stage2(work, stage1)
-        finally:
-            model.train(training)
-    gate_gradient = stage1.pop("gate_gradient")
+    collator = default_collator(what.model) if collator is None else collator
+    return Work(what, dataset, collator, config, **more)
+
+
+def mask_of(work: Work, stage1: Mapping[str, Any], scored: Scored) -> LayerMask:
+    """A mask of the scores, every layer open, with all that is known of them."""
+    course = {k: v for k, v in stage1.items() if k not in ("gate_gradient", "folds", "seconds")}
     provenance = {
-        "config": config.as_dict(),
-        "stage1": stage1,
-        "stage2": stage2,
-        "signals": {"gate_gradient": gate_gradient},
+        "config": work.config.as_dict(),
+        "stage1": course,
+        "stage2": {"steps": scored.steps},
+        "signals": {"gate_gradient": stage1["gate_gradient"]},
+        "cost": {
+            "stage1": {"steps": stage1["steps"], "seconds": stage1["seconds"]},
+            "scores": {"steps": scored.steps, "seconds": scored.seconds},
+        },
+        "parameters": parameters(work.what),
+        "folds": [list(fold) for fold in scored.folds],
     }
-    mask = LayerMask(scores, provenance=provenance)
-    return LayerMask(scores, provenance={**provenance, "spread": mask.spread()})
+    mask = LayerMask(scored.scores, provenance=provenance)
+    return LayerMask(scored.scores, provenance={**provenance, "spread": mask.spread()})
 
 
-@dataclass(frozen=True)
-class _Work:
-    """One search: what is searched on which data, and the folder of it."""
+class _EachStep(TrainerCallback):
+    """Calls ``Work.after_step`` with the steps done and the free signal so far."""
 
-    what: AdapterUpdates | FullUpdates
-    dataset: Sequence[Mapping[str, Any]]
-    collator: Any
-    config: SearchConfig
-    folder: Path
-    keep: bool
-    resume: bool
-    progress: bool
+    def __init__(self, work: Work, signal: LayerMean):
+        self.work, self.signal = work, signal
 
-    def claim(self) -> None:
-        """Mark the folder as this search's, or check that it is."""
-        if self.keep:
-            mine = {"config": self.config.as_dict(), "adapter": self.what.adapter}
-            mine |= {"layers": list(self.what.layers), "rows": len(self.dataset)}
-            where = {"marker": "search.json", "beside": (RUN_MARKER,)}
-            claims.claim(self.folder, mine, resume=self.resume, **where)
-
-    def log(self, stage: str) -> LogFile | None:
-        return LogFile(self.folder / "log.jsonl", stage) if self.keep else None
-
-    def save_every(self) -> int | None:
-        return self.config.save_every if self.keep else None
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.work.after_step is not None:
+            self.work.after_step(state.global_step, self.signal)
 
 
-def _stage1(work: _Work) -> dict[str, Any]:
+def adapt(work: Work) -> dict[str, Any]:
+    """Run stage 1, or read what it left; a method that needs none gets an empty course.
+
+    Returns:
+        Steps, why it stopped, the course of the loss, the wall time of its steps in seconds, and
+        the free signal of the gates with its folds. The model holds what was trained.
+    """
     config, done = work.config, work.folder / "stage1.json"
     if config.method in UNTRAINED:
-        return {"steps": 0, "gate_gradient": {}}
+        return {"steps": 0, "gate_gradient": {}, "folds": [], "seconds": 0.0}
     if work.resume and on_main_process(done.exists):
         work.what.load(work.folder / work.what.folder)
-        return json.loads(done.read_text(encoding="utf-8"))
+        cost = json.loads((work.folder / "cost.json").read_text(encoding="utf-8"))
+        return {**json.loads(done.read_text(encoding="utf-8")), **cost}
     signal = work.what.signal()
     stable = StopWhenStable(config.epsilon, config.stability_window)
-    trainer = _train(
+    trained = train_stage(
         work,
         SignalTrainer,
         stage="stage1",
         title="Stage 1: LoRA",
         steps=config.stage1_steps,
-        callbacks=[stable],
+        callbacks=[stable, _EachStep(work, signal)],
         signal=signal,
         learning_rate=config.learning_rate,
         warmup_steps=round(0.03 * config.stage1_steps),
     )
     result = {
-        "steps": trainer.state.global_step,
-        "stopped": "stable" if stable.stable(trainer.state) else "budget",
-        **_course([loss for _, loss in losses(trainer)], config.stability_window),
+        "steps": trained.steps,
+        "stopped": "stable" if stable.stable(trained.trainer.state) else "budget",
+        **_course([loss for _, loss in losses(trained.trainer)], config.stability_window),
         "gate_gradient": signal.mean(),
+        "folds": signal.folds(),
     }
+    cost = {"seconds": trained.seconds}
     if work.keep:
         state = work.what.state()
-        on_main_process(lambda: _finish_stage1(work, state, result))
-    return result
+        on_main_process(lambda: _finish_stage1(work, state, result, cost))
+    return {**result, **cost}
 
 
-def _finish_stage1(work: _Work, state: dict[str, Tensor], result: Mapping[str, Any]) -> None:
+def _finish_stage1(
+    work: Work, state: dict[str, Tensor], result: Mapping[str, Any], cost: Mapping[str, float]
+) -> None:
     with write_folder_atomic(work.folder / work.what.folder, replace=True) as target:
         work.what.save(target, state)
+    write_json_atomic(work.folder / "cost.json", cost)
     write_json_atomic(work.folder / "stage1.json", result)
 
 
@@ -207,123 +215,3 @@ def _course(losses: Sequence[float], window: int) -> dict[str, Any]:
         "last_window_loss": sum(last) / window,
         "loss_window": window,
     }
-
-
-def _stage2(work: _Work, stage1: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
-    method, what = work.config.method, work.what
-    if method == "gate_gradient":
-        return stage1["gate_gradient"], {"steps": 0}
-    if method in POSITIONS:
-        return by_position(list(what.layers), method, work.config.seed), {"steps": 0}
-    if method == "update_norm":
-        refuse_sharded(what.layers)
-        return update_norms(what.layers, what.adapter), {"steps": 0}
-    if method == "gradient_norm":
-        return _gradient_norms(work)
-    if method in FORWARD:
-        return _forward_scores(work)
-    with what.scored(work.config.score_init):
-        by = _path_scores if method == "path" else _trained_scores
-        return by(work)
-
-
-def _gradient_norms(work: _Work) -> tuple[dict[str, float], dict[str, Any]]:
-    norms = GradientNorm(work.what.layers, work.what.adapter)
-    trainer = _train(work, SignalTrainer, **_stage2_settings(work), signal=norms, learning_rate=0.0)
-    return norms.mean(), {"steps": trainer.state.global_step}
-
-
-def _forward_scores(work: _Work) -> tuple[dict[str, float], dict[str, Any]]:
-    """Batches forward alone, the order and placement Trainer's; too short to keep checkpoints."""
-    trainer, _ = _trainer(work, SignalTrainer, **_stage2_settings(work), learning_rate=0.0)
-    seen, steps = TokenMean(work.what.layers, work.what.adapter, work.config.method), 0
-    loader = trainer.get_train_dataloader()
-    model = trainer.model.eval()
-    bar = {"description": f"Stage 2: {work.config.method}", "disable": not work.progress}
-    batches = islice(chain.from_iterable(repeat(loader)), work.config.stage2_steps)
-    with torch.no_grad(), seen.listening(), trainer.accelerator.autocast():
-        screen = Console(stderr=True)
-        for batch in track(batches, total=work.config.stage2_steps, console=screen, **bar):
-            seen.begin(batch["attention_mask"])
-            model(**batch)
-            steps += 1
-    *totals, tokens = sum_over_processes([*seen.totals.tolist(), seen.tokens])
-    scores = {name: total / tokens for name, total in zip(seen.layers, totals, strict=True)}
-    return scores, {"steps": steps}
-
-
-def _path_scores(work: _Work) -> tuple[dict[str, float], dict[str, Any]]:
-    path = PathGradient(work.what.layers, work.what.adapter, stages.PATH_POINTS)
-    # The gates are set by hand; the optimiser only has to leave them alone. Not SGD: an optimiser
-    # without state cannot be read back from a checkpoint of FSDP.
-    trainer = _train_scores(work, signal=path, optim="adamw_torch", learning_rate=0.0)
-    return path.mean(), {"steps": trainer.state.global_step}
-
-
-def _trained_scores(work: _Work) -> tuple[dict[str, float], dict[str, Any]]:
-    spread = stages.LogSpread(work.what.layers, work.what.adapter, work.log("stage2"))
-    rate = work.config.score_learning_rate
-    trainer = _train_scores(work, callbacks=[spread], learning_rate=rate)
-    scores = stages.read_scores(work.what.layers, work.what.adapter)
-    return scores, {"steps": trainer.state.global_step}
-
-
-def _train_scores(work: _Work, **settings: Any) -> Trainer:
-    return _train(work, stages.ScoreTrainer, **_stage2_settings(work), **settings)
-
-
-def _stage2_settings(work: _Work) -> dict[str, Any]:
-    return {
-        "stage": "stage2",
-        "title": f"Stage 2: {work.config.method}",
-        "steps": work.config.stage2_steps,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1e30,  # clips nothing
-        "lr_scheduler_type": "constant",
-    }
-
-
-def _train(work: _Work, trainer_class: type[SignalTrainer], **options: Any) -> Trainer:
-    """Run one stage to its end, from its last complete checkpoint when resuming."""
-    trainer, start = _trainer(work, trainer_class, **options)
-    run(trainer, start)
-    return trainer
-
-
-def _trainer(
-    work: _Work,
-    trainer_class: type[SignalTrainer],
-    *,
-    stage: str,
-    title: str,
-    steps: int,
-    callbacks: Sequence[TrainerCallback] = (),
-    signal: LayerMean | None = None,
-    **settings: Any,
-) -> tuple[Trainer, Path | None]:
-    """The Trainer of one stage, and the checkpoint that it goes on from."""
-    folder = work.folder / stage
-    extra = work.config.training_args
-    if stage == "stage2":
-        extra = {name: value for name, value in extra.items() if name not in settings}
-    args = arguments(
-        folder,
-        steps=steps,
-        save_every=work.save_every(),
-        extra=extra,
-        per_device_train_batch_size=work.config.batch_size,
-        seed=work.config.seed,
-        **settings,
-    )
-    own = stage_callbacks(
-        title, work.log(stage), progress=work.progress, also_save=signal and signal.save
-    )
-    signals = [] if signal is None else [signal]
-    callbacks = [*signals, *callbacks, *own]
-    make = work.what.trainer(trainer_class)
-    trainer = make(args, work.collator, work.dataset, callbacks=callbacks)
-    trainer.signal = signal
-    start = resume_point(folder, work.resume)
-    if start is not None and signal is not None:
-        signal.load(start)
-    return trainer, start

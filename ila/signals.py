@@ -19,21 +19,27 @@ from ila.files import write_json_atomic
 from ila.layer import MaskedLoraLayer
 from ila.ranks import stack_whole
 
+FOLDS = 8  # few enough to keep in a mask file, enough for 35 ways to cut them into halves
+
 
 class LayerMean(TrainerCallback):
     """Mean over optimiser steps of one number per layer; resumable through checkpoints.
 
     Steps may fall into several groups: the mean of each group then counts alike, however many steps
     it had. Sums stay on the device of the first layer, in fp64. ``SignalTrainer`` calls ``gather``.
+    The same is summed by folds of the steps, so that one can tell how well a ranking repeats.
     """
 
     FILE = "layer_mean.json"
+    SUMS = ("totals", "counts", "fold_totals", "fold_counts")
 
     def __init__(self, layers: Mapping[str, MaskedLoraLayer], adapter: str, groups: int = 1):
         self.layers, self.adapter = layers, adapter
         self.device = next(iter(layers.values())).weight.device
         self.totals = torch.zeros(groups, len(layers), dtype=torch.float64, device=self.device)
         self.counts = torch.zeros(groups, dtype=torch.float64, device=self.device)
+        self.fold_totals = self.totals.expand(FOLDS, -1, -1).clone()
+        self.fold_counts = self.counts.expand(FOLDS, -1).clone()
 
     def values(self) -> list[torch.Tensor]:
         """One number per layer from the gradients of this step, of shape ()."""
@@ -60,6 +66,9 @@ class LayerMean(TrainerCallback):
             found = torch.where(counted.bool(), found / loss_scale, 0.0)
         self.totals[group] += found
         self.counts[group] += counted
+        fold = step // len(self.counts) % FOLDS
+        self.fold_totals[fold, group] += found
+        self.fold_counts[fold, group] += counted
 
     def mean(self) -> dict[str, float]:
         """Module name -> mean; empty before the first step."""
@@ -69,16 +78,25 @@ class LayerMean(TrainerCallback):
         means = (self.totals[seen] / self.counts[seen, None]).mean(0)
         return dict(zip(self.layers, means.tolist(), strict=True))
 
+    def folds(self) -> list[list[float]]:
+        """Means over disjoint parts of the steps, in the order of the layers.
+
+        At most ``FOLDS`` of them; a part that lacks a step of some group is left out.
+        """
+        full = (self.fold_counts > 0).all(1)
+        means = self.fold_totals[full] / self.fold_counts[full, :, None]
+        return means.mean(1).tolist()
+
     def save(self, folder: Path) -> None:
         """Write the running sums beside a checkpoint."""
         write_json_atomic(
-            folder / self.FILE, {"totals": self.totals.tolist(), "counts": self.counts.tolist()}
+            folder / self.FILE, {name: getattr(self, name).tolist() for name in self.SUMS}
         )
 
     def load(self, folder: Path) -> None:
         """Read the running sums of a checkpoint."""
         saved = json.loads((folder / self.FILE).read_text(encoding="utf-8"))
-        for name in ("totals", "counts"):
+        for name in self.SUMS:
             getattr(self, name).copy_(torch.tensor(saved[name], dtype=torch.float64))
 
 

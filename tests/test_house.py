@@ -74,6 +74,8 @@ STOREYS = {
         "updates",
         "gated_weights",
         "search_config",
+        "work",
+        "scoring",
         "search",
         "train",
         "loading",

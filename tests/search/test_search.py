@@ -163,7 +163,8 @@ def test_every_method_reports_the_free_signal_and_the_course(method, make_toy, r
     names = set(masked_layers(model, "default"))
     provenance = mask.provenance
     assert set(mask.scores) == names and set(mask.open) == names
-    assert set(provenance) == {"config", "stage1", "stage2", "signals", "spread"}
+    stages = {"stage1", "stage2", "signals", "cost", "parameters", "folds", "spread"}
+    assert set(provenance) == {"config", *stages}
     course = {"first_window_loss", "last_window_loss", "loss_window"}
     assert set(provenance["stage1"]) == {"steps", "stopped", *course}
     assert set(provenance["signals"]["gate_gradient"]) == names
