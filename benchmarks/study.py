@@ -20,6 +20,8 @@ Works under ``accelerate launch`` and ``torchrun``; ``--batch-size`` is per proc
 from __future__ import annotations
 
 import argparse
+import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -131,16 +133,14 @@ def run(options: argparse.Namespace) -> None:
     quiet = leave_the_screen_to_the_main_process()
     screen, parts = Console(quiet=quiet), options.only or PARTS
     records = Records(options.out)
-    bench = Bench(plan_of(options), records)
-    try:
+    with closing(records), tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(plan_of(options), records, Path(scratch))
         if "masks" in parts:
             masks(bench, options, screen)
         if "agreement" in parts:
             agreement(records, screen)
         if "train" in parts:
             trainings(bench, options, screen)
-    finally:
-        records.close()
     leave_process_group()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,12 +114,17 @@ def ways(
 
 
 class Bench:
-    """Runs cells; data and results are kept, a model is loaded anew for each."""
+    """Runs cells; data and results are kept, a model is loaded anew for each.
 
-    def __init__(self, plan: Plan, records: Records):
-        self.plan, self.records = plan, records
+    Args:
+        plan: What all cells share.
+        records: Where results go.
+        scratch: An empty folder for what trainings leave behind.
+    """
+
+    def __init__(self, plan: Plan, records: Records, scratch: Path):
+        self.plan, self.records, self.scratch = plan, records, scratch
         self.prepared: tuple[Any, Prepared | None] = (None, None)
-        self.scratch = tempfile.TemporaryDirectory()
 
     def rows(self, data: str, seed: int) -> Prepared:
         """The encoded rows of a set; the last is kept."""
@@ -206,7 +210,7 @@ class Bench:
             save_every=None,
         )
         where = {
-            "folder": Path(self.scratch.name),
+            "folder": self.scratch,
             "keep": False,
             "resume": False,
             "progress": False,

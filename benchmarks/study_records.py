@@ -47,7 +47,14 @@ class Records:
     def _open(self) -> list[dict[str, Any]]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a+", encoding="utf-8")
-        fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return self._read()
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _read(self) -> list[dict[str, Any]]:
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
