@@ -765,7 +765,8 @@ def test_learn_full_scores_the_weights_and_its_mask_trains_them(ila, source, tmp
     assert answer.code == 0, answer.err
     names = {path.name for path in found.iterdir()}
     assert names == {
-        "mask.json", "heatmap.png", "log.jsonl", "run.json", "search.json", "stage1.json"
+        "mask.json", "heatmap.png", "log.jsonl", "run.json", "search.json", "stage1.json",
+        "cost.json",
     }  # fmt: skip
     mask = LayerMask.load(found)
     assert mask.provenance["full"] and mask.provenance["search"]["config"]["learning_rate"] == 2e-5
