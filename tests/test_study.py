@@ -246,3 +246,34 @@ def test_a_loss_is_compared_with_that_of_the_same_data_and_seed(finished):
     }
     expected = [by["path", d, s] - by["random", d, s] for s in range(2) for d in ("up", "down")]
     assert behind == expected and len(behind) == 4
+
+
+RANKS = """
+import gc, sys
+import torch
+from benchmarks import study
+torch.set_num_threads(1)
+gc.freeze()
+study.run(study.parse(sys.argv[1:]))
+"""
+
+
+def test_two_processes_write_the_study_of_one(run_ranks, tiny_model_folder, tmp_path):
+    data = tmp_path / "up.json"  # 8 rows to train on: processes fill an uneven epoch up
+    rows = [{"instruction": f"{i} + 1", "input": "", "output": f"{i + 1} ."} for i in range(10)]
+    data.write_text(json.dumps(rows))
+    options = ["--model", tiny_model_folder, f"--data=up={data}", "--methods", "path", "random"]
+    options += ["--steps", "3", "--stage2-steps", "5", "--rank", "2", "--held-out", "0.2"]
+    run_ranks(RANKS, *options, "--batch-size", 1, "--out", tmp_path / "two.jsonl")
+    options = [*map(str, options), "--batch-size", "2", "--out", str(tmp_path / "one.jsonl")]
+    study.run(study.parse(options))
+    two, one = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("two", "one")
+    )
+    assert [line["key"] for line in two] == [line["key"] for line in one]
+    for found, expected in zip(two, one, strict=True):
+        for name in ("scores", "held_out_loss"):
+            if name in expected["result"]:
+                # fp32: the same sums, added in another order.
+                assert found["result"][name] == pytest.approx(expected["result"][name], rel=1e-4)
