@@ -38,7 +38,9 @@ def _centred_ranks(values: np.ndarray) -> np.ndarray:
 
 
 def interval(a: Sequence, b: Sequence, draws: int = DRAWS) -> list[float] | None:
-    """95 % of ρ over parts of the data, each ranking's drawn again; None with less than 3 parts.
+    """95 % of ρ over parts of the data, each ranking's drawn again.
+
+    None with fewer than 3 parts, or where one of the two ranks nothing, all its scores being equal.
 
     Args:
         a: Scores by part, (parts, layers).
@@ -52,10 +54,11 @@ def interval(a: Sequence, b: Sequence, draws: int = DRAWS) -> list[float] | None
     for parts in (np.asarray(a, float), np.asarray(b, float)):
         chosen = draw.integers(len(parts), size=(draws, len(parts)))
         means.append(parts[chosen].mean(1))
-    drawn = spearman(*means)
+    rho, drawn = spearman(np.mean(a, 0), np.mean(b, 0)), spearman(*means)
+    if np.isnan(rho):
+        return None
     # A part of stage 1 in which B was still 0 ranks nothing.
     half = 1.96 * np.std(drawn[np.isfinite(drawn)], ddof=1)
-    rho = spearman(np.mean(a, 0), np.mean(b, 0))
     return [round(float(np.clip(edge, -1, 1)), 4) for edge in (rho - half, rho + half)]
 
 
@@ -69,7 +72,8 @@ def halves(folds: Sequence) -> float | None:
         first = np.array([bits >> i & 1 for i in range(len(parts))], bool)
         if first.sum() == len(parts) // 2:
             found.append(spearman(parts[first].mean(0), parts[~first].mean(0)))
-    return round(float(np.nanmean(found)), 4)
+    found = [rho for rho in found if np.isfinite(rho)]
+    return round(float(np.mean(found)), 4) if found else None
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:

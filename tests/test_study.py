@@ -76,6 +76,18 @@ def test_the_interval_holds_what_other_batches_give(seed):
     assert agreement.interval(a[:2], b) is None
 
 
+def test_scores_that_are_all_equal_agree_with_nothing(seed):
+    # An adapter after one step of warm-up is 0, and so is every score of it.
+    folds = np.random.default_rng(seed).normal(size=(4, 5))
+    none = {"scores": [0.0] * 5, "folds": [[0.0] * 5] * 4}
+    some = {"scores": folds.mean(0).tolist(), "folds": folds.tolist()}
+    for pair in ((none, some), (some, none), (none, none)):
+        found = agreement.compare(*pair)
+        assert found["spearman"] is None and found["interval"] is None
+        assert found["jaccard"]["0.9"] > 0
+    assert agreement.halves(none["folds"]) is None
+
+
 def test_noise_does_not_repeat_between_halves_and_a_ranking_does(seed):
     draw = np.random.default_rng(seed)
     noise = draw.normal(size=(8, 400))
