@@ -91,6 +91,4 @@ def test_call_is_no_slower_than_pefts(shape, dtype, benchmark):
     }
     benchmark.pedantic(_step, args=(layers["ours"], x, dy), rounds=20, iterations=CALLS)
     print(f"\nours / PEFT {ratio:.3f}  {benchmark.extra_info['median_us']}")
-    # The median is what is reported. Where it is 1.00 noise decides its side, so what fails is a
-    # call that is slower in nine rounds of ten.
-    assert ratios[len(ratios) // 10] <= 1.0, f"ours / PEFT {ratio:.3f}"
+    assert ratio <= 1.0

@@ -307,14 +307,13 @@ def grad_tile(r: int, element_bytes: int, target: str) -> Tile:
     return Tile(32, 128, 1, rank_block(r, 32), warps=4, stages=2)
 
 
-def one_read_pays(n: int, r: int, element_bytes: int, target: str) -> bool:
+def one_read_pays(n: int, r: int, element_bytes: int, block_n: int) -> bool:
     """Whether u and dB from one read of dy (M, N) move less than from two.
 
     One read leaves shares of u, M·R·4 bytes a block of N, written and read again; the second read
     that it saves is M·N elements. In 16 bits, for a wide N and 256 columns a block: R < 64.
 
-    >>> [one_read_pays(4096, r, 2, "sm_90") for r in (16, 32, 64)]
+    >>> [one_read_pays(4096, r, 2, 256) for r in (16, 32, 64)]
     [True, True, False]
     """
-    blocks = -(-n // grad_tile(r, element_bytes, target).n)
-    return 8 * r * blocks < element_bytes * n
+    return 8 * r * -(-n // block_n) < element_bytes * n

@@ -21,6 +21,9 @@ from ila_kernels import eager
 from ila_kernels.eager import Grads, Needs
 from ila_kernels.quant import PackedWeight, input_grad, linear
 
+NO_NEEDS = Needs(*[False] * 6)
+NO_GRADS = Grads(*[None] * 6)
+
 
 class Member(NamedTuple):
     """One linear of a group: W (N, K), A (R, K), B (N, R), γ (1 element), bias (N,), seed (1,).
@@ -36,15 +39,12 @@ class Member(NamedTuple):
     seed: Tensor | None
     scale: float
     t: Tensor | None = None
-    needs: Needs = Needs(*[False] * 6)
+    needs: Needs = NO_NEEDS
 
     @property
     def is_open(self) -> bool:
         """Whether this member has an adapter."""
         return self.lora_a is not None
-
-
-NO_GRADS = Grads(*[None] * 6)
 
 
 def shrink_all(x: Tensor, members: Sequence[Member], dropout_p: float) -> list[Tensor | None]:

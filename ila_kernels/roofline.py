@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from ila_kernels.config import ADAPTERS_PER_PASS, ROWS_PER_PROGRAM
+from ila_kernels.config import ADAPTERS_PER_PASS, ROWS_PER_PROGRAM, one_read_pays
 
 CONTESTANTS: tuple[str, ...] = ("frozen", "peft", "addmm", "fused")
 PARAMETERS = frozenset({"x", "weight", "lora_a", "lora_b", "gate", "bias"})
@@ -135,7 +135,7 @@ def _fused_extra(p: Problem, needs: AbstractSet[str]) -> int:
     makes_u = bool(needs & {"x", "lora_a", "gate"})
     # Sums over M and N are left in shares of 4 bytes, written once and read once.
     stretches, columns = -(-p.m // ROWS_PER_PROGRAM), -(-p.n // p.block_n)
-    if makes_u and "lora_b" in needs and 8 * p.r * columns < e * p.n:  # config.one_read_pays
+    if makes_u and "lora_b" in needs and one_read_pays(p.n, p.r, e, p.block_n):
         moved += e * (mn + 2 * mr) + 2 * a * rn + 8 * (columns * mr + stretches * rn)
         moved += e * mr if "gate" in needs else 0  # t again, beside the sum of u's shares
     else:

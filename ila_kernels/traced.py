@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from ila_kernels.eager import Grads, Needs
-from ila_kernels.group import Member
-
-NONE = Needs(*[False] * 6)
+from ila_kernels.group import NO_NEEDS, Member
 
 # A list of an op holds no None: of the gradients it returns those that are wanted, in order.
 
@@ -124,6 +122,6 @@ def group_backward(
     flat = [wanted for m in members for wanted in m.needs]
     ops = torch.ops.ila
     made = iter(ops.masked_lora_linear_group_backward(list(dys), x, *columns, dropout_p, flat))
-    used = [m.needs if dy is not None else NONE for dy, m in zip(dys, members, strict=True)]
+    used = [m.needs if dy is not None else NO_NEEDS for dy, m in zip(dys, members, strict=True)]
     dx = next(made) if any(n.x for n in used) else None
     return dx, [_placed(made, n._replace(x=False)) for n in used]

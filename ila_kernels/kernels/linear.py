@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ila_kernels import eager
-from ila_kernels.config import one_read_pays
+from ila_kernels.config import grad_tile, one_read_pays
 from ila_kernels.device import target_of
 from ila_kernels.eager import Grads, Needs
 from ila_kernels.group import Member
@@ -62,7 +62,8 @@ def _adapter_grads(
     """u, dA, dB and dγ of an open member."""
     needs, (n, r), u, da, db, dgate = m.needs, m.lora_b.shape, None, None, None, None
     both = needs.makes_u and needs.lora_b
-    if both and one_read_pays(n, r, dy.element_size(), target_of(dy)):
+    size = dy.element_size()
+    if both and one_read_pays(n, r, size, grad_tile(r, size, target_of(dy)).n):
         u, db, inner = grad_out(dy, m.lora_b, m.t, m.scale, m.gate, m.lora_b.dtype, needs.gate)
         dgate = inner.to(m.gate.dtype).reshape(m.gate.shape) if needs.gate else None
     elif needs.makes_u:
