@@ -28,7 +28,7 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
-class Step:
+class StepSizes:
     """What a step looks like where the mask does not say it: None takes what the mask says."""
 
     model: str | None = None
@@ -97,7 +97,7 @@ def select_within(
     budget: str,
     *,
     speed: str | None = None,
-    step: Step | None = None,
+    step: StepSizes | None = None,
     out: Path | None = None,
 ) -> Selected:
     """Open the most important layers of a learned mask that a budget pays for.
@@ -123,7 +123,7 @@ def select_within(
     if wanted.kind != TIME and speed is not None:
         raise ValueError(f"--speed does nothing for a budget of {wanted.kind}")
     rates = _rates(speed, mask)
-    spending = Spending(mask, wanted, _shape(mask, step or Step(), rates), rates)
+    spending = Spending(mask, wanted, _shape(mask, step or StepSizes(), rates), rates)
     point, plain = spending.chosen(), spending.plain_within()
     folder = run if run.is_dir() else run.parent
     out = folder / f"mask-{budget.replace('=', '-')}.json" if out is None else out
@@ -166,7 +166,7 @@ def _rates(speed: str | None, mask: LayerMask) -> Speed | str | None:
     return rates
 
 
-def _shape(mask: LayerMask, step: Step, rates: Speed | str | None) -> Shape:
+def _shape(mask: LayerMask, step: StepSizes, rates: Speed | str | None) -> Shape:
     """Sizes from the mask's provenance, overridden by ``step``; a file of speeds fixes the step."""
     found = {
         "model": step.model or _of(mask, "inputs", "model"),

@@ -140,9 +140,9 @@ def select(
     from ila import selection
 
     if budget is not None and top is None and freeze is None:
-        from ila.budgeted import Step, select_within
+        from ila.budgeted import StepSizes, select_within
 
-        step = Step(model, batch_size, max_length)
+        step = StepSizes(model, batch_size, max_length)
         found = select_within(run, budget, speed=speed, step=step, out=out)
         screen.print(found.text(), soft_wrap=True, highlight=False)
         return

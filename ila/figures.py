@@ -89,7 +89,7 @@ def heatmap(mask: LayerMask, path: str | os.PathLike[str], *, title: str | None 
     Raises:
         FileNotFoundError: The folder of ``path`` does not exist.
     """
-    return _save_png(heatmap_figure(mask, title=title), path)
+    return save_png(heatmap_figure(mask, title=title), path)
 
 
 def draw_runs(runs: Sequence[Mapping[str, Any]]) -> "Figure":
@@ -160,7 +160,7 @@ def runs_figure(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
         FileNotFoundError: The folder of ``path`` does not exist.
         ValueError: No runs.
     """
-    return _save_png(draw_runs(runs), path)
+    return save_png(draw_runs(runs), path)
 
 
 def _place(names: Mapping[str, Any]) -> dict[tuple[int | None, str], str]:
@@ -250,7 +250,8 @@ def _smoothed(losses: np.ndarray) -> np.ndarray:
     return (total[last] - total[first]) / (last - first)
 
 
-def _save_png(figure: "Figure", path: str | os.PathLike[str]) -> Path:
+def save_png(figure: "Figure", path: str | os.PathLike[str]) -> Path:
+    """Write a figure whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_bytes_atomic(path, buffer.getvalue())

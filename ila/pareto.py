@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ila.budget import Point
-from ila.figures import _save_png
+from ila.figures import save_png
 from ila.spending import MEMORY, TIME, Spending
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def pareto(
     if plain is not None:
         marks.append((*place(plain), f"plain top-{len(plain.opened)}", _ORANGE))
     limit = (spending.budget.amount, "budget")
-    return _save_png(pareto_figure(spending.curves(), kind, marks, limit=limit), path)
+    return save_png(pareto_figure(spending.curves(), kind, marks, limit=limit), path)
 
 
 def pareto_figure(

@@ -15,13 +15,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from ila.checkpoint import load_adapter, save_adapter, whole_state
 from ila.claims import RUN_MARKER, claim
 from ila.files import move_in, write_json_atomic
 from ila.full import OpenLayers
 from ila.layer import MaskedLoraLayer
 from ila.measure import Costs
-from ila.model import masked_layers, single_adapter
+from ila.model import masked_layers
 from ila.prefix import PrefixCache
 from ila.ranks import on_main_process
 from ila.trainer import (
@@ -36,6 +35,7 @@ from ila.trainer import (
     run,
     stage_callbacks,
 )
+from ila.updates import Adapter
 
 PREFIX_FOLDER = "prefix-cache"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -187,25 +187,13 @@ def _arguments(config: TrainConfig, out: Path, *, keep: bool) -> TrainingArgumen
     )
 
 
-class _Adapter:
+class _Adapter(Adapter):
     """What is trained when it is an adapter, with the methods of ``OpenLayers``."""
 
     trainer = Trainer
 
-    def __init__(self, model: PeftModel):
-        self.model, self.adapter = model, single_adapter(model, None)
-
     def counts(self) -> dict[str, Any]:
         return _counts(self.model, self.adapter)
-
-    def state(self) -> dict[str, Tensor]:
-        return whole_state(self.model, self.adapter)
-
-    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
-        save_adapter(self.model, self.adapter, folder, state)
-
-    def load(self, folder: Path) -> None:
-        load_adapter(self.model, self.adapter, folder)
 
 
 def _dtype_text(model: nn.Module) -> str:

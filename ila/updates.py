@@ -17,7 +17,26 @@ from ila.model import masked_layers, single_adapter
 from ila.signals import GateGradient, LayerMean, SignalTrainer
 
 
-class AdapterUpdates:
+class Adapter:
+    """What is trained and kept where it is the one active adapter of a model."""
+
+    def __init__(self, model: PeftModel):
+        self.model, self.adapter = model, single_adapter(model, None)
+
+    def state(self) -> dict[str, Tensor]:
+        """The whole adapter; called by all processes."""
+        return whole_state(self.model, self.adapter)
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Write what ``state`` returned."""
+        save_adapter(self.model, self.adapter, folder, state)
+
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote."""
+        load_adapter(self.model, self.adapter, folder)
+
+
+class AdapterUpdates(Adapter):
     """An adapter; ``ila.gated_weights.FullUpdates`` has the same methods.
 
     Raises:
@@ -27,7 +46,7 @@ class AdapterUpdates:
     folder = "adapter"
 
     def __init__(self, model: PeftModel):
-        self.model, self.adapter = model, single_adapter(model, None)
+        super().__init__(model)
         self.layers = masked_layers(model, self.adapter)
         _check_layers(self.layers, self.adapter)
 
@@ -39,15 +58,6 @@ class AdapterUpdates:
 
     def scored(self, score_init: float) -> AbstractContextManager[None]:
         return stages.scored(self.model, self.layers, self.adapter, score_init)
-
-    def state(self) -> dict[str, Tensor]:
-        return whole_state(self.model, self.adapter)
-
-    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
-        save_adapter(self.model, self.adapter, folder, state)
-
-    def load(self, folder: Path) -> None:
-        load_adapter(self.model, self.adapter, folder)
 
 
 def _check_layers(layers: Mapping[str, MaskedLoraLayer], adapter: str) -> None:

@@ -6,40 +6,34 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sections.common import NOT_MEASURED, save, table
-from benchmarks.sections.pieces import COLOURS, machine, new_figure, quietness, share
+from benchmarks.sections.common import save, table
+from benchmarks.sections.pieces import COLOURS, by_device, machine, new_figure, quietness, share
 
 TITLE = "One layer"
 COMMAND = "`pytest benchmarks/test_layer.py`"
 # Whose share of the roofline stands beside ours.
 SPEEDS = ("ours, Triton", "PEFT", "frozen")
-STEMS = (("CPU", "layer"), ("GPU", "layer-gpu"))
 
 
 def markdown(found: Mapping[str, Any]) -> list[str]:
     """Paragraphs for the page of benchmarks."""
-    if not any(stem in found for _, stem in STEMS):
-        return []
-    parts: list[str] = []
-    for title, stem in STEMS:
-        if stem not in found:
-            parts.append(f"On a {title}: {NOT_MEASURED}.")
-            continue
-        document = found[stem]
-        cell = next(iter(document["cells"].values()))
-        best = cell["ceiling"]
-        parts.append(
-            f"Forward and backward, base in {cell['dtype']} with {cell['adapters']} adapters; time "
-            "relative to PEFT's layer in the same round, median with p10–p90. Outputs and "
-            "gradients were held to fp64 before. The share of the roofline is the least time the "
-            f"mathematics allows ({best['bf16_tflops']:.2f} TFLOP/s, {best['memory_gb_s']:.0f} "
-            f"GB/s, {best['source']}) over the time taken; what fits into a cache can exceed it. "
-            f"{machine(document)}; {cell['rounds']} interleaved rounds ({COMMAND}). "
-            f"{quietness(document)}"
-        )
-        parts.append(_pivot(document["rows"]))
-        parts.append(_phases(document["rows"]))
-    return parts
+    return by_device(found, "layer", _one)
+
+
+def _one(document: Mapping[str, Any]) -> list[str]:
+    cell = next(iter(document["cells"].values()))
+    best = cell["ceiling"]
+    return [
+        f"Forward and backward, base in {cell['dtype']} with {cell['adapters']} adapters; time "
+        "relative to PEFT's layer in the same round, median with p10–p90. Outputs and "
+        "gradients were held to fp64 before. The share of the roofline is the least time the "
+        f"mathematics allows ({best['bf16_tflops']:.2f} TFLOP/s, {best['memory_gb_s']:.0f} "
+        f"GB/s, {best['source']}) over the time taken; what fits into a cache can exceed it. "
+        f"{machine(document)}; {cell['rounds']} interleaved rounds ({COMMAND}). "
+        f"{quietness(document)}",
+        _pivot(document["rows"]),
+        _phases(document["rows"]),
+    ]
 
 
 def _pivot(rows: list[Mapping[str, Any]]) -> str:
@@ -90,7 +84,7 @@ def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
     """The roofline of each device that was measured."""
     return {
         f"roofline{stem.removeprefix('layer')}.png": lambda path, d=found[stem]: _draw(d, path)
-        for _, stem in STEMS
+        for stem in ("layer", "layer-gpu")
         if stem in found
     }
 

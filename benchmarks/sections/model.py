@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sections.common import NOT_MEASURED, save, table
-from benchmarks.sections.pieces import COLOURS, machine, mebibytes, new_figure, quietness, share
+from benchmarks.sections.pieces import (
+    COLOURS,
+    by_device,
+    machine,
+    mebibytes,
+    new_figure,
+    quietness,
+    share,
+)
 
 TITLE = "A training step of a model"
 COMMAND = "`pytest benchmarks/test_model.py`"
@@ -37,30 +45,20 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _names(found: Mapping[str, Any]) -> list[str]:
-    documents = [found[stem] for stem in ("model", "model-gpu") if stem in found]
-    return list(dict.fromkeys(r["contestant"] for d in documents for r in d["rows"]))
-
-
 def markdown(found: Mapping[str, Any]) -> list[str]:
     """Paragraphs for the page of benchmarks."""
-    if "model" not in found and "model-gpu" not in found:
-        return []
+    return by_device(found, "model", _one)
+
+
+def _one(document: Mapping[str, Any]) -> list[str]:
     columns = ["time / PEFT's", "time / PEFT's on the same layers", "ms", "tokens/s", "peak"]
-    parts: list[str] = []
-    for title, stem in (("CPU", "model"), ("GPU", "model-gpu")):
-        if stem not in found:
-            parts.append(f"On a {title}: {NOT_MEASURED}.")
-            continue
-        parts.append(
-            "Forward, backward and AdamW, all contestants in turn on the same batches. Losses and "
-            "gradients were held to fp64 before. Ratios are medians over rounds of the time in the "
-            "same round, with p10–p90; peak is what the step allocates beside the weights. "
-            + _sentence(found[stem])
-        )
-        rows = [[row["contestant"], *_cells(row)] for row in found[stem]["rows"]]
-        parts.append(table(["", *columns], rows))
-    return parts
+    return [
+        "Forward, backward and AdamW, all contestants in turn on the same batches. Losses and "
+        "gradients were held to fp64 before. Ratios are medians over rounds of the time in the "
+        "same round, with p10–p90; peak is what the step allocates beside the weights. "
+        + _sentence(document),
+        table(["", *columns], [[row["contestant"], *_cells(row)] for row in document["rows"]]),
+    ]
 
 
 def summary(found: Mapping[str, Any]) -> list[str]:

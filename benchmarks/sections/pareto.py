@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ila.files import write_bytes_atomic
+from benchmarks.sections.common import table
+from ila.figures import save_png
 from ila.pareto import pareto_figure
 
 PAGE = "study"
@@ -56,16 +56,13 @@ def losses(result: Mapping[str, Any], name: str) -> list[float]:
 
 
 def _table(result: Mapping[str, Any]) -> str:
-    lines = [
-        "| | layers | importance | time, counted | time, measured | steps | held-out loss |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    lines: list[list[str]] = []
     step_ms, steps = result["step_ms"], result["options"]["steps"]
     for name, row in result["contestants"].items():
         took = step_ms[name] / step_ms[_ALL]
         cells = [_title(name), row["layers"], f"{row['importance_share']:.0%}"]
         cells += [f"{row['time']:.3f}", f"{took:.3f}", steps, _loss(losses(result, name))]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append([str(cell) for cell in cells])
     for name in result["contestants"]:
         rival = f"{_ALL} in the time of {name}"
         if losses(result, rival):
@@ -73,8 +70,9 @@ def _table(result: Mapping[str, Any]) -> str:
             fewer = round(steps * step_ms[name] / step_ms[_ALL])
             cells = [f"all layers, in the time of {_title(name)}", row["layers"], "100%", "1", "1"]
             cells += [fewer, _loss(losses(result, rival))]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+            lines.append([str(cell) for cell in cells])
+    header = ["", "layers", "importance", "time, counted", "time, measured", "steps"]
+    return table([*header, "held-out loss"], lines)
 
 
 def _title(name: str) -> str:
@@ -96,6 +94,4 @@ def _draw(result: Mapping[str, Any], path: Path) -> None:
             colour = _BLUE if name.startswith("as top") else _ORANGE
             label = f"{row['layers']} layers"
             marks.append((row["time"], row["importance_share"], label, colour))
-    buffer = io.BytesIO()
-    pareto_figure(result["curves"], "time", marks).savefig(buffer, format="png", dpi=150)
-    write_bytes_atomic(path, buffer.getvalue())
+    save_png(pareto_figure(result["curves"], "time", marks), path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.sections.common import BLUE, GREEN, INK, NOT_MEASURED, PURPLE, RED, SKY, style
@@ -27,6 +27,19 @@ def quietness(document: Mapping[str, Any]) -> str:
     if busy["busy"]:
         return f"**The machine was busy while this was measured**: {'; '.join(busy['why'])}."
     return f"The machine was quiet (calibration spread {busy['spread']:.2f})."
+
+
+def by_device(
+    found: Mapping[str, Any], stem: str, one: Callable[[Mapping[str, Any]], list[str]]
+) -> list[str]:
+    """The paragraphs that ``one`` makes of a CPU's and a GPU's result; of neither, none."""
+    stems = (("CPU", stem), ("GPU", f"{stem}-gpu"))
+    if not any(name in found for _, name in stems):
+        return []
+    parts: list[str] = []
+    for title, name in stems:
+        parts += one(found[name]) if name in found else [f"On a {title}: {NOT_MEASURED}."]
+    return parts
 
 
 def share(value: float | None, low: float | None = None, high: float | None = None) -> str:

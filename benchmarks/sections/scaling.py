@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sections.common import NOT_MEASURED, save, table
-from benchmarks.sections.pieces import COLOURS, machine, new_figure, quietness
+from benchmarks.sections.common import save, table
+from benchmarks.sections.pieces import COLOURS, by_device, machine, new_figure, quietness
 
 TITLE = "How cost grows"
 COMMAND = "`pytest benchmarks/test_scaling.py`"
-STEMS = (("CPU", "scaling"), ("GPU", "scaling-gpu"))
 # The axis in words, and what one step along it is called.
 AXES = {
     "tokens": ("Tokens of a batch", "token"),
@@ -23,15 +22,7 @@ AXES = {
 
 def markdown(found: Mapping[str, Any]) -> list[str]:
     """Paragraphs for the page of benchmarks."""
-    if not any(stem in found for _, stem in STEMS):
-        return []
-    parts: list[str] = []
-    for title, stem in STEMS:
-        if stem not in found:
-            parts.append(f"On a {title}: {NOT_MEASURED}.")
-            continue
-        parts += _one(found[stem])
-    return parts
+    return by_device(found, "scaling", _one)
 
 
 def _one(document: Mapping[str, Any]) -> list[str]:
@@ -59,7 +50,7 @@ def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
     """One figure of four panels for each device that was measured."""
     return {
         f"{stem}.png": lambda path, d=found[stem]: _draw(d, path)
-        for _, stem in STEMS
+        for stem in ("scaling", "scaling-gpu")
         if stem in found
     }
 

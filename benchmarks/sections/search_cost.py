@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.sections.common import NOT_MEASURED, table
-from benchmarks.sections.pieces import machine, quietness, share
+from benchmarks.sections.common import table
+from benchmarks.sections.pieces import by_device, machine, quietness, share
 
 TITLE = "What the search costs"
 COMMAND = "`pytest benchmarks/test_search_cost.py`"
-STEMS = (("CPU", "search-cost"), ("GPU", "search-cost-gpu"))
 
 
 def markdown(found: Mapping[str, Any]) -> list[str]:
     """Paragraphs for the page of benchmarks."""
-    if not any(stem in found for _, stem in STEMS):
-        return []
-    parts: list[str] = []
-    for title, stem in STEMS:
-        if stem not in found:
-            parts.append(f"On a {title}: {NOT_MEASURED}.")
-            continue
-        parts += _one(found[stem])
-    return parts
+    return by_device(found, "search-cost", _one)
 
 
 def _one(document: Mapping[str, Any]) -> list[str]:
@@ -54,8 +44,3 @@ def _one(document: Mapping[str, Any]) -> list[str]:
         "(ours), and as a share of a LoRA run of so many steps.",
         table(["method", "steps", "LoRA steps", *(f"of {run} steps" for run in runs)], totals),
     ]
-
-
-def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
-    """None: two small tables say it."""
-    return {}

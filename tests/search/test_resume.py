@@ -343,7 +343,7 @@ def check_same_training(found, expected):
         (RNG, 2, False),
         (MARK, 2, False),
         (TRAIN, 1, True),
-        ((ila.train, "save_adapter"), 1, True),
+        ((ila.updates, "save_adapter"), 1, True),
     ],
 )
 def test_a_training_broken_off_anywhere_resumes_to_the_same_bits(
