@@ -17,6 +17,7 @@ from benchmarks.harness.session import Options, Session
 from benchmarks.harness.timing import Watch, interleaved, ratio
 from benchmarks.layer_cell import LayerCell
 from benchmarks.models import PREFIX, mask_of, whole_blocks
+from benchmarks.report import Results, pictures_of
 from benchmarks.sections import layer, model, scaling, search_cost
 from ila_kernels import eager
 
@@ -288,7 +289,8 @@ def test_scaling_is_rendered(tmp_path):
 
 @pytest.mark.parametrize("section", [layer, model, scaling, search_cost])
 def test_without_results_nothing_is_rendered(section):
-    assert section.markdown({}) == [] and section.figures({}) == {}
+    results = Results({}, {})
+    assert section.markdown(results.content) == [] and pictures_of(section, results) == {}
 
 
 def assert_drawn(figures: dict, names: list[str], folder: Path) -> None:
