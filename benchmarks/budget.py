@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -25,13 +24,15 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.harness.busy import Busy, load_average
+from benchmarks.harness.session import environment
 from ila import commands
 from ila.calibration import ALL, Steps, batch_of, calibrate
 from ila.claims import claim
 from ila.files import write_json_atomic
 from ila.loading import find_source, load_model
 from ila.mask import LayerMask
-from ila.pipeline import Inputs, adapt, versions
+from ila.pipeline import Inputs, adapt
 from ila.ranks import processes
 from ila.shapes import Shape
 from ila.speed import Speed
@@ -104,11 +105,14 @@ class Run:
         model, shape = self.model()
         sets = {name: set(row["open"]) for name, row in self.chosen().items()}
         steps = Steps(model, sets, batch_of(model, shape.rows, shape.length))
+        busy = Busy(processes().device, load_average())
+        busy.sample()
         times = steps.measured(self.options.rounds)
-        write_json_atomic(self.work / "times.json", times)
+        busy.sample()
+        write_json_atomic(self.work / "times.json", {"step_ms": times, "busy": busy.as_dict()})
 
     def train(self) -> None:
-        times = json.loads((self.work / "times.json").read_text("utf-8"))
+        times = json.loads((self.work / "times.json").read_text("utf-8"))["step_ms"]
         for name, row in self.chosen().items():
             gates = {n: n in row["open"] for n in self.mask.scores}
             file = self.work / f"{_slug(name)}.json"
@@ -143,7 +147,7 @@ class Run:
         keys = ("steps", "held_out_loss_before", "held_out_loss", "trainable_parameters")
         keys += ("open_modules", "total_modules")
         return {
-            "environment": {"machine": platform.machine(), "versions": versions()},
+            "environment": environment(processes().device),
             "options": options | names,
             "speed": speed,
             "prediction": {
@@ -152,8 +156,8 @@ class Run:
             },
             "curves": self.spending(Budget(TIME, 1.0)).curves(),
             "contestants": self.chosen(),
-            "step_ms": json.loads((self.work / "times.json").read_text("utf-8")),
             "trained": {n: {key: run[key] for key in keys} for n, run in trained.items()},
+            **json.loads((self.work / "times.json").read_text("utf-8")),
         }
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from benchmarks.harness.busy import Busy, load_average
 from ila.claims import claim
 from ila.demo import PLAN_MARKER, Plan, run_plan
 from ila.files import write_json_atomic
@@ -67,8 +68,11 @@ def main() -> None:
         claim(options.work, mine, marker=PLAN_MARKER, resume=True, remedy="give another --work")
     except ValueError as error:
         raise SystemExit(str(error)) from error
+    busy = Busy(torch.device("cpu"), load_average())
+    busy.sample()
     run_plan(plan, Console())
-    write_json_atomic(options.json, collect(plan, vars(options)))
+    busy.sample()
+    write_json_atomic(options.json, collect(plan, vars(options)) | {"busy": busy.as_dict()})
 
 
 def collect(plan: Plan, options: dict) -> dict:

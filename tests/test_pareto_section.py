@@ -20,6 +20,7 @@ def result() -> dict:
             "top 0.3": {**row, "layers": 3, "time": 0.8, "importance_share": 0.5},
             "as top 0.3": {**row, "layers": 7, "time": 0.8, "importance_share": 0.75},
         },
+        "busy": {"busy": False, "spread": 1.02},
         "step_ms": {"all layers": 200.0, "top 0.3": 161.0, "as top 0.3": 159.0},
         "trained": {
             "all-layers-seed-0": {"held_out_loss": 0.9},

@@ -69,6 +69,21 @@ def cards_table(found: Mapping[str, Any], model: str, base: str) -> str:
     return table(["", *header], rows)
 
 
+def peaks(found: Mapping[str, Any], model: str) -> str:
+    """How far the contestants are apart without and with gradient checkpointing, in a sentence."""
+    ranges = []
+    for checkpointing in (False, True):
+        rows = chosen(found, model, "bf16", checkpointing)
+        sizes = [total(rows[key], TOKENS) / GB for key in ROWS if key in rows]
+        ranges.append(f"{min(sizes):.1f} to {max(sizes):.1f} GB")
+    return (
+        f"**How much is at stake.** {NAMES[model]} over bf16, {TOKENS} tokens: the peaks of the "
+        f"rows below run from {ranges[0]} without gradient checkpointing, and from {ranges[1]} "
+        "with it, which keeps one input a block for all contestants alike. Of blocks below the "
+        "lowest open layer not even that is kept."
+    )
+
+
 def spread(found: Mapping[str, Any]) -> list[str]:
     """How far the scatterings of different seeds are apart."""
     cases: dict[tuple, list[int]] = {}
@@ -133,10 +148,7 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
         "fragmentation, the CUDA context (some hundred MB), and other programs. No GPU has "
         "confirmed these numbers. GB are 10⁹ bytes. A card of 16 GB is taken as that, 7 % less "
         "than the 16 GiB that such cards have: room for some of what is not in the count.",
-        "**What to take from it.** Without gradient checkpointing, what is kept decides, and with "
-        "it where the open layers are. With checkpointing little is left between the contestants: "
-        "weights and logits are most of it, and only blocks below the lowest open layer, of which "
-        "not even the input is kept, make a difference.",
+        peaks(result, models[0]),
     ]
     for model in models:
         # One model is in the open; the others unfold.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sections.common import table
+from benchmarks.sections.pieces import quietness
 from ila.figures import save_png
 from ila.pareto import pareto_figure
 
@@ -35,9 +36,9 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
         f"{prediction['worst_error']:.1%} at worst.",
         f"![Importance kept against the time of a step](figures/{FIGURE})",
         f"Each budget below is what the plain top share takes by count. Steps were timed in turn, "
-        f"{options['rounds']} rounds; each was then trained from scratch on {options['data']}, "
-        f"{options['steps']} steps, seeds: {options['seeds']} (`python -m benchmarks.budget`). The "
-        f"last rows train all layers for as many steps as fit into the selection's time.",
+        f"{options['rounds']} rounds. {quietness(result)} Each was then trained from scratch "
+        f"on {options['data']}, {options['steps']} steps, seeds: {options['seeds']} "
+        f"(`python -m benchmarks.budget`). The last rows train all layers for as many steps as fit into the selection's time.",
         _table(result),
     ]
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.sections.common import gib, table
+from benchmarks.sections.pieces import quietness
 
 PAGE = "study"
 TITLE = "The main job on real data"
@@ -40,6 +41,16 @@ def agreements(method: str, result: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def step_time(known: Mapping[str, float]) -> str:
+    """Median and spread of a run's steps.
+
+    >>> step_time({"median": 1234.0, "p10": 1100.0, "p90": 1500.0})
+    '1.23 s (1.10–1.50)'
+    """
+    median, low, high = (known[name] / 1e3 for name in ("median", "p10", "p90"))
+    return f"{median:.2f} s ({low:.2f}–{high:.2f})"
+
+
 def trainings(method: str, result: Mapping[str, Any]) -> list[list[str]]:
     """Rows of the training table: one per run."""
     return [
@@ -48,6 +59,7 @@ def trainings(method: str, result: Mapping[str, Any]) -> list[list[str]]:
             f"{run['open_modules']} of {run['total_modules']}",
             f"{run['trainable_parameters'] / 1e6:.2f} M",
             f"{run['held_out_loss_before']:.3f} → {run['held_out_loss']:.3f}",
+            step_time(run["step_time_ms"]),
             gib(run["peak_memory_bytes"], 2),
         ]
         for name, run in result["trained"].items()
@@ -80,10 +92,11 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
             ["method, pair", "ρ", "10 %", "30 %", "75 %"],
             [row for m, r in real.items() for row in agreements(m, r)],
         ),
-        "**Training from scratch, equal steps.** The runs came one after another on a shared "
-        "machine, so their times say nothing; step times are measured side by side elsewhere.",
+        "**Training from scratch, equal steps.** Step times are medians (10th to 90th percentile) "
+        "of runs that came one after another; ratios measured side by side are in the benchmarks. "
+        + " ".join(f"`{m}`: {quietness(r)}" for m, r in real.items()),
         table(
-            ["run", "layers open", "parameters", "held-out loss", "peak memory"],
+            ["run", "layers open", "parameters", "held-out loss", "step", "peak memory"],
             [row for m, r in real.items() for row in trainings(m, r)],
         ),
     ]
