@@ -57,6 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--data", type=Path, help="instruction rows (examples/data/arithmetic.jsonl)")
     group.addoption("--mask", type=Path, help="a mask of the model, from `ila learn`")
     group.addoption("--clock", choices=list(CLOCKS), default="wall", help="on a CPU")
+    group.addoption("--batch", metavar="ROWSxTOKENS", help="of test_model.py alone")
     group.addoption("--rounds", type=int, help="interleaved rounds of every cell")
 
 
@@ -70,15 +71,26 @@ def pytest_configure(config: pytest.Config) -> None:
         model=given("model"),
         data=given("data") or ARITHMETIC,
         mask=given("mask"),
+        batch=None if given("batch") is None else _batch(given("batch")),
         scratch=config.rootpath / ".benchmarks",
     )
     results = given("results") or options.scratch
     config.stash[SESSION] = Session(options, results)
 
 
+def _batch(text: str) -> tuple[int, int]:
+    """Rows and tokens of ``"4x256"``."""
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise pytest.UsageError(f"--batch must be ROWSxTOKENS, such as 4x256; got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
 def _cells(metafunc: pytest.Metafunc) -> tuple[str, list[Cell]]:
     """Name of the result file and the cells of a test module, made once."""
     session, module = metafunc.config.stash[SESSION], metafunc.module
+    if session.options.batch is not None and module.RESULT != "model":
+        raise pytest.UsageError("--batch is an option of benchmarks/test_model.py alone")
     if module.RESULT not in session.files:
         session.files[module.RESULT] = list(module.cells(session.options))
     return module.RESULT, session.files[module.RESULT]

@@ -1,6 +1,6 @@
 """Time, tokens/s and peak memory of a training step of a real model on real rows.
 
-    pytest benchmarks/test_model.py [--full] [--model FOLDER] [--data FILE] [--mask FILE]
+    pytest benchmarks/test_model.py [--full] [--batch 4x256] [--model FOLDER] [--data FILE]
 
 The same open layers, batches and steps: ours beside PEFT restricted to them and PEFT on all layers,
 in one interleaved run. Losses and gradients are compared with fp64 before anything is timed.
@@ -54,6 +54,7 @@ def specs(options: Options) -> Iterator[Spec]:
 
 def cells(options: Options) -> Iterator[ModelCell]:
     batch, width, rounds = options.pick(smoke=(2, 256, 2), quick=(2, 128, 7), full=(4, 256, 15))
+    batch, width = options.batch or (batch, width)
     rounds = options.rounds or rounds
     yield ModelCell(options, "training step", list(specs(options)), batch, width, rounds)
 

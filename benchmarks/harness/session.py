@@ -36,6 +36,7 @@ class Options:
         model: Folder, hub id or GGUF file; ``None`` unpacks the model of ``ila demo``.
         data: File of instruction rows.
         mask: A mask of that model, as ``ila learn`` writes it; ``None`` leaves its cells out.
+        batch: Rows and tokens of a training step, for a file of its own; ``None`` for the usual.
         scratch: Where the demo's model is unpacked and states are cached.
     """
 
@@ -45,6 +46,7 @@ class Options:
     model: str | None = None
     data: Path | None = None
     mask: Path | None = None
+    batch: tuple[int, int] | None = None
     scratch: Path = Path(".benchmarks")
 
     @property
@@ -147,8 +149,13 @@ class Session:
         }
 
     def write(self) -> None:
-        """Write the files that are complete; those of a GPU run have names of their own."""
-        suffix = "-gpu" if self.options.device.type == "cuda" else ""
+        """Write the files that are complete.
+
+        Those of another batch, and of a GPU, have names of their own.
+        """
+        batch = self.options.batch
+        suffix = "" if batch is None else f"-{batch[0]}x{batch[1]}"
+        suffix += "-gpu" if self.options.device.type == "cuda" else ""
         for file, cells in self.files.items():
             if cells and self.is_complete(file):
                 self.results.mkdir(parents=True, exist_ok=True)

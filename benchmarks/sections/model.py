@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ COMMAND = "`pytest benchmarks/test_model.py`"
 HEADLINES = (
     "PEFT", "ours", "PEFT, 30% top", "ours, 30% top", "ours, 30% top, cache", "frozen",
 )  # fmt: skip
+OTHER_BATCH = re.compile(r"model-\d+x\d+(-gpu)?")
 PEERS = ("PEFT, base dtype", "PEFT, dropout", "PEFT, compiled", "addmm")
 
 
@@ -47,7 +49,11 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def markdown(found: Mapping[str, Any]) -> list[str]:
     """Paragraphs for the page of benchmarks."""
-    return by_device(found, "model", _one)
+    parts = by_device(found, "model", _one)
+    for stem in sorted(filter(OTHER_BATCH.fullmatch, found)):
+        cell = next(iter(found[stem]["cells"].values()))
+        parts += [f"### With {cell['rows']}×{cell['width']} tokens", *_one(found[stem])]
+    return parts
 
 
 def _one(document: Mapping[str, Any]) -> list[str]:
