@@ -141,7 +141,10 @@ def _output_square(layer: MaskedLoraLayer, adapter: str) -> Callable[[Tensor, Te
 
 
 def _alignment(layer: MaskedLoraLayer, adapter: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """−K ‖W x‖² / (‖W‖² ‖x‖²) of each token, y = W x + bias; the adapter must add nothing yet."""
+    """−K ‖W x‖² / (‖W‖² ‖x‖²) of each token, y = W x + bias; 0 where x is 0.
+
+    The adapter must add nothing yet.
+    """
     if _adapter(layer, adapter)[1].any():
         raise ValueError(
             "feature_norm scores the base model, but an adapter is trained already: use a fresh one"
@@ -150,8 +153,8 @@ def _alignment(layer: MaskedLoraLayer, adapter: str) -> Callable[[Tensor, Tensor
 
     def measure(x: Tensor, y: Tensor) -> Tensor:
         y = y if base.bias is None else y - base.bias
-        ratio = y.double().square().sum(-1) / x.double().square().sum(-1)
-        return ratio * (-x.shape[-1] / norm**2)
+        out, into = (tensor.double().square().sum(-1) for tensor in (y, x))
+        return torch.where(into > 0, out / into, 0.0) * (-x.shape[-1] / norm**2)
 
     return measure
 

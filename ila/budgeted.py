@@ -189,10 +189,16 @@ def _shape(mask: LayerMask, step: StepSizes, rates: Speed | str | None) -> Shape
     file = _of(mask, "inputs", "gguf_file")
     source = find_source(found.pop("model"), None if step.model else file)
     config = AutoConfig.from_pretrained(source.name, **source.options())
+    dtype = _of(mask, "model", "dtype") or str(config.dtype).removeprefix("torch.")
+    if dtype not in _BYTES:
+        raise ValueError(
+            f"the dtype of the model's weights must be one of {', '.join(_BYTES)}, got {dtype!r}: "
+            "neither the mask nor the model's configuration says which"
+        )
     return Shape.of(
         config.to_dict(),
         **found,
-        base_bytes=_BYTES.get(_of(mask, "model", "dtype"), 2),
+        base_bytes=_BYTES[dtype],
         dropout=bool(_of(mask, "inputs", "dropout")),
         load_in=_of(mask, "inputs", "load_in"),
     )

@@ -58,7 +58,7 @@ class FullUpdates:
     """
 
     adapter = _SCORE
-    folder = "changed"
+    folder, trained = "changed", "weights"
 
     def __init__(self, opened: OpenLayers):
         if len(opened.names) != opened.total:

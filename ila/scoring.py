@@ -104,7 +104,8 @@ def _forward_scores(work: Work) -> Scored:
     with torch.no_grad(), seen.listening(), trainer.accelerator.autocast():
         screen = Console(stderr=True)
         for batch in track(batches, total=work.config.stage2_steps, console=screen, **bar):
-            seen.begin(batch["attention_mask"], steps)
+            everything = torch.ones_like(batch["labels"])
+            seen.begin(batch.get("attention_mask", everything), steps)
             model(**batch)
             steps += 1
     sums = sum_over_processes(torch.cat([seen.totals, seen.tokens[:, None]], 1).flatten().tolist())

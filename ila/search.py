@@ -176,7 +176,7 @@ def adapt(work: Work) -> dict[str, Any]:
         work,
         SignalTrainer,
         stage="stage1",
-        title="Stage 1: LoRA",
+        title=f"Stage 1: {work.what.trained}",
         steps=config.stage1_steps,
         callbacks=[stable, _EachStep(work, signal)],
         signal=signal,

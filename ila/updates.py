@@ -43,7 +43,7 @@ class AdapterUpdates(Adapter):
         ValueError: If there is no layer to score, or one is closed or not on the fused path.
     """
 
-    folder = "adapter"
+    folder, trained = "adapter", "LoRA"
 
     def __init__(self, model: PeftModel):
         super().__init__(model)

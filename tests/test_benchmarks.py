@@ -103,6 +103,28 @@ def test_a_part_of_the_cells_writes_no_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [f"fake{suffix}.json"]
 
 
+def test_another_batch_has_a_file_of_its_own(tmp_path):
+    cell = FakeCell()
+    session = Session(Options(batch=(4, 256)), tmp_path, {"fake": [cell]})
+    session.measure("fake", cell)
+    session.write()
+    suffix = "-gpu" if torch.cuda.is_available() else ""
+    assert [path.name for path in tmp_path.iterdir()] == [f"fake-4x256{suffix}.json"]
+
+
+@pytest.mark.parametrize(
+    ("file", "batch", "says"),
+    [
+        ("test_model.py", "4", "must be ROWSxTOKENS"),
+        ("test_layer.py", "4x256", "test_model.py alone"),
+    ],
+)
+def test_a_batch_that_means_nothing_is_refused(tmp_path, file, batch, says):
+    done = run_benchmark(file, tmp_path / "results", "--batch", batch)
+    assert done.returncode != 0 and says in done.stdout + done.stderr
+    assert not (tmp_path / "results").exists()
+
+
 def test_one_red_gate_keeps_everything_back(tmp_path):
     good, bad = FakeCell(), FakeCell(right=False)
     session = Session(Options(), tmp_path, {"good": [good], "bad": [bad]})
@@ -234,8 +256,9 @@ def test_both_ratios_of_a_model_are_rendered(tmp_path):
     rows = [step("PEFT", 100.0), step("ours", 80.0), step("frozen", 60.0), step("addmm", 90.0)]
     rows += [step("PEFT", 60.0, 0.3, "top"), step("ours", 44.0, 0.3, "top")]
     rows += [step("ours", 70.0, 0.3, "scattered"), step("ours", 30.0, 0.3, "top", cache=True)]
-    found = {"model": document({}, rows)}
+    found = {"model": document({}, rows), "model-4x64": document({"rows": 4, "width": 64}, rows)}
     text = "\n".join(model.markdown(found))
+    assert "### With 4×64 tokens" in text
     assert "0.44 (0.40–0.49) | 0.55 (0.49–0.63)" in text
     assert "The machine was busy while this was measured**: somebody else" in text
     assert "On a GPU: not measured." in text

@@ -1,6 +1,6 @@
 """Sections of counted results and of real data, each from a result small enough to check by eye."""
 
-from benchmarks.sections import compile_report, memory, real_data, saved_bytes
+from benchmarks.sections import compile_report, memory, qlora, real_data, saved_bytes
 from benchmarks.sections.memory_counts import PEFT_BF16
 
 GB = 10**9
@@ -68,6 +68,21 @@ def test_saved_bytes_by_place():
         {"saved-bytes": {"options": options | {"dropout": 0}, "rows": rows}}
     )
     assert "| PEFT | 1.0 GiB | 0.5 GiB | 0.5 GiB |" in "\n".join(text)
+
+
+def test_qlora_says_how_far_losses_are_off_and_what_was_held():
+    def row(last: float, off: float, peak: int | None) -> dict:
+        found = {"losses": [2.0, last], "largest_relative_difference": off}
+        return found | {"loaded_bytes": 2**20, "peak_bytes": peak}
+
+    shared = {"model": "m", "rank": 8, "steps": 2, "rows": 4, "tokens": 16}
+    options = shared | {"load_in": "4bit", "dtype": "float32"}
+    rows = {"peft": row(1.0, 0.0, 5 * 2**20), "ours": row(1.0, 2e-7, None)}
+    text = qlora.markdown({"qlora-float32": {"options": options, "rows": rows}})
+    assert text[1].splitlines()[2:] == [
+        "| peft, 4bit, computing in float32 | 2.0000 → 1.0000 |  | 4 MiB |",
+        "| ours, 4bit, computing in float32 | 2.0000 → 1.0000 | 2.0e-07 | not measured |",
+    ]
 
 
 def test_compile_report_counts_spills_and_the_longest_loop():

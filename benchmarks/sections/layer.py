@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sections.common import save, table
-from benchmarks.sections.pieces import COLOURS, by_device, machine, new_figure, quietness, share
+from benchmarks.sections.pieces import COLOURS, by_device, machine, quietness, share, untitled
 
 TITLE = "One layer"
 COMMAND = "`pytest benchmarks/test_layer.py`"
@@ -102,7 +102,7 @@ def _draw(document: Mapping[str, Any], path: Path) -> None:
     rows = [r for r in rows if r["gate"] is None and not r["dropout"]]
     best = next(iter(document["cells"].values()))["ceiling"]
     peak, bandwidth = best["bf16_tflops"], best["memory_gb_s"] / 1e3
-    figure, axes = new_figure(size=(8.5, 5.2))
+    figure, axes = untitled(size=(8.5, 5.2))
     axis = axes[0, 0]
     axis.set(xscale="log", yscale="log")
     xs = [r["flop_per_byte"] for r in rows]

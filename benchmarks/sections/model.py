@@ -13,9 +13,9 @@ from benchmarks.sections.pieces import (
     by_device,
     machine,
     mebibytes,
-    new_figure,
     quietness,
     share,
+    untitled,
 )
 
 TITLE = "A training step of a model"
@@ -110,7 +110,7 @@ def _draw(document: Mapping[str, Any], what: str, path: Path) -> None:
     """One figure: lines by open share, the floor, peers at 100 %."""
     plain = [row for row in document["rows"] if not row["checkpoints"]]
     unit = (lambda row: 100 * row["ratio_to_peft"]) if what == "time" else _mib
-    figure, axes = new_figure(size=(8.5, 5.2))
+    figure, axes = untitled(size=(8.5, 5.2))
     axis = axes[0, 0]
     ends: list[tuple[float, float, str, str]] = []
     for kind, position, cache, label, colour, style in LINES:

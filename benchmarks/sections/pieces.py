@@ -64,8 +64,8 @@ def mebibytes(value: int | None) -> str:
     return NOT_MEASURED if value is None else f"{value / 2**20:,.0f} MiB"
 
 
-def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8.0, 5.0)):
-    """A figure and its axes as a grid; each axis gets a title of its own."""
+def untitled(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8.0, 5.0)):
+    """A figure without a title above it, and its axes as a grid: each gets a title of its own."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained", facecolor="white")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sections.common import save, table
-from benchmarks.sections.pieces import COLOURS, by_device, machine, new_figure, quietness
+from benchmarks.sections.pieces import COLOURS, by_device, machine, quietness, untitled
 
 TITLE = "How cost grows"
 COMMAND = "`pytest benchmarks/test_scaling.py`"
@@ -56,7 +56,7 @@ def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
 
 
 def _draw(document: Mapping[str, Any], path: Path) -> None:
-    figure, axes = new_figure(2, 2, (9.0, 6.8))
+    figure, axes = untitled(2, 2, (9.0, 6.8))
     cell = next(iter(document["cells"].values()))
     for axis, (sweep, (label, _)) in zip(axes.flat, AXES.items(), strict=True):
         rows = [row for row in document["rows"] if row["sweep"] == sweep]

@@ -1,6 +1,7 @@
 """`ila measure` and `ila select --budget` on a tiny model, and what they refuse."""
 
 import json
+import shutil
 
 import pytest
 
@@ -62,3 +63,17 @@ def test_a_mask_that_does_not_say_its_model_is_refused(ila, tmp_path):
     LayerMask({"layers.0.q_proj": 1.0}).save(tmp_path / "mask.json")
     line = ila("select", tmp_path, "--budget", "parameters=1M").error()
     assert "the mask does not say its model; a budget needs a mask that `ila learn` wrote" in line
+
+
+def test_a_dtype_that_nobody_says_is_not_guessed(ila, learned, tmp_path):
+    mask = LayerMask.load(learned)
+    folder = tmp_path / "model"
+    shutil.copytree(mask.provenance["inputs"]["model"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    kept = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}
+    (folder / "config.json").write_text(json.dumps(kept))
+    known = {k: v for k, v in mask.provenance.items() if k != "model"}
+    LayerMask(mask.scores, provenance=known).save(tmp_path / "mask.json")
+    options = ("--budget", "memory=1MiB", "--model", folder)
+    line = ila("select", tmp_path / "mask.json", *options).error()
+    assert "the dtype of the model's weights must be one of bfloat16, float16, float32" in line

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from ila.baselines import BASELINES, POSITIONS, UNTRAINED, by_position
+from ila.baselines import BASELINES, POSITIONS, UNTRAINED, TokenMean, by_position
 from ila.data import Collator
 from ila.full import open_layers
 from ila.model import masked_layers
+from ila.search import SearchConfig, learn_mask
 
 STEPS = {"stage1_steps": 3, "stage2_steps": 2, "batch_size": 4, "learning_rate": 2e-2}
 
@@ -79,6 +80,30 @@ def test_feature_norm_compares_a_weight_with_a_random_one(make_llama, rows, sear
         ratio = (x @ w.t()).square().sum(-1) / x.square().sum(-1)
         exact = -w.shape[1] * ratio.mean().item() / w.square().sum().item()
         assert mask.scores[name] == pytest.approx(exact, rel=1e-9), name
+
+
+def test_a_token_whose_x_is_zero_adds_nothing(make_llama):
+    model = make_llama().double()
+    name, layer = next(iter(masked_layers(model, "default").items()))
+    seen = TokenMean({name: layer}, "default", "feature_norm")
+    seen.begin(torch.ones(1, 2, dtype=torch.long), 0)
+    with torch.no_grad(), seen.listening():
+        layer(torch.zeros(1, 2, layer.in_features, dtype=torch.float64))
+    assert seen.totals.sum() == 0 and seen.tokens.sum() == 2
+
+
+def test_without_an_attention_mask_every_token_counts(make_llama, rows):
+    pairs = [row for row in rows if len(row["labels"]) == len(rows[0]["labels"])]  # no padding
+    config = SearchConfig(**STEPS | {"method": "feature_norm", "batch_size": 2})
+
+    def bare(batch):
+        return {k: v for k, v in Collator(0)(batch).items() if k != "attention_mask"}
+
+    found = [
+        learn_mask(make_llama(), pairs, config, collator=collator, progress=False).scores
+        for collator in (Collator(0), bare)
+    ]
+    assert found[0] == found[1]
 
 
 def test_gradient_norm_is_exact_where_a_is_orthogonal(make_llama, rows, search):
