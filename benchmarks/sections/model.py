@@ -131,11 +131,7 @@ def _draw(document: Mapping[str, Any], what: str, path: Path) -> None:
     _peers(axis, plain, unit)
     floor = next((unit(r) for r in plain if r["kind"] == "frozen"), None)
     if floor is not None:
-        axis.axhline(floor, color=COLOURS["frozen"], linestyle="--", linewidth=1.2)
-        axis.annotate(
-            "floor: no adapter, gradient of the input", (154, floor), (0, -4), ha="right",
-            va="top", textcoords="offset points", fontsize=8, color=COLOURS["frozen"],
-        )  # fmt: skip
+        axis.plot([0, 100], [floor, floor], color=COLOURS["frozen"], linestyle="--", linewidth=1.2)
     _frame(axis, document, what)
     save(figure, path)
 
@@ -165,25 +161,31 @@ def _label_starts(axis: Any, ends: list[tuple[float, float, str, str]]) -> None:
         axis.annotate(
             label, (x, y), (-4, place), xycoords="data", textcoords="data", ha="right",
             va="center", color=colour, fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7},
+            arrowprops=_leader(colour, from_x=1),
         )  # fmt: skip
 
 
 def _peers(axis: Any, plain: list[Mapping[str, Any]], unit: Callable) -> None:
-    """Contestants on all layers, named right of 100 %."""
-    rows = [r for r in plain if r["share"] == 1.0 and r["kind"] in ("PEFT", "ours", *PEERS)]
+    """Contestants on all layers, and the floor, named right of 100 %."""
+    named = ("PEFT", "ours", "frozen", *PEERS)
+    rows = [r for r in plain if r["share"] == 1.0 and r["kind"] in named]
     top = max([axis.get_ylim()[1], *(unit(r) for r in rows)])
     axis.set_ylim(0, 1.06 * top)
     places = _spaced([unit(r) for r in rows], 0.05 * top)
     for row, place in zip(rows, places, strict=True):
         colour = COLOURS.get(row["kind"], COLOURS["other"])
         axis.plot([100], [unit(row)], "o", color=colour, markersize=6)
-        name = {"addmm": "library GEMM + addmm"}.get(row["kind"], row["kind"])
+        names = {"addmm": "library GEMM + addmm, all", "frozen": "floor: no adapter, dx alone"}
         axis.annotate(
-            f"{name}, all", (100, unit(row)), (104, place), textcoords="data",
-            va="center", color=colour, fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7},
+            names.get(row["kind"], f"{row['kind']}, all"), (100, unit(row)), (104, place),
+            textcoords="data", va="center", color=colour, fontsize=9,
+            arrowprops=_leader(colour, from_x=0),
         )  # fmt: skip
+
+
+def _leader(colour: str, from_x: float) -> dict[str, Any]:
+    """A thin line from a label's edge, 0 the left and 1 the right one, to what it names."""
+    return {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "relpos": (from_x, 0.5)}
 
 
 def _frame(axis: Any, document: Mapping[str, Any], what: str) -> None:

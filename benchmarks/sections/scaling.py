@@ -71,13 +71,11 @@ def _draw(document: Mapping[str, Any], path: Path) -> None:
             high = [r["p90_ms"] - r["median_ms"] for r in points]
             axis.errorbar(xs, ys, yerr=[low, high], fmt="o", color=colour, capsize=3)
             ends = [0, max(xs)]
-            axis.plot(ends, [fit["intercept_ms"] + fit["slope_ms"] * x for x in ends], color=colour)
-            axis.annotate(
-                kind, (xs[-1], ys[-1]), (6, 0), textcoords="offset points", color=colour,
-                va="center", annotation_clip=False,
-            )  # fmt: skip
+            line = [fit["intercept_ms"] + fit["slope_ms"] * x for x in ends]
+            axis.plot(ends, line, color=colour, label=kind)
         axis.set(xlabel=label, ylabel="ms per training step", xlim=(0, None), ylim=(0, None))
         axis.margins(x=0.12)
+    axes[0, 0].legend(frameon=False, loc="upper left")
     where = document["environment"].get("gpu") or f"{document['environment']['threads']} CPU cores"
     figure.suptitle(
         f"How the cost of a training step grows: {cell['model']}, first blocks, {where}",
