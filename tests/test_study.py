@@ -246,6 +246,11 @@ def test_the_section_tells_all_of_it(finished, tmp_path):
     assert all(any(f"**{v}**" in line for v in (HOLDS, FAILS, OPEN)) for line in said)
     assert sum("between data sets" in line for line in said) == 3
     assert sum("beats" in line for line in said) == 2 * 2
+    short = "\n".join(section.summary(found))
+    for line in said:
+        assert (f"- {line}" in short) == ("`path`" in line)
+    untrained = [line for line in finished if line["kind"] != "train"]
+    assert section.summary({"study-tiny": untrained}) == []
 
 
 def test_a_loss_is_compared_with_that_of_the_same_data_and_seed(finished):

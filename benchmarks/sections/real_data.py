@@ -11,6 +11,7 @@ from benchmarks.sections.pieces import quietness
 PAGE = "study"
 TITLE = "The main job on real data"
 ORDER = 10
+PREFIX = "real-data-"
 
 
 def searches(method: str, result: Mapping[str, Any]) -> list[list[str]]:
@@ -66,21 +67,42 @@ def trainings(method: str, result: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def markdown(found: Mapping[str, Any]) -> list[str]:
-    prefix = "real-data-"
-    real = {name.removeprefix(prefix): found[name] for name in found if name.startswith(prefix)}
-    if not real:
-        return []
-    first = next(iter(real.values()))
-    options, where = first["options"], first["environment"]
-    held = {name: row["held_out_loss"]["rows"] for name, row in first["learned"].items()}
-    return [
+def _results(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Method -> its result."""
+    return {name.removeprefix(PREFIX): found[name] for name in found if name.startswith(PREFIX)}
+
+
+def _setting(result: Mapping[str, Any]) -> str:
+    options, where = result["options"], result["environment"]
+    held = {name: row["held_out_loss"]["rows"] for name, row in result["learned"].items()}
+    return (
         f"{options['model']}, {where['layers']} layers, {where['dtype']} with fp32 adapters of "
         f"rank {where['rank']}; {options['limit']} rows a set, cut at {options['max_length']} "
         f"tokens, of which {min(held.values())} are held out; {options['steps']} steps of "
         f"{options['batch_size']} rows in stage 1 and in training, {options['stage2_steps']} "
         f"in stage 2; seed {options['seed']}; {where['threads']} CPU threads "
-        "(`python -m benchmarks.real_data --help`). Held-out loss in nats per answer token.",
+        "(`python -m benchmarks.real_data --help`). Held-out loss in nats per answer token."
+    )
+
+
+def _trained(real: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [
+        "**Training from scratch, equal steps.** Step times are medians (10th to 90th percentile) "
+        "of runs that came one after another; ratios measured side by side are in the benchmarks. "
+        + " ".join(f"`{m}`: {quietness(r)}" for m, r in real.items()),
+        table(
+            ["run", "layers open", "parameters", "held-out loss", "step", "peak memory"],
+            [row for m, r in real.items() for row in trainings(m, r)],
+        ),
+    ]
+
+
+def markdown(found: Mapping[str, Any]) -> list[str]:
+    real = _results(found)
+    if not real:
+        return []
+    return [
+        _setting(next(iter(real.values()))),
         "**The search.** Held-out loss over stage 1, and the spread of the scores.",
         table(
             ["method, data", "held-out loss", "scores", "standard deviation"],
@@ -92,14 +114,11 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
             ["method, pair", "ρ", "10 %", "30 %", "75 %"],
             [row for m, r in real.items() for row in agreements(m, r)],
         ),
-        "**Training from scratch, equal steps.** Step times are medians (10th to 90th percentile) "
-        "of runs that came one after another; ratios measured side by side are in the benchmarks. "
-        + " ".join(f"`{m}`: {quietness(r)}" for m, r in real.items()),
-        table(
-            ["run", "layers open", "parameters", "held-out loss", "step", "peak memory"],
-            [row for m, r in real.items() for row in trainings(m, r)],
-        ),
+        *_trained(real),
     ]
 
 
-summary = markdown
+def summary(found: Mapping[str, Any]) -> list[str]:
+    """The trainings alone."""
+    real = _results(found)
+    return [_setting(next(iter(real.values()))), *_trained(real)] if real else []
