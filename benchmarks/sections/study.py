@@ -169,8 +169,8 @@ def _trainings(study: Study) -> list[str]:
         f"**Training from scratch on the layers kept, {study.steps} steps each**, best first. "
         f"Before training the loss is {before:.4f} on average. A cut by parameters keeps the best "
         "layers that fit into the share of all adapter parameters, so that large modules do not "
-        "win by their size. Losses of rows with different runs are not to be compared; what they "
-        "are behind all layers, for the same data set and seed, is.",
+        "win by their size. Rows with another number of runs saw other data sets or seeds and are "
+        "not to be compared; the claims below compare within the same ones.",
         table(header, rows),
     ]
 

@@ -116,8 +116,8 @@ def loss(study: Study, path: Path) -> None:
     methods.sort(key=lambda m: -np.mean([x for at in study.cuts() for x in study.losing(m, *at)]))
     figure, axes = new_figure(
         f"What training only the best layers loses: {study.name}",
-        f"held-out loss minus that of all layers, {study.steps} steps from scratch; mean over data "
-        "sets and seeds, with 95 % intervals",
+        f"held-out loss minus that of all layers, {study.steps} steps from scratch; mean over n "
+        "data sets and seeds,\nwith 95 % intervals; methods with another n saw other data",
         width=max(7.5, 2.0 + 3.2 * len(shares)),
         height=1.3 + len(cuts) * (0.8 + 0.27 * len(methods)),
         nrows=len(cuts),
@@ -138,6 +138,9 @@ def loss(study: Study, path: Path) -> None:
                     error = None if said.count == 1 else said.high - said.mean
                     colour = ORANGE if method in SHOWN else BLUE
                     one.errorbar(said.mean, place, xerr=error, fmt="o", color=colour, capsize=3)
+                    at = (said.mean, place)
+                    shown = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+                    one.annotate(f"n = {said.count}", at, (0, 5), color=colour, **shown)
     axes[0][0].set_yticks(range(len(methods)), methods)
     for one in axes[-1]:
         one.set_xlabel("nats per answer token behind all layers")
