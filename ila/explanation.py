@@ -18,10 +18,13 @@ from rich.table import Table
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from ila.attention import QKV, FusedQkv
 from ila.checkpointing import find_blocks, frozen_blocks, is_trained
-from ila.layer import BARE, PEFT, SHARDED, MaskedLoraLayer
-from ila.mlp import LEAN, MlpRoute, lean_mlps
+from ila.layer import BARE, FUSED, PEFT, SHARDED, MaskedLoraLayer
+from ila.mlp import GATE_UP, LEAN, LeanMLP, MlpRoute, lean_mlps
 from ila.shapes import STEPS
+from ila.shared_input import sharers
+from ila.swapped import swapped
 from ila_kernels.config import resolve_impl
 from ila_kernels.device import call_of
 from ila_kernels.roofline import Problem, saved_bytes
@@ -56,12 +59,14 @@ class LayerRow:
 class Explanation:
     """The rows of ``explain`` for a number of tokens; printing it shows the table.
 
-    ``mlps`` says of each SwiGLU block what it keeps for backward.
+    ``mlps`` says of each SwiGLU block what it keeps for backward, ``together`` of each block which
+    of its layers compute as one op where they read one x (``ila.shared_input``).
     """
 
     rows: tuple[LayerRow, ...]
     tokens: int = 0
     mlps: Mapping[str, MlpRoute] = field(default_factory=dict)
+    together: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[LayerRow]:
         return iter(self.rows)
@@ -106,6 +111,10 @@ class Explanation:
             counts = Counter(f"{path} ({reason})" for path, reason in self.mlps.values())
             kept = ", ".join(f"{count} {what}" for what, count in counts.items())
             table.caption = f"{len(self.mlps)} SwiGLU blocks keep for backward: {kept}"
+        if self.together:
+            counts = Counter(", ".join(names) for names in self.together.values())
+            ops = "; ".join(f"{names} in {count} blocks" for names, count in counts.items())
+            table.caption = f"{table.caption or ''}\nOne op for each x: {ops}".lstrip()
         return table
 
     def _flags(self) -> Iterator[tuple[bool, bool]]:
@@ -163,7 +172,17 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
                 saved += tokens * layer.in_features * dtype.itemsize
             kept_x.add(group)
         rows.append(LayerRow(name, is_open, path, why, not needs, saved))
-    return Explanation(tuple(rows), tokens, mlps)
+    return Explanation(tuple(rows), tokens, mlps, _together(model))
+
+
+def _together(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    found = {}
+    for kind, names in ((FusedQkv, QKV), (LeanMLP, GATE_UP)):
+        for name, block in swapped(model, kind).items():
+            layers = [m for m in sharers(block, names) if m.route().path in (FUSED, BARE)]
+            if any(m.route().path == FUSED for m in layers) and len(layers) > 1:
+                found[name] = tuple(n for n in names if block._modules[n] in layers)
+    return found
 
 
 def _gathered_by_fsdp(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[nn.Module]:

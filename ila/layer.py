@@ -37,6 +37,18 @@ class Route(NamedTuple):
 _Parts = tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, nn.Module]
 
 
+class Operands(NamedTuple):
+    """What the op computes a layer from; a layer without an adapter has no A, B and gate."""
+
+    weight: torch.Tensor | PackedWeight
+    lora_a: torch.Tensor | None
+    lora_b: torch.Tensor | None
+    gate: torch.Tensor | None
+    bias: torch.Tensor | None
+    scale: float = 1.0
+    dropout_p: float = 0.0
+
+
 _DISABLED = Route(PEFT, "adapters are disabled")
 _MERGED = Route(PEFT, "an adapter is merged into the base weight")
 _NO_ADAPTER = Route(BARE, "no active adapter in this layer")
@@ -258,9 +270,21 @@ class MaskedLoraLayer:
 
         ``swiglu``, from ``LeanMLP``, says what x can be recomputed from; only the op reads it.
         """
+        shared = self.__dict__.get("_shared_input")
+        if shared is not None and not args and not kwargs:
+            y = shared.output_of(self, x)
+            if y is not None:
+                return y
         route, parts = self._resolve()
         if parts is not None and not args and not kwargs:
-            return self._fused(x, route.adapter, parts, swiglu)
+            weight, a, b, gate, bias, scale, dropout_p = self._operands(x, route.adapter, parts)
+            return masked_lora_linear(
+                *(x, weight, a, b, gate),
+                bias=bias,
+                scale=scale,
+                dropout_p=dropout_p,
+                swiglu=swiglu,
+            )
         if route.path == BARE and not kwargs:
             return self.base_layer(x, *args)
         if self.lora_score and not self._disable_adapters:
@@ -270,18 +294,27 @@ class MaskedLoraLayer:
             )
         return super().forward(x, *args, **kwargs)
 
-    def _fused(self, x: torch.Tensor, adapter: str, parts: _Parts, swiglu: Any) -> torch.Tensor:
+    def operands(self, x: torch.Tensor) -> Operands | None:
+        """What the op would compute this layer from; ``None`` where something else has to."""
+        route, parts = self._resolve()
+        if parts is not None:
+            return Operands(*self._operands(x, route.adapter, parts))
+        base = self.base_layer
+        if route.path != BARE or type(base) is not nn.Linear or has_hooks(base):
+            return None
+        weight = _weight(base)
+        return None if _is_sharded(weight) else Operands(weight, None, None, None, base.bias)
+
+    def _operands(self, x: torch.Tensor, adapter: str, parts: _Parts) -> tuple[Any, ...]:
         base, weight, lora_a, lora_b, dropout = parts
-        return masked_lora_linear(
-            x,
+        return (
             self.base_weight(base, weight, x),
             lora_a,
             lora_b,
             self.gate(adapter),
-            bias=base._parameters["bias"] if "bias" in base._parameters else base.bias,
-            scale=self.scaling[adapter],
-            dropout_p=dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
-            swiglu=swiglu,
+            base._parameters["bias"] if "bias" in base._parameters else base.bias,
+            self.scaling[adapter],
+            dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
         )
 
 

@@ -7,18 +7,17 @@ Llama-2-7B's shapes and 4096 tokens, 5.4 GiB of 21.5 GiB. Both are recomputed in
 
 A block stays what it is, with its parameters, names and hooks: only its class changes, to a
 subclass of its own, and back (``make_lean``, ``make_plain``). ``forward`` calls the submodules that
-the plain class calls, in that order, and hands on the same bits. What must see h kept (an adapter
-of down_proj on PEFT's own code, a hook there) sees it kept; ``route`` says so.
+the plain class calls, in that order, and hands on the same bits, but for what ``shared_input``
+rounds otherwise. What must see h kept (an adapter of down_proj on PEFT's own code, a hook there)
+sees it kept; ``route`` says so.
 
 It is on for memory's sake: on a busy 2-core CPU a step of SmolLM2-135M (bf16, 4×256 tokens) took
-1.04 times the CPU time of the plain block's [0.99–1.08]. ``make_plain`` turns it off. One
-``masked_lora_linear_group`` for gate_proj and up_proj took 0.88 to 0.98 of this block's CPU time
-(ten runs); not done, because dx is then rounded elsewhere and hooks on the two are passed by.
+1.04 times the CPU time of the plain block's [0.99–1.08]. ``make_plain`` turns it off.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
@@ -27,11 +26,14 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
 from ila.layer import PEFT, MaskedLoraLayer, has_hooks
+from ila.shared_input import sharing
+from ila.swapped import Swapped, swap, swap_back, swapped
 from ila_kernels import swiglu_product
 
 LEAN, KEEPS_H, PLAIN = "lean", "keeps h", "plain"
 
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+GATE_UP = ("gate_proj", "up_proj")
+_PROJECTIONS = (*GATE_UP, "down_proj")
 # torch's class is what transformers' table gave before it had one of its own.
 _SILU = (type(ACT2FN["silu"]), nn.SiLU)
 
@@ -43,7 +45,7 @@ class MlpRoute(NamedTuple):
     reason: str
 
 
-class LeanMLP(nn.Module):
+class LeanMLP(Swapped):
     """The forward of a SwiGLU block with recomputation; a base of the classes below.
 
     Shapes: x (..., K) -> y (..., K), as the plain class.
@@ -56,7 +58,7 @@ class LeanMLP(nn.Module):
             gathered: Whether the weights of down_proj, sharded now, will be whole when it runs.
         """
         reason = "its forward was replaced" if "forward" in self.__dict__ else None
-        reason = reason or _why_not_silu(self.act_fn)
+        reason = reason or _why_not_silu(self)
         if reason is not None:
             return MlpRoute(PLAIN, reason)
         down = self.down_proj
@@ -68,10 +70,12 @@ class LeanMLP(nn.Module):
         return MlpRoute(LEAN, "gate and up")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute what the plain class computes, bit for bit."""
-        if _why_not_silu(self.act_fn) is not None:
+        """Compute what the plain class computes."""
+        if _why_not_silu(self) is not None:
             return super().forward(x)
-        pre, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+        with sharing(self, GATE_UP):
+            pre, up = self.gate_proj(x), self.up_proj(x)
+        down = self.down_proj
         if pre.dtype != up.dtype:  # an adapter of another dtype merged into one of them
             return down(self.act_fn(pre) * up)
         h = swiglu_product(pre, up)
@@ -80,22 +84,20 @@ class LeanMLP(nn.Module):
             return down(h, swiglu=(pre, up))
         return down(h)
 
-    def unload_and_optionally_merge_module(self, **options: Any) -> nn.Module:
-        """Become plain: PEFT calls this, by name, on the way to a model without adapters."""
-        self.__class__ = _PLAIN_CLASSES[type(self)]
-        return self
-
 
 class LeanLlamaMLP(LeanMLP, LlamaMLP):
     """``LlamaMLP`` that keeps less for backward."""
+
+    plain_class = LlamaMLP
 
 
 class LeanMistralMLP(LeanMLP, MistralMLP):
     """``MistralMLP`` that keeps less for backward."""
 
+    plain_class = MistralMLP
+
 
 _LEAN_CLASSES = {LlamaMLP: LeanLlamaMLP, MistralMLP: LeanMistralMLP}
-_PLAIN_CLASSES = {lean: plain for plain, lean in _LEAN_CLASSES.items()}
 
 
 def make_lean(model: nn.Module) -> tuple[list[str], dict[str, str]]:
@@ -105,45 +107,21 @@ def make_lean(model: nn.Module) -> tuple[list[str], dict[str, str]]:
         The names of the blocks changed, and name -> reason of those left: every other module that
         has gate_proj, up_proj and down_proj.
     """
-    changed, left = [], {}
-    for name, module in model.named_modules():
-        if not all(projection in module._modules for projection in _PROJECTIONS):
-            continue
-        reason = _why_not_lean(module)
-        if reason is None:
-            module.__class__ = _LEAN_CLASSES[type(module)]
-            changed.append(name)
-        else:
-            left[name] = reason
-    return changed, left
+    return swap(model, _LEAN_CLASSES, _PROJECTIONS, "SwiGLU block", _why_not_silu)
 
 
 def make_plain(model: nn.Module) -> list[str]:
     """Undo ``make_lean``; return the names of the blocks changed back."""
-    lean = lean_mlps(model)
-    for module in lean.values():
-        module.__class__ = _PLAIN_CLASSES[type(module)]
-    return list(lean)
+    return swap_back(model, LeanMLP)
 
 
 def lean_mlps(model: nn.Module) -> dict[str, LeanMLP]:
     """Module name -> block, for every block that ``make_lean`` changed."""
-    return {name: m for name, m in model.named_modules() if type(m) in _PLAIN_CLASSES}
+    return swapped(model, LeanMLP)
 
 
-def _why_not_lean(module: nn.Module) -> str | None:
-    kind = type(module)
-    if kind in _PLAIN_CLASSES:
-        return "already converted"
-    # Liger puts its class in the place of transformers', under that name.
-    if kind not in _LEAN_CLASSES or not kind.__module__.startswith("transformers."):
-        return f"{kind.__name__} is no SwiGLU block of transformers' Llama or Mistral"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance (Liger's kernels, a dispatch hook?)"
-    return _why_not_silu(module.act_fn)
-
-
-def _why_not_silu(act_fn: nn.Module) -> str | None:
+def _why_not_silu(block: nn.Module) -> str | None:
+    act_fn = block.act_fn
     if type(act_fn) not in _SILU or getattr(act_fn, "inplace", False):
         return f"its act_fn is {type(act_fn).__name__}, not SiLU"
     return "its act_fn has hooks or a forward of its own" if has_hooks(act_fn) else None

@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ila.attention import fuse_qkv, unfuse_qkv
 from ila.checkpointing import make_prefix_aware, undo_prefix_aware
 from ila.layer import MaskedLoraLayer, MaskedLoraLinear
 from ila.mask import LayerMask
@@ -31,15 +32,18 @@ _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class ConversionReport:
     """What ``convert`` or ``restore`` did: swapped module names, and module name -> why left.
 
-    ``mlps`` names the SwiGLU blocks made lean, or plain again; one that was left is in ``left``.
+    ``mlps`` names the SwiGLU blocks made lean, or plain again, and ``attentions`` those whose q, k
+    and v became one op, or are three layers again; a block that was left is in ``left``.
     """
 
     swapped: tuple[str, ...]
     left: Mapping[str, str] = field(default_factory=dict)
     mlps: tuple[str, ...] = ()
+    attentions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         blocks = f", {len(self.mlps)} SwiGLU blocks" if self.mlps else ""
+        blocks += f", {len(self.attentions)} attention blocks" if self.attentions else ""
         lines = [f"{len(self.swapped)} layers swapped{blocks}, {len(self.left)} left"]
         lines += [f"  left {name}: {reason}" for name, reason in self.left.items()]
         return "\n".join(lines)
@@ -130,6 +134,7 @@ def attach(
         raise
     make_prefix_aware(peft_model)
     make_lean(peft_model)
+    fuse_qkv(peft_model)
     _keep_training_layout(peft_model)
     return peft_model
 
@@ -180,7 +185,9 @@ def convert(model: nn.Module) -> ConversionReport:
     make_prefix_aware(model)
     _keep_training_layout(model)
     mlps, left_mlps = make_lean(model)
-    return ConversionReport(tuple(swap), left | left_mlps, tuple(mlps))
+    attentions, left_attentions = fuse_qkv(model)
+    left = left | left_mlps | left_attentions
+    return ConversionReport(tuple(swap), left, tuple(mlps), tuple(attentions))
 
 
 def _why_not_convertible(module: LoraLayer) -> str | None:
@@ -212,14 +219,14 @@ def restore(model: nn.Module) -> ConversionReport:
     for layer in layers.values():
         layer.strip()
         layer.__class__ = layer.peft_class
-    mlps = make_plain(model)
+    mlps, attentions = make_plain(model), unfuse_qkv(model)
     for config in getattr(model, "peft_config", {}).values():
         _restore_targets(config)
         if isinstance(config, LoraConfig) and config._custom_modules:
             config._custom_modules.pop(nn.Linear, None)
     undo_prefix_aware(model)
     _keep_training_layout(model, keep=False)
-    return ConversionReport(tuple(layers), mlps=tuple(mlps))
+    return ConversionReport(tuple(layers), {}, tuple(mlps), tuple(attentions))
 
 
 def masked_layers(model: nn.Module, adapter: str) -> dict[str, MaskedLoraLayer]:

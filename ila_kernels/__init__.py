@@ -6,11 +6,12 @@ environment variable and needs neither a GPU nor Triton.
 
 from ila_kernels._version import __version__
 from ila_kernels.choice import prefer
-from ila_kernels.functional import masked_lora_linear, masked_lora_linear_group
+from ila_kernels.functional import group_pays, masked_lora_linear, masked_lora_linear_group
 from ila_kernels.swiglu import swiglu_product
 
 __all__ = [
     "__version__",
+    "group_pays",
     "masked_lora_linear",
     "masked_lora_linear_group",
     "prefer",

@@ -26,7 +26,7 @@ from ila.model import masked_layers
 from ila.ranks import leave_process_group
 
 paths = Counter()
-for path, owner, name in (("eager", MaskedLoraLinear, "_fused"), ("peft", Linear, "forward")):
+for path, owner, name in (("eager", MaskedLoraLinear, "_operands"), ("peft", Linear, "forward")):
     def noting(self, *args, path=path, original=getattr(owner, name), **kwargs):
         paths[path] += 1
         return original(self, *args, **kwargs)

@@ -520,7 +520,11 @@ def test_fp32_base_under_autocast_computes_in_the_dtype_of_autocast(pair, tiny):
 def test_repr_is_that_of_peft_but_for_the_class_and_the_scores(pair):
     plain, ours = pair()
     mine = [line for line in repr(ours).splitlines() if "lora_score" not in line]
-    theirs = {"lora.MaskedLoraLinear": "lora.Linear", "LeanLlamaMLP": "LlamaMLP"}
+    theirs = {
+        "lora.MaskedLoraLinear": "lora.Linear",
+        "LeanLlamaMLP": "LlamaMLP",
+        "FusedQkvLlamaAttention": "LlamaAttention",
+    }
     for own, name in theirs.items():
         mine = [line.replace(own, name) for line in mine]
     assert mine == repr(plain).splitlines()

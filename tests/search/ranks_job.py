@@ -182,7 +182,7 @@ def count_paths(paths):
 
         setattr(owner, name, noting)
 
-    count("fused", MaskedLoraLinear, "_fused")
+    count("fused", MaskedLoraLinear, "_operands")
     count("peft", Linear, "forward")
 
 

@@ -91,7 +91,7 @@ from peft.tuners.lora.layer import Linear
 folder, out = sys.argv[1], Path(sys.argv[2])
 FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 paths = Counter()
-for path, owner, name in (("eager", MaskedLoraLinear, "_fused"), ("peft", Linear, "forward")):
+for path, owner, name in (("eager", MaskedLoraLinear, "_operands"), ("peft", Linear, "forward")):
     def noting(self, *args, path=path, original=getattr(owner, name), **kwargs):
         paths[path] += 1
         return original(self, *args, **kwargs)

@@ -1,0 +1,60 @@
+"""``FusedQkv``: an attention block whose q_proj, k_proj and v_proj compute as one op.
+
+A block stays what it is, with its parameters, names and hooks, and its forward is transformers'
+own: only its class changes, to a subclass of its own, and back (``fuse_qkv``, ``unfuse_qkv``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.mistral.modeling_mistral import MistralAttention
+
+from ila.shared_input import sharing
+from ila.swapped import Swapped, swap, swap_back
+
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+class FusedQkv(Swapped):
+    """The forward of an attention block while q, k and v know each other."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the plain class computes, by its own forward."""
+        with sharing(self, QKV):
+            return super().forward(*args, **kwargs)
+
+
+class FusedQkvLlamaAttention(FusedQkv, LlamaAttention):
+    """``LlamaAttention`` with q, k and v as one op."""
+
+    plain_class = LlamaAttention
+
+
+class FusedQkvMistralAttention(FusedQkv, MistralAttention):
+    """``MistralAttention`` with q, k and v as one op."""
+
+    plain_class = MistralAttention
+
+
+_FUSED_CLASSES = {
+    LlamaAttention: FusedQkvLlamaAttention,
+    MistralAttention: FusedQkvMistralAttention,
+}
+
+
+def fuse_qkv(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+    """Change the class of every attention block of Llama and Mistral to its subclass.
+
+    Returns:
+        The names of the blocks changed, and name -> reason of those left: every other module that
+        has q_proj, k_proj and v_proj.
+    """
+    return swap(model, _FUSED_CLASSES, QKV, "attention block")
+
+
+def unfuse_qkv(model: nn.Module) -> list[str]:
+    """Undo ``fuse_qkv``; return the names of the blocks changed back."""
+    return swap_back(model, FusedQkv)
