@@ -1,10 +1,12 @@
 """Several masked LoRA linears of one x (q/k/v, or gate/up): one read of x, one dx.
 
-    T = x̂ [A₁; A₂; …]ᵀ  in one GEMM       dx = Σ dyᵢ Wᵢ + [γ₁α₁u₁, γ₂α₂u₂, …] [A₁; A₂; …]
+    T = x̂ [A₁; A₂; …]ᵀ                     dx = Σ dyᵢ Wᵢ + [γ₁α₁u₁, γ₂α₂u₂, …] [A₁; A₂; …]
+    [dA₁; dA₂; …] = diag(γα) [u₁, u₂, …]ᵀ x̂
 
-Apart, n linears read x 2n times forward and autograd adds n gradients of shape (M, K); together
-x is read n + 1 times and every dyᵢ Wᵢ accumulates into the same dx. With dropout each member has
-its own mask, as n separate layers have, so T is then made member by member.
+Apart, n linears read x 2n times forward and n times for dA, and autograd adds n gradients of shape
+(M, K); together x is read n + 1 times and once, and every dyᵢ Wᵢ accumulates into the same dx. With
+dropout each member has its own mask, as n separate layers have: T and dA are then made member by
+member.
 
 A member without an adapter (closed) is a bare linear that still shares dx.
 """
@@ -108,6 +110,25 @@ def shared_input_grad(
     return dx
 
 
+def shared_grad_a(
+    x: Tensor | None, us: Sequence[Tensor | None], members: Sequence[Member]
+) -> list[Tensor | None]:
+    """dA = γα uᵀ x (R, K) of every member that wants it, without dropout, from one read of x."""
+    wanted = [u is not None and m.needs.lora_a for u, m in zip(us, members, strict=True)]
+    if not any(wanted):
+        return [None] * len(members)
+    stacked = torch.cat([u for u, wants in zip(us, wanted, strict=True) if wants], dim=1)
+    product = torch.mm(stacked.t(), x.to(stacked.dtype))
+    ranks = [m.lora_a.shape[0] for m, wants in zip(members, wanted, strict=True) if wants]
+    parts = iter(product.split(ranks))
+    return [_scaled(next(parts), m) if w else None for m, w in zip(members, wanted, strict=True)]
+
+
+def _scaled(part: Tensor, m: Member) -> Tensor:
+    da = eager.folded(part, m.scale, m.gate, m.lora_a.dtype)
+    return da.clone() if da is part else da  # a gradient holds no memory but its own
+
+
 def backward(
     dys: Sequence[Tensor | None], x: Tensor | None, members: Sequence[Member], dropout_p: float
 ) -> tuple[Tensor | None, list[Grads]]:
@@ -120,15 +141,23 @@ def backward(
         for dy, m, makes in zip(dys, members, makes_u, strict=True)
     ]
     dx = shared_input_grad(dys, us, members, dropout_p) if members[0].needs.x else None
-    rows = zip(dys, us, members, strict=True)
-    return dx, [NO_GRADS if dy is None else _own(dy, x, u, m, dropout_p) for dy, u, m in rows]
+    alone = dropout_p > 0.0 or sum(m.needs.lora_a for m in members) < 2
+    das = [None] * len(members) if alone else shared_grad_a(x, us, members)
+    rows = zip(dys, us, das, members, strict=True)
+    return dx, [
+        NO_GRADS if dy is None else _own(dy, x, u, da, m, dropout_p) for dy, u, da, m in rows
+    ]
 
 
-def _own(dy: Tensor, x: Tensor | None, u: Tensor | None, m: Member, dropout_p: float) -> Grads:
-    da = db = dgate = None
+def _own(
+    dy: Tensor, x: Tensor | None, u: Tensor | None, da: Tensor | None, m: Member, dropout_p: float
+) -> Grads:
+    db = dgate = None
     if m.is_open:
-        da, db, dgate = eager.adapter_grads(
-            dy, x, u, m.t, m.lora_a, m.lora_b, m.gate, m.seed, m.scale, dropout_p, m.needs
+        needs = m.needs._replace(lora_a=m.needs.lora_a and da is None)
+        own, db, dgate = eager.adapter_grads(
+            dy, x, u, m.t, m.lora_a, m.lora_b, m.gate, m.seed, m.scale, dropout_p, needs
         )
+        da = own if da is None else da
     dweight = torch.mm(dy.t(), x) if m.needs.weight else None
     return Grads(None, dweight, da, db, dgate, dy.sum(0) if m.needs.bias else None)

@@ -165,7 +165,10 @@ def group_forward_cost(contestant: str, members: Sequence[Problem]) -> Cost:
 def group_backward_cost(
     contestant: str, members: Sequence[Problem], needs: AbstractSet[str]
 ) -> Cost:
-    """Count one backward of several linears of one x that all want the gradients of ``needs``."""
+    """Count one backward of several linears of one x that all want the gradients of ``needs``.
+
+    Ours accumulate one dx and, without dropout, read x once for every dA.
+    """
     first, more = members[0], len(members) - 1
     costs = [backward_cost(contestant, p, needs) for p in members]
     mk = first.base_bytes * first.m * first.k * more
@@ -173,6 +176,8 @@ def group_backward_cost(
     if "x" in needs:  # every dy W into one dx that is read again; else autograd adds two and two
         extra += mk if ours else 3 * mk
         extra -= 2 * mk if contestant == "addmm" and not first.dropout else 0  # one for every u A
+    if "lora_a" in needs and ours and more and not first.dropout:  # every u beside the others
+        extra += 2 * first.base_bytes * sum(p.m * p.r for p in members) - mk
     return Cost(sum(c.flops for c in costs), sum(c.bytes for c in costs) + extra)
 
 

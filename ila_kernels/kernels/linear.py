@@ -46,18 +46,21 @@ def forward(
 
 
 def parameter_grads(
-    dy: Tensor, x: Tensor | None, m: Member, dropout_p: float
+    dy: Tensor, x: Tensor | None, m: Member, dropout_p: float, with_da: bool = True
 ) -> tuple[Tensor | None, Grads]:
-    """u (M, R), for dx, and every wanted gradient but dx, from dy (M, N)."""
+    """u (M, R), for dx and dA, and every wanted gradient but dx, from dy (M, N).
+
+    Without ``with_da`` dA is left to the caller.
+    """
     u = da = db = dgate = None
     if m.is_open:
-        u, da, db, dgate = _adapter_grads(dy, x, m, dropout_p)
+        u, da, db, dgate = _adapter_grads(dy, x, m, dropout_p, with_da)
     dweight = torch.mm(dy.t(), x) if m.needs.weight else None
     return u, Grads(None, dweight, da, db, dgate, dy.sum(0) if m.needs.bias else None)
 
 
 def _adapter_grads(
-    dy: Tensor, x: Tensor | None, m: Member, dropout_p: float
+    dy: Tensor, x: Tensor | None, m: Member, dropout_p: float, with_da: bool
 ) -> tuple[Tensor | None, ...]:
     """u, dA, dB and dγ of an open member."""
     needs, (n, r), u, da, db, dgate = m.needs, m.lora_b.shape, None, None, None, None
@@ -68,11 +71,12 @@ def _adapter_grads(
         dgate = inner.to(m.gate.dtype).reshape(m.gate.shape) if needs.gate else None
     elif needs.makes_u:
         (u,) = shrink(dy, [m.lora_b.t()])
-    if needs.lora_a and m.seed is not None:
+    wants_da = needs.lora_a and with_da
+    if wants_da and m.seed is not None:
         da = grad_a(u, x, int(m.seed), dropout_p, m.scale, m.gate, m.lora_a.dtype)
     # What is left is one product of library GEMMs: nothing to fuse it with.
     rest = needs._replace(
-        lora_a=needs.lora_a and da is None,
+        lora_a=wants_da and da is None,
         lora_b=needs.lora_b and db is None,
         gate=needs.gate and dgate is None,
     )

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ila_kernels import masked_lora_linear, masked_lora_linear_group
@@ -370,3 +371,43 @@ def test_autocast_around_backward_only_rounds(m):
     for name, tensor in group.wanted().items():
         assert tensor.grad.dtype == FP32
         assert_within_rounding(tensor.grad, expected[f"d{name}"], eager[f"d{name}"], name)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the products that read a tensor."""
+
+    def __init__(self, tensor: Tensor):
+        super().__init__()
+        self.at, self.count = tensor.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        products = (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
+        if func in products:
+            read = (t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor))
+            self.count += self.at in read
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("dropout_p", "reads"), [(0.0, 1), (0.5, 0)])
+def test_backward_reads_x_once_for_every_da(dropout_p, reads):
+    """With dropout every product reads a masked x of its own."""
+    group = Group(70, 32, dtype=BF16, adapter_dtype=FP32, frozen=("weights",))
+    options = {"biases": group.biases, "scales": group.scales, "dropout_p": dropout_p}
+    ys = masked_lora_linear_group(
+        group.x, group.weights, group.lora_as, group.lora_bs, group.gates, **options
+    )
+    with Reads(group.x) as counted:
+        torch.autograd.backward(ys, group.dys)
+    assert counted.count == reads
+    das = [a.grad for a in group.lora_as if a is not None]
+    assert all(da.untyped_storage().nbytes() == da.nbytes for da in das)
+
+
+@pytest.mark.parametrize("open_dtype", [BF16, FP32])
+def test_a_gradient_holds_no_memory_of_the_others(open_dtype):
+    members = [(16, 3, True, None, False, 1.0), (8, 5, True, None, False, 1.0)]
+    group = Group(70, 32, members, dtype=open_dtype)
+    ys = masked_lora_linear_group(group.x, group.weights, group.lora_as, group.lora_bs)
+    torch.autograd.backward(ys, group.dys)
+    for a in group.lora_as:
+        assert a.grad.untyped_storage().nbytes() == a.grad.nbytes

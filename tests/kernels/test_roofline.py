@@ -161,6 +161,18 @@ def test_a_group_reads_x_for_t_once_where_it_can(contestant, dropout, passes):
     assert apart - group_forward_cost(contestant, [p] * 3).bytes == 2 * M * K * (3 - passes)
 
 
+@pytest.mark.parametrize("contestant", ["addmm", "fused", "peft"])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_group_reads_x_for_da_once_where_no_masks_differ(contestant, dropout):
+    p = dataclasses.replace(P, dropout=dropout)
+    needs = {"lora_a", "lora_b"}
+    apart = 3 * backward_cost(contestant, p, needs).bytes
+    together = group_backward_cost(contestant, [p] * 3, needs).bytes
+    once = contestant != "peft" and not dropout
+    # The u's are written beside each other before that.
+    assert apart - together == (2 * M * K * 2 - 3 * 2 * 2 * M * p.r if once else 0)
+
+
 def test_a_fourth_adapter_is_a_second_pass_over_x():
     apart = 4 * forward_cost("fused", P).bytes
     assert apart - group_forward_cost("fused", [P] * 4).bytes == 2 * M * K * 2
