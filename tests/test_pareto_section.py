@@ -37,7 +37,7 @@ def test_nothing_measured_is_nothing_said():
 
 
 def test_each_contestant_has_its_own_losses():
-    table = pareto.markdown({"budget": result()})[-1].splitlines()
+    table = pareto.markdown({"budget": result()})[-2].splitlines()
     assert table[2:] == [
         "| all layers | 9 | 100% | 1.000 | 1.000 | 60 | 0.9000 |",
         "| plain top 30% | 3 | 50% | 0.800 | 0.805 | 60 | 0.9500 |",
@@ -50,3 +50,20 @@ def test_the_figure_is_a_whole_png(tmp_path):
     ((name, draw),) = pareto.figures({"budget": result()}).items()
     draw(tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_budgets_are_compared_with_their_rivals_seed_by_seed():
+    (sentence,) = pareto.comparisons(result())
+    assert sentence == (
+        "- Budget of the top 30%, whose step took 0.99 of the plain one's: held-out loss "
+        "-0.0400 (seed 0) against the plain top 30% and -0.0300 (seed 0) against all layers in "
+        "its time."
+    )
+    assert pareto.summary({"budget": result()})[-1] == sentence
+    assert pareto.summary({}) == []
+
+
+def test_without_a_rival_nothing_is_compared():
+    lone = result()
+    lone["trained"] = {"as-top-0.3-seed-0": {"held_out_loss": 0.91}}
+    assert pareto.comparisons(lone) == [] == pareto.summary({"budget": lone})

@@ -41,7 +41,53 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
         "(`python -m benchmarks.budget`). The last rows train all layers for as many steps as fit "
         "into the selection's time.",
         _table(result),
+        "\n".join(comparisons(result)),
     ]
+
+
+def summary(found: Mapping[str, Any]) -> list[str]:
+    """What the README shows: the comparisons."""
+    result = found.get("budget")
+    if result is None or not comparisons(result):
+        return []
+    options = result["options"]
+    title = (
+        f"**A budgeted selection against the plain top-k of its step time**, {options['model']} on "
+        f"{options['data']}, {options['steps']} steps; tables and figure are in docs/study.md:"
+    )
+    return [title, "\n".join(comparisons(result))]
+
+
+def comparisons(result: Mapping[str, Any]) -> list[str]:
+    """A sentence for each budget: how far it is ahead of its rivals, seed by seed."""
+    found, step_ms = [], result["step_ms"]
+    for name in result["contestants"]:
+        if not name.startswith("as top "):
+            continue
+        plain, whole = name.removeprefix("as "), f"{_ALL} in the time of {name}"
+        parts = [
+            f"{_gains(result, name, rival)} against {title}"
+            for rival, title in ((plain, f"the {_title(plain)}"), (whole, "all layers in its time"))
+            if _pairs(result, name, rival)
+        ]
+        took = step_ms[name] / step_ms[plain]
+        if parts:
+            found.append(
+                f"- {_title(name).capitalize()}, whose step took {took:.2f} of the plain one's: "
+                f"held-out loss {' and '.join(parts)}."
+            )
+    return found
+
+
+def _pairs(result: Mapping[str, Any], name: str, rival: str) -> list[tuple[str, float, float]]:
+    ours, theirs = (losses(result, which) for which in (name, rival))
+    return [(seed, ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+
+
+def _gains(result: Mapping[str, Any], name: str, rival: str) -> str:
+    pairs = _pairs(result, name, rival)
+    each = ", ".join(f"{ours - theirs:+.4f}" for _, ours, theirs in pairs)
+    return f"{each} (seed {', '.join(seed for seed, _, _ in pairs)})"
 
 
 def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
@@ -50,11 +96,11 @@ def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
     return {} if result is None else {FIGURE: lambda path: _draw(result, path)}
 
 
-def losses(result: Mapping[str, Any], name: str) -> list[float]:
-    """Held-out loss of a contestant after training, one a seed."""
+def losses(result: Mapping[str, Any], name: str) -> dict[str, float]:
+    """Seed -> held-out loss of a contestant after training."""
     start = f"{name.replace(' ', '-')}-seed-"
     runs = {n: run for n, run in result["trained"].items() if n.startswith(start)}
-    return [runs[n]["held_out_loss"] for n in sorted(runs)]
+    return {n.removeprefix(start): runs[n]["held_out_loss"] for n in sorted(runs)}
 
 
 def _table(result: Mapping[str, Any]) -> str:
@@ -83,7 +129,8 @@ def _title(name: str) -> str:
     return f"plain top {float(name[4:]):.0%}" if name.startswith("top ") else name
 
 
-def _loss(values: list[float]) -> str:
+def _loss(by_seed: Mapping[str, float]) -> str:
+    values = list(by_seed.values())
     if len(values) < 2:
         return "".join(f"{value:.4f}" for value in values)
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
