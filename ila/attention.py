@@ -19,12 +19,11 @@ QKV = ("q_proj", "k_proj", "v_proj")
 
 
 class FusedQkv(Swapped):
-    """The forward of an attention block while q, k and v know each other."""
+    """An attention block whose q, k and v share their x; a base of the classes below.
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute what the plain class computes, by its own forward."""
-        with sharing(self, QKV):
-            return super().forward(*args, **kwargs)
+    Each names the forward that it runs: one that a hook has bound stays callable when the block is
+    plain again.
+    """
 
 
 class FusedQkvLlamaAttention(FusedQkv, LlamaAttention):
@@ -32,11 +31,21 @@ class FusedQkvLlamaAttention(FusedQkv, LlamaAttention):
 
     plain_class = LlamaAttention
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the plain class computes, by its own forward."""
+        with sharing(self, QKV):
+            return LlamaAttention.forward(self, *args, **kwargs)
+
 
 class FusedQkvMistralAttention(FusedQkv, MistralAttention):
     """``MistralAttention`` with q, k and v as one op."""
 
     plain_class = MistralAttention
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the plain class computes, by its own forward."""
+        with sharing(self, QKV):
+            return MistralAttention.forward(self, *args, **kwargs)
 
 
 _FUSED_CLASSES = {

@@ -32,8 +32,9 @@ _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class ConversionReport:
     """What ``convert`` or ``restore`` did: swapped module names, and module name -> why left.
 
-    ``mlps`` names the SwiGLU blocks made lean, or plain again, and ``attentions`` those whose q, k
-    and v became one op, or are three layers again; a block that was left is in ``left``.
+    ``mlps`` names the SwiGLU blocks made lean, or plain again, and ``attentions`` the
+    blocks whose q, k and v share their x where two of them are adapted, or no longer do; a block
+    that was left is in ``left``.
     """
 
     swapped: tuple[str, ...]

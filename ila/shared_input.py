@@ -4,9 +4,9 @@ Apart, n layers read x 2n times forward, and autograd adds their n gradients of 
 ``masked_lora_linear_group`` they read it n + 1 times and accumulate into one dx.
 
 A block's own forward stays what it is: it calls its layers one by one, by whatever code it likes.
-While it runs, the layers know each other (``sharing``). The first that is called computes them all;
-another, called with the same x, hands out what is there, and with anything else computes for
-itself. A layer with hooks is left out: somebody may see or change what goes into it.
+While it runs (``sharing``), the first of them that is called computes them all; another, called
+with the same x, hands out what is there, and with anything else computes for itself. A layer with
+hooks is left out: somebody may see or change what goes into it.
 
 With closed layers among them the sum of the gradients is still shared. Their y is that of the bare
 layer, bit for bit; in 16 bits dx is rounded after each layer, where autograd rounds twice.
@@ -18,9 +18,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_globals
 
 from ila.layer import MaskedLoraLayer, Operands, has_hooks
 from ila_kernels import group_pays, masked_lora_linear_group
+from ila_kernels.quant import PackedWeight
 
 
 class SharedInput:
@@ -43,6 +45,8 @@ class SharedInput:
     def output_of(self, layer: MaskedLoraLayer, x: Tensor) -> Tensor | None:
         """y of a layer, once; ``None`` where it has to compute for itself."""
         version = _version(x)
+        if version is None:
+            return None
         if self.x is None:
             self.x, self.version = x, version
             self.outputs = _together(self.layers, x)
@@ -58,14 +62,18 @@ def sharing(block: nn.Module, names: Sequence[str]) -> SharedInput:
 
 def sharers(block: nn.Module, names: Sequence[str]) -> list[MaskedLoraLayer]:
     """The layers that may compute together: ours, without hooks; fewer than two are none."""
+    if module_globals._global_forward_pre_hooks or module_globals._global_backward_hooks:
+        return []
     modules = (block._modules.get(name) for name in names)
     layers = [m for m in modules if isinstance(m, MaskedLoraLayer) and not has_hooks(m)]
     return layers if len(layers) > 1 else []
 
 
 def _version(x: Tensor) -> int | None:
-    """How often x was changed in place, where that is counted."""
-    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+    """How often x was changed in place; ``None`` where nobody counts, or x is no tensor."""
+    if torch.compiler.is_compiling():  # a traced forward is known: no change in place comes by
+        return 0
+    return x._version if isinstance(x, Tensor) and not x.is_inference() else None
 
 
 def _together(layers: Sequence[MaskedLoraLayer], x: Tensor) -> dict[MaskedLoraLayer, Tensor]:
@@ -82,6 +90,10 @@ def _together(layers: Sequence[MaskedLoraLayer], x: Tensor) -> dict[MaskedLoraLa
         # Without an adapter there is only dx to share.
         if operands is not None and (differentiated or operands.lora_a is not None)
     }
+    packed = [isinstance(operands.weight, PackedWeight) for operands in members.values()]
+    # Under autocast they round x to different dtypes.
+    if any(packed) and not all(packed):
+        return {}
     if not group_pays(x, len(adapted), len(members) - len(adapted)):
         return {}
     return dict(zip(members, _ys(x, list(members.values())), strict=True))

@@ -206,7 +206,7 @@ def masked_lora_linear_group(
     check_group(x, weights, lora_as, lora_bs, gates, biases, scales)
     x2d = _flat(x)
     chosen = _chosen(impl, x2d, weights)
-    seeds = _seeds(dropout_p, seed, count)
+    seeds = _group_seeds(dropout_p, seed, [a is not None for a in lora_as])
     scales, columns = [float(s) for s in scales], (weights, lora_as, lora_bs, gates, biases)
     if chosen != "reference" and torch.compiler.is_compiling() and not packed:
         lists = [[ops.absent(x2d) if t is None else t for t in column] for column in columns]
@@ -240,8 +240,12 @@ def group_pays(x: Tensor, adapters: int, bare: int = 0) -> bool:
     >>> group_pays(torch.ones(4, 256, 8), 1, 2), group_pays(torch.ones(4, 256, 8), 0, 3)
     (True, False)
     """
-    rows = x.shape[:-1].numel()
-    return adapters > 0 and adapters + bare > 1 and not (x.is_cpu and rows <= eager.SHORT_ROWS)
+    if adapters == 0 or adapters + bare < 2:
+        return False
+    # A compiled graph holds for other numbers of rows too.
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return True
+    return math.prod(x.shape[:-1]) > eager.SHORT_ROWS
 
 
 def _reference_group(x, columns, scales, dropout_p) -> list[Tensor]:
@@ -346,3 +350,17 @@ def _seeds(dropout_p: float, seed: Tensor | None, count: int) -> Tensor | None:
     if dropout_p == 0.0:
         return None
     return draw_seed(count) if seed is None else seed
+
+
+def _group_seeds(dropout_p: float, seed: Tensor | None, is_open: Sequence[bool]) -> Tensor | None:
+    """A seed for each member; a closed one draws none.
+
+    So the others' masks do not hang on whether it takes part: without gradients, as in the first
+    forward of a reentrant checkpoint, it does not.
+    """
+    check_dropout(dropout_p, seed, len(is_open))
+    if dropout_p == 0.0 or seed is not None:
+        return None if dropout_p == 0.0 else seed
+    seeds = torch.zeros(len(is_open), dtype=torch.int64)
+    seeds[[i for i, opened in enumerate(is_open) if opened]] = draw_seed(sum(is_open))
+    return seeds
