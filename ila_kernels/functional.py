@@ -210,10 +210,10 @@ def masked_lora_linear_group(
     scales, columns = [float(s) for s in scales], (weights, lora_as, lora_bs, gates, biases)
     if chosen != "reference" and torch.compiler.is_compiling() and not packed:
         lists = [[ops.absent(x2d) if t is None else t for t in column] for column in columns]
-        options = (seeds, scales, float(dropout_p), chosen)
+        options = (_one_tensor(seeds), scales, float(dropout_p), chosen)
         ys = torch.ops.ila.masked_lora_linear_group(x2d, *lists, *options)[:count]
     else:
-        columns += ([None] * count if seeds is None else seeds.split(1),)
+        columns += (seeds,)
         if chosen == "reference":
             ys = _reference_group(x2d, columns, scales, dropout_p)
         else:
@@ -352,15 +352,26 @@ def _seeds(dropout_p: float, seed: Tensor | None, count: int) -> Tensor | None:
     return draw_seed(count) if seed is None else seed
 
 
-def _group_seeds(dropout_p: float, seed: Tensor | None, is_open: Sequence[bool]) -> Tensor | None:
-    """A seed for each member; a closed one draws none.
+def _group_seeds(
+    dropout_p: float, seed: Tensor | None, is_open: Sequence[bool]
+) -> list[Tensor | None]:
+    """The seed of each member; a closed one draws none.
 
     So the others' masks do not hang on whether it takes part: without gradients, as in the first
     forward of a reentrant checkpoint, it does not.
     """
     check_dropout(dropout_p, seed, len(is_open))
-    if dropout_p == 0.0 or seed is not None:
-        return None if dropout_p == 0.0 else seed
-    seeds = torch.zeros(len(is_open), dtype=torch.int64)
-    seeds[[i for i, opened in enumerate(is_open) if opened]] = draw_seed(sum(is_open))
-    return seeds
+    if dropout_p == 0.0:
+        return [None] * len(is_open)
+    if seed is not None:
+        return list(seed.split(1))
+    drawn = iter(draw_seed(sum(is_open)).split(1))
+    return [next(drawn) if opened else None for opened in is_open]
+
+
+def _one_tensor(seeds: Sequence[Tensor | None]) -> Tensor | None:
+    """Seeds (count,) as a compiled op takes them; nobody reads that of a closed member."""
+    if all(seed is None for seed in seeds):
+        return None
+    unread = torch.zeros(1, dtype=torch.int64, device="cpu")
+    return torch.cat([unread if seed is None else seed for seed in seeds])

@@ -112,19 +112,23 @@ def results(group: Group, ys, used=None) -> dict[str, Tensor]:
     return named | {f"d{name}": g for name, g in zip(wanted, grads, strict=True)}
 
 
-def keeps_of(count: int, m: int, k: int, p: float) -> list[Tensor | None]:
-    """Masks that ``Group.run`` draws, read off t: with x = 1 and A = 1 it is keep / (1 − p)."""
+def keeps_of(is_open: list[bool], m: int, k: int, p: float) -> list[Tensor | None]:
+    """Masks that ``Group.run`` draws, read off t: with x = 1 and A = 1 it is keep / (1 − p).
+
+    A closed member draws none.
+    """
     if p == 0.0 or m == 0:
-        return [None] * count
+        return [None] * len(is_open)
     from ila_kernels.kernels.shrink import shrink
 
     torch.manual_seed(7)
     x, a = torch.ones(m, k, device="cuda"), torch.eye(k, device="cuda")
-    return [shrink(x, [a], [seed], p)[0] != 0 for seed in draw_seed(count).tolist()]
+    seeds = iter(draw_seed(sum(is_open)).tolist())
+    return [shrink(x, [a], [next(seeds)], p)[0] != 0 if opened else None for opened in is_open]
 
 
 def assert_matches(group: Group, dropout_p: float = 0.0, used=None) -> dict[str, Tensor]:
-    keeps = keeps_of(len(group.rows), *group.members[0].x.shape, dropout_p)
+    keeps = keeps_of([row[2] for row in group.rows], *group.members[0].x.shape, dropout_p)
     got = results(group, group.run(dropout_p), used)
     wide, narrow = group.cast(FP64), group.cast(group.members[0].x.dtype)
     exact = results(wide, wide.apart(keeps, dropout_p), used)
