@@ -20,12 +20,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from ila.attention import QKV, FusedQkv
 from ila.checkpointing import find_blocks, frozen_blocks, is_trained
-from ila.layer import BARE, FUSED, PEFT, SHARDED, MaskedLoraLayer, has_hooks
+from ila.layer import BARE, PEFT, SHARDED, MaskedLoraLayer
 from ila.mlp import GATE_UP, LEAN, LeanMLP, MlpRoute, lean_mlps
 from ila.shapes import STEPS
-from ila.shared_input import sharers
+from ila.shared_input import partners, sharers
 from ila.swapped import swapped
-from ila_kernels import group_pays
 from ila_kernels.config import resolve_impl
 from ila_kernels.device import call_of
 from ila_kernels.roofline import Problem, saved_bytes
@@ -179,30 +178,18 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
 def _together(
     model: nn.Module, flows: Mapping[str, bool], tokens: int
 ) -> dict[str, tuple[str, ...]]:
-    """Block -> its layers that compute as one op, by the rules of ``ila.shared_input``."""
+    """Block -> its layers that compute as one op."""
     found = {}
     for kind, names in ((FusedQkv, QKV), (LeanMLP, GATE_UP)):
         for block_name, block in swapped(model, kind).items():
-            layers = {n: block._modules[n] for n in names}
-            layers = {n: m for n, m in layers.items() if m in sharers(block, names)}
-            adapted = {n: m for n, m in layers.items() if m.route().path == FUSED}
-            bare = {n for n, m in layers.items() if flows[f"{block_name}.{n}"] and _is_bare(m)}
-            if len({_dropout_p(layer) for layer in adapted.values()}) != 1:
-                continue
-            x = torch.empty(tokens, 0, device=next(iter(adapted.values())).weight.device)
-            if group_pays(x, len(adapted), len(bare)):
-                found[block_name] = tuple(n for n in names if n in adapted or n in bare)
-    return found
-
-
-def _is_bare(layer: MaskedLoraLayer) -> bool:
-    base = layer.base_layer
-    return layer.route().path == BARE and type(base) is nn.Linear and not has_hooks(base)
-
-
-def _dropout_p(layer: MaskedLoraLayer) -> float:
-    dropout = layer.lora_dropout[layer.route().adapter]
-    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+            operands = {layer: layer.operands(None) for layer in sharers(block, names)}
+            layers = {n: block._modules[n] for n in names if block._modules[n] in operands}
+            if layers:
+                x = torch.empty(tokens, 0, device=block._modules[next(iter(layers))].weight.device)
+                differentiated = any(flows[f"{block_name}.{n}"] for n in layers)
+                members = partners(operands, x, differentiated)
+                found[block_name] = tuple(n for n, layer in layers.items() if layer in members)
+    return {name: together for name, together in found.items() if together}
 
 
 def _gathered_by_fsdp(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[nn.Module]:

@@ -294,21 +294,24 @@ class MaskedLoraLayer:
             )
         return super().forward(x, *args, **kwargs)
 
-    def operands(self, x: torch.Tensor) -> Operands | None:
-        """What the op would compute this layer from; ``None`` where something else has to."""
+    def operands(self, x: torch.Tensor | None) -> Operands | None:
+        """What the op would compute this layer from; ``None`` where something else has to.
+
+        Without x, W is the base layer's parameter as it is stored, and nothing is prepared for it.
+        """
         route, parts = self._resolve()
         if parts is not None:
-            return Operands(*self._operands(x, route.adapter, parts))
+            return self._operands(x, route.adapter, parts)
         base = self.base_layer
         if route.path != BARE or type(base) is not nn.Linear or has_hooks(base):
             return None
         weight = _weight(base)
         return None if _is_sharded(weight) else Operands(weight, None, None, None, base.bias)
 
-    def _operands(self, x: torch.Tensor, adapter: str, parts: _Parts) -> tuple[Any, ...]:
+    def _operands(self, x: torch.Tensor | None, adapter: str, parts: _Parts) -> Operands:
         base, weight, lora_a, lora_b, dropout = parts
-        return (
-            self.base_weight(base, weight, x),
+        return Operands(
+            weight if x is None else self.base_weight(base, weight, x),
             lora_a,
             lora_b,
             self.gate(adapter),

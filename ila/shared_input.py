@@ -14,7 +14,7 @@ layer, bit for bit; in 16 bits dx is rounded after each layer, where autograd ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -80,23 +80,38 @@ def _together(layers: Sequence[MaskedLoraLayer], x: Tensor) -> dict[MaskedLoraLa
     if not group_pays(x, len(layers)):
         return {}
     found = {layer: layer.operands(x) for layer in layers}
+    members = partners(found, x, x.requires_grad and torch.is_grad_enabled())
+    return dict(zip(members, _ys(x, list(members.values())), strict=True)) if members else {}
+
+
+def partners(
+    found: Mapping[MaskedLoraLayer, Operands | None], x: Tensor, differentiated: bool
+) -> dict[MaskedLoraLayer, Operands]:
+    """Those of the layers that read x which compute as one op; none where that would not pay.
+
+    Args:
+        found: What each would compute from.
+        x: Only its rows and its device count.
+        differentiated: Whether a gradient passes x.
+    """
     adapted = [m for m in found.values() if m is not None and m.lora_a is not None]
     if len({m.dropout_p for m in adapted}) != 1:
         return {}
-    differentiated = x.requires_grad and torch.is_grad_enabled()
     members = {
         layer: operands
         for layer, operands in found.items()
         # Without an adapter there is only dx to share.
         if operands is not None and (differentiated or operands.lora_a is not None)
     }
-    packed = [isinstance(operands.weight, PackedWeight) for operands in members.values()]
-    # Under autocast they round x to different dtypes.
-    if any(packed) and not all(packed):
+    # Under autocast packed and dense weights round x to different dtypes.
+    if len({_is_packed(operands.weight) for operands in members.values()}) != 1:
         return {}
-    if not group_pays(x, len(adapted), len(members) - len(adapted)):
-        return {}
-    return dict(zip(members, _ys(x, list(members.values())), strict=True))
+    pays = group_pays(x, len(adapted), len(members) - len(adapted))
+    return members if pays else {}
+
+
+def _is_packed(weight: Tensor | PackedWeight) -> bool:
+    return isinstance(weight, PackedWeight) or not weight.is_floating_point()
 
 
 def _ys(x: Tensor, members: Sequence[Operands]) -> tuple[Tensor, ...]:

@@ -354,6 +354,7 @@ def test_dense_and_packed_bases_stay_apart(tiny, tmp_path, groups):
     model = tiny.attached(tiny.config(**ALL), base)
     tiny.run(model, input_ids=tiny.tokens(ROWS))
     assert groups == [[True, True]] * 2  # gate and up
+    assert set(ila.explain(model).together.values()) == {("gate_proj", "up_proj")}
 
 
 def test_a_forward_that_a_hook_has_bound_survives_the_way_back(tiny):
