@@ -37,6 +37,7 @@ STOREYS = {
         "__init__",
     ),
     "ila": (
+        "boundary",
         "files",
         "claims",
         "mask",
@@ -46,6 +47,7 @@ STOREYS = {
         "speed",
         "spending",
         "selection",
+        "turns",
         "messages",
         "layer",
         "quantized",
@@ -58,6 +60,9 @@ STOREYS = {
         "explanation",
         "rows",
         "rendering",
+        "pieces",
+        "encoding",
+        "columns",
         "data",
         "ranks",
         "checkpoint",
@@ -110,7 +115,7 @@ MODEL_LIBRARIES = {
 # Below the public functions of ila_kernels; `ila` does not reach past those.
 INNER_STOREYS = {"validate", "dropout", "swiglu", "eager", "group", "kernels", "ops"}
 # Importable in a millisecond, wherever a mask or a row is read.
-PURE_STOREYS = {"files", "claims", "mask", "budget", "selection", "messages"}
+PURE_STOREYS = {"boundary", "files", "claims", "mask", "budget", "selection", "turns", "messages"}
 
 # "path": {"VARIABLE", ...}. Empty: no environment variable chooses numerics or back ends here.
 ENVIRONMENT_READS: dict[str, set[str]] = {}
