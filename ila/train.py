@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from ila.claims import RUN_MARKER, claim
+from ila.data import token_count
 from ila.files import move_in, write_json_atomic
 from ila.full import OpenLayers
 from ila.layer import MaskedLoraLayer
@@ -206,7 +207,7 @@ def _dtype_text(model: nn.Module) -> str:
 def _tokens_per_step(dataset: Sequence[Mapping[str, Any]], args: TrainingArguments) -> float:
     """Tokens of an optimiser step on average, padding left out, over all devices."""
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return rows * sum(len(row["input_ids"]) for row in dataset) / len(dataset)
+    return rows * sum(token_count(row) for row in dataset) / len(dataset)
 
 
 def _counts(peft_model: PeftModel, adapter: str) -> dict[str, Any]:

@@ -49,6 +49,7 @@ STOREYS = {
         "selection",
         "turns",
         "messages",
+        "tables",
         "layer",
         "quantized",
         "checkpointing",
@@ -115,7 +116,17 @@ MODEL_LIBRARIES = {
 # Below the public functions of ila_kernels; `ila` does not reach past those.
 INNER_STOREYS = {"validate", "dropout", "swiglu", "eager", "group", "kernels", "ops"}
 # Importable in a millisecond, wherever a mask or a row is read.
-PURE_STOREYS = {"boundary", "files", "claims", "mask", "budget", "selection", "turns", "messages"}
+PURE_STOREYS = {
+    "boundary",
+    "files",
+    "claims",
+    "mask",
+    "budget",
+    "selection",
+    "turns",
+    "messages",
+    "tables",
+}
 
 # "path": {"VARIABLE", ...}. Empty: no environment variable chooses numerics or back ends here.
 ENVIRONMENT_READS: dict[str, set[str]] = {}
