@@ -19,8 +19,8 @@ IGNORED = -100
 _CHARACTERS_PER_TOKEN = 8
 # Tokens after the cut: within these a tokenizer may still decide otherwise for more text.
 _MARGIN = 64
-# Tokenizers take some hundred bytes a character, and abort the process where there are none left.
-_LONGEST_TEXT = 2**25
+# Tokenizers take two hundred bytes a character, and abort the process where there are none left.
+_LONGEST_TEXT = 2**24
 # What every template knows of a message, and what only holds it together.
 _OF_MESSAGES = frozenset({"role", "content", "weight", "tool_calls", "id", "tool_call_id"})
 _THOUGHTS = frozenset({"reasoning_content", "reasoning", "thinking"})

@@ -30,8 +30,8 @@ class Pieces:
     def before(self, character: int) -> int:
         """Count the leading tokens that lie before a character.
 
-        Where the text beside it belongs to no token, as white space that a tokenizer leaves out of
-        its offsets, the text up to there is tokenised alone: the tokens that both have in common.
+        Where offsets do not say it, the text up to there is tokenised alone: the tokens that both
+        have in common.
         """
         if character >= len(self.text):
             return len(self.ids)
@@ -41,8 +41,20 @@ class Pieces:
             begin = self.starts[count] if count < len(self.ids) else len(self.text)
             if begin < character or begin == end == character:
                 return count
+            end += self._trimmed(count - 1, at_end=True)
+            begin -= self._trimmed(count, at_end=False)
+            if begin == end:
+                return count - 1 if end > character else count
         alone = list(self._tokenised(self.text[:character])["input_ids"])
         return common_prefix(alone, self.ids)
+
+    def _trimmed(self, index: int, *, at_end: bool) -> int:
+        """Count the white space of a token that some tokenizers leave out of its offsets."""
+        said = self.tokenizer.decode([self.ids[index]]) if 0 <= index < len(self.ids) else ""
+        if not at_end:
+            return len(said) - len(said.lstrip())
+        # Of nothing but white space they keep the place where it ends.
+        return len(said) - len(said.rstrip()) if said.strip() else 0
 
     def _tokenised(self, text: str, **options: bool) -> Mapping[str, list]:
         try:

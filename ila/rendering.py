@@ -142,7 +142,9 @@ class ChatTemplate:
         spans = whole.in_windows(turns) or whole.in_full(turns)
         for turn, (begin, end) in zip(turns, spans, strict=True):
             for call in messages[turn].get("tool_calls", ()):
-                if text.find(call["function"]["name"], begin, end) < 0:
+                name = call["function"]["name"]
+                # The words beside a call may name it as well.
+                if text.count(name, begin, end) <= messages[turn]["content"].count(name):
                     raise ValueError(_NO_CALLS)
         return text, spans
 
