@@ -84,22 +84,29 @@ def encode(
     one of ``weight`` 0. In a row of plain text all of the text is the answer. The first token of a
     row never carries loss: nothing comes before it to predict it from.
 
+    A row's ``tools`` are given to the chat template. Calls of tools are given to it with their
+    arguments as objects, or as JSON text if it takes no objects; without a template a call is a
+    line of JSON. An answer that ends in the end token already gets no second one.
+
     Args:
-        rows: Rows in the forms of ``ila.rows.to_messages``.
+        rows: Rows in the forms of ``ila.messages.to_messages``.
         tokenizer: Tokenizer; its chat template is used if it has one, the plain one of
             ``ila.rendering`` otherwise.
-        max_length: Longest row in tokens, at least 2; longer rows are cut at the right end.
+        max_length: Longest row in tokens, at least 2; longer rows are cut at the right end. Little
+            more than that is rendered and tokenised.
         progress: Show a progress bar on stderr when there are rows enough to wait for.
         numbers: The number of each row in the user's file, from 1, for errors; None counts the rows
             given.
 
     Returns:
         (encoded, summary): for every kept row, in order, ``{"input_ids", "labels"}`` as lists of
-        equal length, labels -100 outside the answers; and the counts.
+        equal length, labels -100 outside the answers; and the counts, with the names of what in
+        the rows was not used.
 
     Raises:
-        ValueError: No rows, every row dropped, ``max_length`` below 2, a row of no known form, or a
-            conversation that the chat template refuses or in which answers cannot be told apart.
+        ValueError: No rows, every row dropped, ``max_length`` below 2, a row of no known form or
+            with something in it that is not understood, or a conversation that the chat template
+            refuses or in which answers cannot be told apart.
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, got {max_length}")

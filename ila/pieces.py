@@ -35,6 +35,8 @@ class Pieces:
         """
         if character >= len(self.text):
             return len(self.ids)
+        if character == 0:  # a first token may have no width
+            return 0
         if self.is_ordered:
             count = bisect_right(self.ends, character)
             end = self.ends[count - 1] if count else 0

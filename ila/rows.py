@@ -23,6 +23,7 @@ from ila.tables import rows_of_columns, without_absent
 __all__ = ["fingerprint", "load_rows", "split_indices", "split_rows", "to_messages"]
 
 _BATCH = 65_536  # rows of a Parquet file in memory at once
+_LONGEST_FIELD = 2**31 - 1  # characters; csv's own limit of 131,072 is less than a long document
 
 
 def load_rows(
@@ -259,21 +260,29 @@ def _array_in(value: dict, path: Path, split: str) -> list:
 
 
 def _read_csv(path: Path, split: str, limit: int | None) -> Iterator[dict]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            for row in reader:
-                if None in row:
-                    width = len(reader.fieldnames)
-                    place = f"source {path}, line {reader.line_num}"
-                    raise ValueError(f"{place}: more than the header's {width} values")
-                yield row
-        except csv.Error as error:
-            raise ValueError(f"source {path}, line {reader.line_num}: not CSV ({error})") from error
-        except UnicodeDecodeError:
-            _decoded(path.read_bytes(), path, 1)  # says in which line
-            raise
+    usual = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from _csv_rows(csv.DictReader(file, strict=True), path)
+    except UnicodeDecodeError:
+        _decoded(path.read_bytes(), path, 1)  # says in which line
+        raise
+    finally:
+        csv.field_size_limit(usual)
+
+
+def _csv_rows(reader: csv.DictReader, path: Path) -> Iterator[dict]:
+    try:
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        for row in reader:
+            if None in row:
+                width, line = len(reader.fieldnames), reader.line_num
+                raise ValueError(
+                    f"source {path}, line {line}: more than the header's {width} values"
+                )
+            yield row
+    except csv.Error as error:
+        raise ValueError(f"source {path}, line {reader.line_num}: not CSV ({error})") from error
 
 
 def _read_parquet(path: Path, split: str, limit: int | None) -> Iterator[dict]:

@@ -65,4 +65,6 @@ def _kept(value: object) -> object:
 
 
 def _is_column(value: dict | list) -> bool:
-    return isinstance(value, dict) or not any(isinstance(item, dict) for item in value)
+    return isinstance(value, dict) or (
+        len(value) > 0 and not any(isinstance(item, dict) for item in value)
+    )

@@ -153,9 +153,10 @@ def _calls(item: Mapping, name: str) -> list[dict]:
     found = from_json(item.get("tool_calls") or None, f"{name}: tool_calls")
     older = from_json(item.get("function_call") or None, f"{name}: function_call")
     calls = [] if is_missing(found) else found
+    older = [] if is_missing(older) else [older]
     if not isinstance(calls, list | tuple):
         raise ValueError(f"{name}: tool_calls must be a list, got {type(calls).__name__}")
-    return [_call(one, name) for one in (*calls, *([] if older is None else [older]))]
+    return [_call(one, name) for one in (*calls, *older)]
 
 
 def _calls_in(content: object, said: str, name: str) -> list[dict]:
