@@ -148,6 +148,10 @@ class ChatTemplate:
                     raise ValueError(_NO_CALLS)
         return text, spans
 
+    def shown(self, messages: list[dict]) -> list[dict]:
+        """Give messages as the template reads them: their text plain, or as lists of parts."""
+        return _in_parts(messages) if self._takes_parts else messages
+
     def reads(self, name: str) -> bool:
         """Tell whether the template mentions a name: ``tools``, or a key of messages."""
         return name in self._source
@@ -165,15 +169,27 @@ class ChatTemplate:
     @cached_property
     def _ends(self) -> tuple[str, ...]:
         """What the template writes after an answer, and so what an answer need not end in."""
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
         eos = self.tokenizer.eos_token
         try:
-            tail = self._apply(turns, None).rpartition(_PROBE)[2].strip()
+            _, found, tail = self._apply(_probe(), None).rpartition(_PROBE)
         except ValueError:  # it wants more than two turns: then only the end-of-sequence token
-            tail = eos if eos and (eos in self._source or "eos_token" in self._source) else ""
+            found, tail = True, eos if eos and self.reads("eos_token") else ""
+        tail = tail.strip() if found else ""
         if not tail:
             return ()
         return tuple(dict.fromkeys([*(m for m in self.marks if m in tail), tail, eos or tail]))
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether it passes over plain text and reads a list of parts, as models of images do."""
+
+        def shows(turns: list[dict]) -> bool:
+            try:
+                return _PROBE in self._rendered(turns, None, False)
+            except Exception:
+                return False
+
+        return not shows(_probe()) and shows(_in_parts(_probe()))
 
     def _ended_once(self, message: dict) -> dict:
         if message["role"] != "assistant":
@@ -185,7 +201,7 @@ class ChatTemplate:
         self, messages: list[dict], tools: list[dict] | None, *, opens_answer: bool = False
     ) -> str:
         try:
-            return self._rendered(messages, tools, opens_answer)
+            return self._rendered(self.shown(messages), tools, opens_answer)
         except Exception as error:
             # Most templates write the arguments of a call as JSON; some add them to text.
             texts = _with_arguments_as_text(messages) if isinstance(error, TypeError) else None
@@ -283,6 +299,15 @@ class _Rendered:
 
     def _apply(self, messages: list[dict], *, opens_answer: bool = False) -> str:
         return self.template._apply(messages, self.tools, opens_answer=opens_answer)
+
+
+def _probe() -> list[dict]:
+    return [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+
+
+def _in_parts(messages: list[dict]) -> list[dict]:
+    texts = ([{"type": "text", "text": m["content"]}] if m["content"] else [] for m in messages)
+    return [{**m, "content": parts} for m, parts in zip(messages, texts, strict=True)]
 
 
 def _with_arguments_as_text(messages: list[dict]) -> list[dict] | None:
