@@ -111,10 +111,8 @@ def test_windows_find_what_the_whole_conversation_says(known, name, which):
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_training")])
 def test_what_is_trained_on_is_inside_the_mask_of_the_template(known, name):
     tokenizer, messages = known(name), PAIRS[:2]
-    try:
-        (encoded,), _ = encode([{"messages": messages}], tokenizer, progress=False)
-    except ValueError:
-        pytest.skip("refused")
+    row = {"messages": messages}
+    (encoded,), _ = encode([row], tokenizer, max_length=99_999, progress=False)
     judge = ChatTemplate(tokenizer)
     shown = judge.shown(messages)
     wanted = tokenizer.apply_chat_template(
