@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ila.mask import LayerMask
+from ila.masks.mask import LayerMask
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
 DRAWS = 400

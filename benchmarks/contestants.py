@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from benchmarks import peers
 from benchmarks.addmm import addmm_lora
-from ila.layer import MaskedLoraLinear
+from ila.models.layer import MaskedLoraLinear
 from ila_kernels import masked_lora_linear, masked_lora_linear_group
 from ila_kernels.dropout import draw_seed, keep_mask
 from ila_kernels.testing import Inputs
@@ -88,7 +88,7 @@ def ours_of(layer: nn.Module) -> nn.Module:
     if type(layer) is Linear:
         ours.__class__ = MaskedLoraLinear
     else:
-        from ila.quantized import MaskedLoraLinear4bit
+        from ila.models.quantized import MaskedLoraLinear4bit
 
         ours.__class__ = MaskedLoraLinear4bit
     ours.prepare()

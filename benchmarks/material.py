@@ -9,10 +9,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.harness.session import Options
-from ila.data import Collator, encode
-from ila.demo import unpack_model
-from ila.loading import find_source, load_model, load_tokenizer
-from ila.rows import load_rows
+from ila.commands.demo import unpack_model
+from ila.data.encoding import Collator, encode
+from ila.data.rows import load_rows
+from ila.models.loading import find_source, load_model, load_tokenizer
 
 _LOADED: dict[str, nn.Module] = {}
 DEMO_MODEL = "SmolLM2-135M"

@@ -31,8 +31,8 @@ from benchmarks import memory_rows
 from benchmarks.live_bytes import TOKENS, Bytes, LiveBytes, bytes_of
 from benchmarks.memory_rows import BASES, Row, build
 from benchmarks.saved_bytes import RANK, SHAPES
-from ila.files import write_json_atomic
-from ila.pipeline import versions
+from ila.commands.inputs import versions
+from ila.runs.atomic import write_json_atomic
 
 
 def count(model: nn.Module, checkpointing: bool = False, tokens: int = TOKENS) -> dict[str, Any]:

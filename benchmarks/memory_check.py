@@ -21,7 +21,7 @@ from benchmarks.live_bytes import Bytes, bytes_of
 from benchmarks.memory import checkpoint_blocks, count, first_step
 from benchmarks.memory_rows import without_mask
 from benchmarks.saved_bytes import adapt, convert, masked, saved_bytes
-from ila.loading import find_source, load_model
+from ila.models.loading import find_source, load_model
 
 QUANTITIES = ("weights", "adapters", "optimizer", "gradients", "kept", "peak")
 

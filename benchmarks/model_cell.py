@@ -25,7 +25,7 @@ from benchmarks.harness.session import Options, Row
 from benchmarks.harness.timing import Run, interleaved, ratio, spread
 from benchmarks.material import Material, base_model
 from benchmarks.models import BASE_DTYPE, Spec, build, layer_names, mask_of
-from ila.prefix import PrefixCache
+from ila.prefix.cache import PrefixCache
 from ila_kernels import prefer
 
 LEARNING_RATE = 1e-4

@@ -19,8 +19,8 @@ from torch import nn
 
 import ila
 from benchmarks.addmm import addmm_lora
-from ila.checkpointing import find_blocks
-from ila.model import masked_layers
+from ila.models.checkpointing import find_blocks
+from ila.models.edit import masked_layers
 
 PREFIX = "base_model.model."
 # σ of B: an update that is there, and small beside W as after some training.

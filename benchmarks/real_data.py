@@ -19,10 +19,10 @@ import torch
 from rich.console import Console
 
 from benchmarks.harness.busy import Busy, load_average
-from ila.claims import claim
-from ila.demo import PLAN_MARKER, Plan, run_plan
-from ila.files import write_json_atomic
-from ila.mask import LayerMask
+from ila.commands.demo import PLAN_MARKER, Plan, run_plan
+from ila.masks.mask import LayerMask
+from ila.runs.atomic import write_json_atomic
+from ila.runs.folder import claim
 
 
 def main() -> None:

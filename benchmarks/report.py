@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import sections
 from benchmarks.stamp import Reading, digest, fault, stamp
-from ila.files import write_bytes_atomic, write_text_atomic
+from ila.runs.atomic import write_bytes_atomic, write_text_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"

@@ -29,10 +29,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import ila
-from ila.files import write_json_atomic
-from ila.layer import MaskedLoraLayer
-from ila.mlp import make_lean
-from ila.pipeline import versions
+from ila.commands.inputs import versions
+from ila.models.layer import MaskedLoraLayer
+from ila.models.mlp import make_lean
+from ila.runs.atomic import write_json_atomic
 
 _COMMON = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 SHAPES: dict[str, tuple[type, type, dict[str, int]]] = {

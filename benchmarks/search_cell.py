@@ -18,11 +18,11 @@ from benchmarks.harness.session import Row
 from benchmarks.harness.timing import Run
 from benchmarks.model_cell import LEARNING_RATE, ModelCell
 from benchmarks.models import Spec, build
-from ila.model import masked_layers
-from ila.search import SearchConfig
-from ila.signals import GateGradient, LayerMean, PathGradient
-from ila.stages import PATH_POINTS, scored
-from ila.train import TrainConfig
+from ila.models.edit import masked_layers
+from ila.search.gate_gradients import GateGradient, LayerMean, PathGradient
+from ila.search.learn import SearchConfig
+from ila.search.stage2 import PATH_POINTS, scored
+from ila.training.train import TrainConfig
 
 STAGE1, PATH, TRAINED = "ours, stage 1", "ours, stage 2 (path)", "ours, stage 2 (ila)"
 METHODS = {"path": PATH, "ila": TRAINED, "gate_gradient": None}

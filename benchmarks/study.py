@@ -30,8 +30,8 @@ from rich.console import Console
 from benchmarks.agreement import compare, pairs
 from benchmarks.study_cells import Bench, Plan, ways
 from benchmarks.study_records import Records, digest
-from ila.ranks import leave_process_group, leave_the_screen_to_the_main_process
-from ila.search import METHODS
+from ila.runs.processes import leave_process_group, leave_the_screen_to_the_main_process
+from ila.search.learn import METHODS
 
 PARTS = ("masks", "agreement", "train")
 CUTS = ("count", "parameters")

@@ -14,17 +14,17 @@ from peft import PeftModel
 from transformers import set_seed
 
 from benchmarks.study_records import Records, digest
-from ila.baselines import POSITIONS, UNTRAINED
-from ila.files import write_folder_atomic, write_json_atomic
-from ila.loading import find_source, load_model
-from ila.mask import LayerMask
-from ila.model import apply_mask
-from ila.pipeline import Inputs, Prepared, adapt, prepare, versions
-from ila.ranks import on_main_process, processes
-from ila.search import SearchConfig, begin, mask_of, score
-from ila.search import adapt as train_adapter
-from ila.train import TrainConfig, train
-from ila.trainer import held_out_loss
+from ila.commands.inputs import Inputs, Prepared, adapt, prepare, versions
+from ila.masks.mask import LayerMask
+from ila.models.edit import apply_mask
+from ila.models.loading import find_source, load_model
+from ila.runs.atomic import write_folder_atomic, write_json_atomic
+from ila.runs.processes import on_main_process, processes
+from ila.search.baselines import POSITIONS, UNTRAINED
+from ila.search.learn import SearchConfig, begin, mask_of, score
+from ila.search.learn import adapt as train_adapter
+from ila.training.loop import held_out_loss
+from ila.training.train import TrainConfig, train
 
 ALL = "all layers"
 KEPT = (0.01, 0.1, 0.25, 0.5, 1.0)  # an adapter is small; who asks later need not train again

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from ila.ranks import on_main_process, processes
+from ila.runs.processes import on_main_process, processes
 
 
 def digest(key: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
-from ila.layer import MaskedLoraLinear
+from ila.models.layer import MaskedLoraLinear
 from ila_kernels.testing import assert_within_rounding
 
 # (M, K, N): one token and few, a toy layer, and SmolLM2-135M's square and MLP layers.

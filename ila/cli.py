@@ -80,8 +80,8 @@ def learn(
     trust_remote_code: Trust = False,
 ) -> None:
     """Learn how much each linear layer matters for a data set."""
-    from ila import commands
-    from ila.search import SearchConfig
+    from ila.commands import all
+    from ila.search.learn import SearchConfig
 
     usual = _usual_rate(context, full)
     inputs = _inputs(locals())
@@ -98,7 +98,7 @@ def learn(
         save_every=save_every or None,
         training_args=_accumulation(gradient_accumulation),
     )
-    mask, data_note = commands.learn(inputs, config, out, full=full, resume=resume)
+    mask, data_note = all.learn(inputs, config, out, full=full, resume=resume)
     screen.print(data_note, highlight=False)
     _print_search(mask)
     screen.print(f"Mask and heat map in {out}; next: ila select {out} --top 0.3", soft_wrap=True)
@@ -137,10 +137,10 @@ def select(
     it passes, what each layer computes and keeps. The plain top-k of that cost is printed beside
     it, and a picture of importance against cost is drawn beside the mask.
     """
-    from ila import selection
+    from ila.commands import select_share
 
     if budget is not None and top is None and freeze is None:
-        from ila.budgeted import StepSizes, select_within
+        from ila.commands.select_budget import StepSizes, select_within
 
         step = StepSizes(model, batch_size, max_length)
         found = select_within(run, budget, speed=speed, step=step, out=out)
@@ -152,7 +152,7 @@ def select(
     for name, value in {**options, "--max-length": max_length}.items():
         if value is not None:
             raise ValueError(f"{name} does nothing without --budget")
-    mask, path = selection.select(run, top=top, freeze=freeze, out=out)
+    mask, path = select_share.select(run, top=top, freeze=freeze, out=out)
     screen.print(f"{len(mask.open)} of {len(mask)} layers open: {path}", soft_wrap=True)
 
 
@@ -171,8 +171,8 @@ def measure(
     trust_remote_code: Trust = False,
 ) -> None:
     """Time training steps here under a dozen masks, for `ila select --budget time=…`."""
-    from ila.budgeted import measure as run
-    from ila.pipeline import Inputs
+    from ila.commands.inputs import Inputs
+    from ila.commands.select_budget import measure as run
 
     inputs = Inputs(
         model,
@@ -232,9 +232,9 @@ def train(
     trust_remote_code: Trust = False,
 ) -> None:
     """Train the open layers of a mask: into a plain PEFT adapter, or their own weights."""
-    from ila import commands
-    from ila.report import runs_table
-    from ila.train import TrainConfig
+    from ila.commands import all
+    from ila.reports.tables import runs_table
+    from ila.training.train import TrainConfig
 
     usual = _usual_rate(context, full)
     inputs = _inputs(locals())
@@ -249,7 +249,7 @@ def train(
         cache_limit_gib=cache_limit_gib,
         training_args=_accumulation(gradient_accumulation),
     )
-    metrics, data_note = commands.train_selected(
+    metrics, data_note = all.train_selected(
         inputs, config, out, mask_file=mask, full=full, resume=resume
     )
     screen.print(data_note, highlight=False)
@@ -280,9 +280,9 @@ def explain(
 
     Bytes are those of the linear layers; `ila select --budget memory=…` counts the whole step.
     """
-    from ila import commands
-    from ila.files import write_json_atomic
-    from ila.pipeline import Inputs
+    from ila.commands import all
+    from ila.commands.inputs import Inputs
+    from ila.runs.atomic import write_json_atomic
 
     inputs = Inputs(
         model,
@@ -296,7 +296,7 @@ def explain(
         target_modules=target_modules,
         trust_remote_code=trust_remote_code,
     )
-    found = commands.explain_layers(inputs, tokens, mask_file=mask)
+    found = all.explain_layers(inputs, tokens, mask_file=mask)
     screen.print(found.table())
     if json_file is not None:
         write_json_atomic(json_file, found.as_dict())
@@ -308,9 +308,9 @@ def compare(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write JSON.")] = None,
 ) -> None:
     """Say how far learned masks agree, beside what chance gives."""
-    from ila.files import write_json_atomic
-    from ila.mask import LayerMask
-    from ila.report import compare_table, render_compare
+    from ila.masks.mask import LayerMask
+    from ila.reports.tables import compare_table, render_compare
+    from ila.runs.atomic import write_json_atomic
 
     if len(runs) < 2:
         raise ValueError(f"give at least two runs to compare, got {len(runs)}")
@@ -327,10 +327,10 @@ def report(
     out: Out = Path("report"),
 ) -> None:
     """Compare finished trainings: held-out loss, time, memory, parameters."""
-    from ila import commands
-    from ila.report import runs_table
+    from ila.commands import all
+    from ila.reports.tables import runs_table
 
-    screen.print(runs_table(commands.report(runs, out)))
+    screen.print(runs_table(all.report(runs, out)))
     screen.print(f"Table and figure in {out}")
 
 
@@ -341,9 +341,9 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="Merge into the dense base.")] = False,
 ) -> None:
     """Write a trained adapter elsewhere, alone or merged into its model."""
-    from ila import commands
+    from ila.commands import all
 
-    what = commands.export(run, out, merge=merge)
+    what = all.export(run, out, merge=merge)
     screen.print(f"{what} in {out}")
 
 
@@ -354,15 +354,15 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove what --out holds first.")] = False,
 ) -> None:
     """Run the whole path on SmolLM2-135M and three small instruction sets."""
-    from ila.demo import run_demo
+    from ila.commands.demo import run_demo
 
     run_demo(out, steps=steps, fresh=fresh, screen=screen)
 
 
 def _inputs(options: dict[str, Any]) -> Any:
     """The options that `learn` and `train` share, by their names."""
-    from ila.pipeline import Inputs
-    from ila.ranks import leave_the_screen_to_the_main_process
+    from ila.commands.inputs import Inputs
+    from ila.runs.processes import leave_the_screen_to_the_main_process
 
     screen.quiet = leave_the_screen_to_the_main_process()
     return Inputs(**{name: options[name] for name in Inputs.__dataclass_fields__})
@@ -442,8 +442,8 @@ def main() -> None:
             Console(stderr=True).print(f"interrupted{_GOES_ON.get(command, '')}")
         raise
     finally:
-        if "ila.ranks" in sys.modules:
-            sys.modules["ila.ranks"].leave_process_group()
+        if "ila.runs.processes" in sys.modules:
+            sys.modules["ila.runs.processes"].leave_process_group()
 
 
 def _plain(error: Exception) -> str:

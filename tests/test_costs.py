@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ila
 from benchmarks import saved_bytes
-from ila.costs import ceiling_price, memory_table, parameter_table, time_table
-from ila.shapes import Shape
+from ila.price.costs import ceiling_price, memory_table, parameter_table, time_table
+from ila.price.shapes import Shape
 from ila_kernels.roofline import CEILINGS
 
 BLOCKS, ROWS, LENGTH, RANK = 2, 2, 40, 3
@@ -56,7 +56,7 @@ def held(model: torch.nn.Module, opened: set[str]) -> int:
 
 
 def counted_too_high(places: set[int], shape: Shape) -> int:
-    """The two cases that the docstring of ``ila.costs`` names."""
+    """The two cases that the docstring of ``ila.price.costs`` names."""
     lowest, last = min(places), 7 * (BLOCKS - 1)
     rotated = lowest < last or bool(places & {last, last + 1})
     block = 7 * (lowest // 7)

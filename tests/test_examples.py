@@ -17,7 +17,7 @@ from typer.main import get_command
 
 import ila
 from ila.cli import app
-from ila.data import encode
+from ila.data.encoding import encode
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ila.files import (
+from ila.runs.atomic import (
     move_in,
     write_bytes_atomic,
     write_folder_atomic,

@@ -208,7 +208,7 @@ def test_arrows_point_down(package):
         # The package itself: half made while its own modules are imported.
         ("ila_kernels/ops.py", "from ila_kernels import __version__"),
         ("ila_kernels/ops.py", "def lazy():\n    import transformers"),
-        ("ila_kernels/ops.py", "from ila.mask import LayerMask"),
+        ("ila_kernels/ops.py", "from ila.masks.mask import LayerMask"),
         ("ila_kernels/ops.py", "from ila_kernels.helpers import f"),
         ("ila/mask.py", "import torch.nn"),
         ("ila/search.py", "from ila_kernels import ops"),

@@ -13,7 +13,7 @@ from benchmarks.sections.study_claims import FAILS, HOLDS, OPEN, claims, verdict
 from benchmarks.sections.study_numbers import Estimate, Study
 from benchmarks.study_cells import ways, within
 from benchmarks.study_records import Records
-from ila.mask import LayerMask
+from ila.masks.mask import LayerMask
 
 # ---- records
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.sections.common import table
 from benchmarks.sections.pieces import quietness
-from ila.figures import save_png
-from ila.pareto import pareto_figure
+from ila.reports.figures import save_png
+from ila.reports.pareto import pareto_figure
 
 PAGE = "study"
 TITLE = "A selection that knows its price"

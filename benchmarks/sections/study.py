@@ -13,8 +13,8 @@ from benchmarks.sections import study_figures
 from benchmarks.sections.common import picture, table
 from benchmarks.sections.study_claims import RULE, claims
 from benchmarks.sections.study_numbers import ALL, Estimate, Study, studies
-from ila.mask import chance_jaccard
-from ila.search_config import SearchConfig
+from ila.masks.mask import chance_jaccard
+from ila.search.config import SearchConfig
 
 PAGE = "study"
 TITLE = "Does the ranking repeat, and is it useful?"

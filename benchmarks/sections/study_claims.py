@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from benchmarks.sections.study_numbers import Estimate, Study
-from ila.mask import chance_jaccard
+from ila.masks.mask import chance_jaccard
 
 HOLDS, FAILS, OPEN = "holds", "fails", "can't be told here"
 FAR = 0.5  # of the way from chance to identity

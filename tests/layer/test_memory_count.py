@@ -5,7 +5,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch._subclasses import FakeTensorMode
 
-import ila.checkpointing
+import ila.models.checkpointing
 from benchmarks import fits, memory, memory_check, memory_rows
 from benchmarks.live_bytes import Bytes, LiveBytes, bytes_of, split
 from benchmarks.sections import memory_counts
@@ -35,7 +35,7 @@ def test_the_count_is_what_the_allocator_hands_out(tiny, row, checkpointing):
     # Two things are made without an operator, the second in the host's memory: autograd keeps
     # PEFT's `* scaling` as a tensor of 8 bytes, and a checkpoint keeps the CPU generator's state.
     adapters = len([n for n, _ in real.named_modules() if n.endswith("lora_A.default")])
-    blocks = len(real.get_base_model().model.layers) - ila.checkpointing.frozen_blocks(real)
+    blocks = len(real.get_base_model().model.layers) - ila.models.checkpointing.frozen_blocks(real)
     unseen = 8 * adapters if row == "PEFT" else 0
     unseen += blocks * torch.get_rng_state().nbytes if checkpointing else 0
     counted |= {key: counted[key] + unseen for key in ("kept", "peak")}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ila.checkpoint import MARKER, MarkComplete, is_finished, last_complete, save_adapter
-from ila.memory import peak_bytes, reset_peak
-from ila.train import ADAPTER_FILES, TrainConfig, train
+from ila.runs.checkpoints import MARKER, MarkComplete, is_finished, last_complete, save_adapter
+from ila.runs.memory import peak_bytes, reset_peak
+from ila.training.train import ADAPTER_FILES, TrainConfig, train
 
 CPU = torch.device("cpu")
 

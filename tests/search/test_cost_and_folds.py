@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import ila
-from ila.baselines import FORWARD, UNTRAINED
-from ila.model import masked_layers
-from ila.search import METHODS, adapt, begin, mask_of, score
-from ila.search_config import SearchConfig
+from ila.models.edit import masked_layers
+from ila.search.baselines import FORWARD, UNTRAINED
+from ila.search.config import SearchConfig
+from ila.search.learn import METHODS, adapt, begin, mask_of, score
 
 JOB = Path(__file__).with_name("ranks_job.py")
 READS_BATCHES = ("ila", "path", "gradient_norm", *FORWARD)

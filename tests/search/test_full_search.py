@@ -10,11 +10,11 @@ from torch.func import functional_call
 from transformers import LlamaForCausalLM, Trainer
 
 import ila
-from ila.data import Collator
-from ila.full import OpenLinear, close_layers, open_layers
-from ila.gated_weights import FullUpdates, GatedLinear, UpdateGradient
-from ila.model import masked_layers
-from ila.stages import PATH_POINTS
+from ila.data.encoding import Collator
+from ila.models.edit import masked_layers
+from ila.models.open_weights import OpenLinear, close_layers, open_layers
+from ila.search.stage2 import PATH_POINTS
+from ila.search.weight_updates import FullUpdates, GatedLinear, UpdateGradient
 
 
 def batch_of(rows):

@@ -9,12 +9,12 @@ import torch
 from peft import LoraConfig
 
 import ila
-from ila.checkpointing import find_blocks
-from ila.full import open_layers
-from ila.halves import Prefix
-from ila.loading import find_source, load_model
-from ila.model import masked_layers
-from ila.train import TrainConfig, train
+from ila.models.checkpointing import find_blocks
+from ila.models.edit import masked_layers
+from ila.models.loading import find_source, load_model
+from ila.models.open_weights import open_layers
+from ila.prefix.frozen_prefix import Prefix
+from ila.training.train import TrainConfig, train
 
 # Rows of one length: the same products, so the same losses but for a rounding or two.
 ROWS = [
