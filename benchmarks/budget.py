@@ -26,8 +26,8 @@ import numpy as np
 
 from benchmarks.harness.busy import Busy, load_average
 from benchmarks.harness.session import environment
-from ila.commands import all
-from ila.commands.inputs import Inputs, adapt
+from ila.commands.inputs import Inputs, attach_adapter
+from ila.commands.train import train_selected
 from ila.masks.mask import LayerMask
 from ila.models.loading import find_source, load_model
 from ila.price.budget import TIME, Budget, Spending
@@ -37,7 +37,7 @@ from ila.price.speed import Speed
 from ila.runs.atomic import write_json_atomic
 from ila.runs.folder import claim
 from ila.runs.processes import processes
-from ila.training.train import TrainConfig
+from ila.training.config import TrainConfig
 
 PARTS = ("calibrate", "time", "train")
 
@@ -77,7 +77,7 @@ class Run:
             length=self.options.max_length,
             base_bytes=base.dtype.itemsize,
         )
-        return adapt(base, self.inputs), shape
+        return attach_adapter(base, self.inputs), shape
 
     def calibrate(self) -> None:
         model, shape = self.model()
@@ -129,7 +129,7 @@ class Run:
         rate, size = self.options.learning_rate, self.options.batch_size
         config = TrainConfig(steps=steps, learning_rate=rate, batch_size=size)
         resume = (out / "run.json").exists()
-        metrics, _ = all.train_selected(inputs, config, out, mask_file=mask, resume=resume)
+        metrics, _ = train_selected(inputs, config, out, mask_file=mask, resume=resume)
         print(f"{name}, seed {seed}: {steps} steps, held out {metrics['held_out_loss']:.4f}")
 
     def document(self) -> dict[str, Any]:

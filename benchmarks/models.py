@@ -19,7 +19,7 @@ from torch import nn
 
 import ila
 from benchmarks.addmm import addmm_lora
-from ila.models.checkpointing import find_blocks
+from ila.models.blocks import find_blocks
 from ila.models.edit import masked_layers
 
 PREFIX = "base_model.model."

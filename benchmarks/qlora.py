@@ -26,7 +26,7 @@ import ila
 from ila.commands.inputs import versions
 from ila.models.loading import LOAD_IN, find_source, load_model
 from ila.runs.atomic import write_json_atomic
-from ila.runs.memory import peak_bytes, reset_peak
+from ila.runs.meter import peak_bytes, reset_peak
 
 CONTESTANTS = ("peft", "ours", "ours, closed below the top 30%")
 

@@ -15,7 +15,7 @@ from benchmarks.harness.timing import interleaved, spread
 from benchmarks.material import base_model
 from benchmarks.model_cell import ModelCell
 from benchmarks.models import Spec, share_copy
-from ila.models.checkpointing import find_blocks
+from ila.models.blocks import find_blocks
 
 
 @dataclass(frozen=True)

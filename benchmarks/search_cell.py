@@ -22,7 +22,7 @@ from ila.models.edit import masked_layers
 from ila.search.gate_gradients import GateGradient, LayerMean, PathGradient
 from ila.search.learn import SearchConfig
 from ila.search.stage2 import PATH_POINTS, scored
-from ila.training.train import TrainConfig
+from ila.training.config import TrainConfig
 
 STAGE1, PATH, TRAINED = "ours, stage 1", "ours, stage 2 (path)", "ours, stage 2 (ila)"
 METHODS = {"path": PATH, "ila": TRAINED, "gate_gradient": None}

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import set_seed
 
 from benchmarks.study_records import Records, digest
-from ila.commands.inputs import Inputs, Prepared, adapt, prepare, versions
+from ila.commands.inputs import Inputs, Prepared, prepare, run_stage1, versions
 from ila.masks.mask import LayerMask
 from ila.models.edit import apply_mask
 from ila.models.loading import find_source, load_model
@@ -22,9 +22,10 @@ from ila.runs.atomic import write_folder_atomic, write_json_atomic
 from ila.runs.processes import on_main_process, processes
 from ila.search.baselines import POSITIONS, UNTRAINED
 from ila.search.learn import SearchConfig, begin, mask_of, score
-from ila.search.learn import adapt as train_adapter
+from ila.search.stage1 import run_stage1 as train_adapter
+from ila.training.config import TrainConfig
 from ila.training.loop import held_out_loss
-from ila.training.train import TrainConfig, train
+from ila.training.train import train
 
 ALL = "all layers"
 KEPT = (0.01, 0.1, 0.25, 0.5, 1.0)  # an adapter is small; who asks later need not train again
@@ -137,7 +138,7 @@ class Bench:
         source = find_source(self.plan.model)
         model = load_model(source, self.plan.dtype, None, processes().device)
         set_seed(seed)
-        return adapt(model, self.plan.inputs(data, seed))
+        return run_stage1(model, self.plan.inputs(data, seed))
 
     def loss(self, model: PeftModel, data: str, seed: int) -> float:
         rows = self.rows(data, seed)

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ila.masks.mask import LayerMask, chance_jaccard, parse_module_name
+from ila.masks.mask import LayerMask, chance_jaccard
+from ila.masks.names import parse_module_name
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 # Few distinct scores make ties; the rest are any finite floats, subnormal and huge ones included.

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ila.masks.mask import LayerMask
+from ila.masks.names import KINDS
 from ila.price.budget import TIME, Budget, Spending
 from ila.price.costs import Work
-from ila.price.shapes import KINDS, Shape
+from ila.price.shapes import Shape
 from ila.price.speed import Speed, fit, works
 from ila.reports.pareto import pareto_figure
 

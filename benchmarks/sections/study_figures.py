@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.agreement import spearman
 from benchmarks.sections.common import BLUE, FAINT, INK, ORANGE, new_figure, save
 from benchmarks.sections.study_numbers import Estimate, Study
-from ila.masks.mask import parse_module_name
+from ila.masks.names import parse_module_name
 
 SHOWN = ("path", "ila")
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from ila.runs.atomic import write_folder_atomic, write_json_atomic
 from ila.runs.folder import claim, read
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "data"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "data"
 # Says with which options a plan was begun: finished steps are skipped, so none may change.
 PLAN_MARKER = "plan.json"
 DATA = ("arithmetic", "polite", "extraction")

@@ -128,7 +128,7 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
     }
     set_seed(inputs.seed)
     return Prepared(
-        adapt(model, inputs),
+        attach_adapter(model, inputs),
         tokenizer,
         dataset,
         held_out,
@@ -139,7 +139,7 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
     )
 
 
-def adapt(model: PreTrainedModel, inputs: Inputs) -> PeftModel:
+def attach_adapter(model: PreTrainedModel, inputs: Inputs) -> PeftModel:
     """Attach the adapter that ``inputs`` describe."""
     targets: str | list[str] = inputs.target_modules
     if targets != "all-linear" and "," in targets:
@@ -212,3 +212,9 @@ def read_run(folder: str | Path, what: str) -> dict[str, Any]:
     if found.get("what") != what:
         raise ValueError(f"{folder} holds a run of `ila {found.get('what')}`, not of `ila {what}`")
     return found
+
+
+def refuse_packed(full: bool, inputs: Inputs) -> None:
+    """Raise if the base's own weights are to be trained and are packed."""
+    if full and inputs.load_in is not None:
+        raise ValueError("full training changes the base's own weights; leave out load_in")

@@ -13,16 +13,13 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from ila.commands.inputs import Inputs, adapt
 from ila.masks.mask import LayerMask
-from ila.models.loading import DTYPES, find_source, identity, load_model
+from ila.models.loading import find_source
 from ila.price.budget import ADDITIVE, MEMORY, TIME, Budget, Spending, method_of
-from ila.price.calibration import calibrate
 from ila.price.knapsack import Point
 from ila.price.shapes import Shape
 from ila.price.speed import Speed
 from ila.reports.pareto import pareto
-from ila.runs.processes import processes
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -210,38 +207,3 @@ def _of(mask: LayerMask, *keys: str) -> Any:
     for key in keys:
         found = found.get(key) if isinstance(found, Mapping) else None
     return found
-
-
-def measure(
-    inputs: Inputs, out: Path, *, rows: int, rounds: int = 5, progress: bool = True
-) -> Speed:
-    """Time steps of a dozen masks on this machine and write the rates that fit them.
-
-    Args:
-        inputs: Of these, the model and its adapter; a row has ``max_length`` tokens. No data.
-        out: File to write.
-        rows: Rows of a step.
-        rounds: Steps of each mask, after one that is not counted.
-        progress: Show a progress bar.
-
-    Raises:
-        ValueError: If ``rows`` or ``rounds`` is below 1, or the model is none of Llama blocks.
-    """
-    if inputs.dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {inputs.dtype!r}")
-    source = find_source(inputs.model, inputs.gguf_file, inputs.trust_remote_code)
-    base = load_model(source, inputs.dtype, inputs.load_in, processes().device)
-    shape = Shape.of(
-        base.config.to_dict(),
-        rank=inputs.rank,
-        rows=rows,
-        length=inputs.max_length,
-        base_bytes=base.dtype.itemsize,
-        dropout=inputs.dropout > 0,
-        load_in=inputs.load_in,
-    )
-    what = identity(base, source)
-    speed = calibrate(adapt(base, inputs), shape, rounds=rounds, progress=progress)
-    speed.measured["model"] = what
-    speed.save(out)
-    return speed

@@ -7,22 +7,24 @@ kept in a small JSON file. *Layer* means one linear module (q, k, v, o, gate, up
 import json
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from numbers import Real
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from ila.runs.atomic import write_json_atomic
-
-FORMAT = "ila.layer_mask"
-VERSION = 1
-BLOCK_NUMBER = re.compile("0|[1-9][0-9]{0,8}")
+from ila.masks.checks import (
+    check_same_names,
+    checked_gates,
+    checked_scores,
+    frozen,
+    number,
+    thawed,
+    type_name,
+)
+from ila.masks.mask_file import file_of, read_fields, write_fields
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,13 @@ class LayerMask:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        scores = _checked_scores(self.scores)
+        scores = checked_scores(self.scores)
         gates = dict.fromkeys(scores, True) if self.gates is None else self.gates
         if not isinstance(self.provenance, Mapping):
-            raise TypeError(f"provenance must be a mapping, got {_type(self.provenance)}")
+            raise TypeError(f"provenance must be a mapping, got {type_name(self.provenance)}")
         object.__setattr__(self, "scores", MappingProxyType(scores))
-        object.__setattr__(self, "gates", MappingProxyType(_checked_gates(gates, scores)))
-        object.__setattr__(self, "provenance", _frozen(self.provenance, "provenance"))
+        object.__setattr__(self, "gates", MappingProxyType(checked_gates(gates, scores)))
+        object.__setattr__(self, "provenance", frozen(self.provenance, "provenance"))
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -66,9 +68,12 @@ class LayerMask:
     def __hash__(self) -> int:
         return hash((frozenset(self.scores.items()), frozenset(self.open)))
 
-    def __reduce__(
-        self,
-    ) -> tuple[Any, ...]:  # mapping proxies can be neither pickled nor deep-copied
+    def with_provenance(self, **more: Any) -> "LayerMask":
+        """Return a mask with the same scores and gates, and more in its provenance."""
+        return type(self)(self.scores, self.gates, {**thawed(self.provenance), **more})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Mapping proxies can be neither pickled nor deep-copied.
         return type(self), (dict(self.scores), dict(self.gates), thawed(self.provenance))
 
     @property
@@ -105,7 +110,7 @@ class LayerMask:
         >>> LayerMask({"a": 3, "b": 1, "c": 2, "d": 0}).top(0.5).open
         ('a', 'c')
         """
-        if not 0 < _number(fraction, "fraction") <= 1:
+        if not 0 < number(fraction, "fraction") <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {fraction}")
         return self._keep(max(1, _rounded_share(fraction, len(self))))
 
@@ -125,7 +130,7 @@ class LayerMask:
         >>> LayerMask({"a": 3, "b": 1, "c": 2, "d": 0}).without_bottom(0.25).closed
         ('d',)
         """
-        if not 0 <= _number(fraction, "fraction") < 1:
+        if not 0 <= number(fraction, "fraction") < 1:
             raise ValueError(f"fraction must be in [0, 1), got {fraction}")
         kept = len(self) - _rounded_share(fraction, len(self))
         if kept == 0:
@@ -209,9 +214,7 @@ class LayerMask:
             FileNotFoundError: The folder of ``path`` does not exist.
             OSError: The file could not be written.
         """
-        modules = {n: {"score": s, "open": self.gates[n]} for n, s in self.scores.items()}
-        document = {"format": FORMAT, "version": VERSION, "modules": modules}
-        write_json_atomic(_file_of(path), document | {"provenance": thawed(self.provenance)})
+        write_fields(file_of(path), self.scores, self.gates, thawed(self.provenance))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "LayerMask":
@@ -227,14 +230,9 @@ class LayerMask:
             ValueError: There is no such file, or it is no complete and valid mask of this version.
                 The message names the file and what is wrong with it.
         """
-        file = _file_of(path)
+        file = file_of(path)
         try:
-            document = json.loads(
-                file.read_bytes().decode("utf-8"),
-                object_pairs_hook=_without_duplicates,
-                parse_constant=_refuse_constant,
-            )
-            return cls(**_fields_of(document))
+            return cls(**read_fields(file))
         except FileNotFoundError:
             raise ValueError(f"{file}: no such mask file") from None
         except json.JSONDecodeError as error:
@@ -249,8 +247,8 @@ class LayerMask:
 
     def _check_comparable(self, other: "LayerMask") -> None:
         if not isinstance(other, LayerMask):
-            raise TypeError(f"other must be a LayerMask, got {_type(other)}")
-        _check_same_names(other.scores, self.scores, "other")
+            raise TypeError(f"other must be a LayerMask, got {type_name(other)}")
+        check_same_names(other.scores, self.scores, "other")
 
 
 def chance_jaccard(p: float) -> float:
@@ -269,82 +267,9 @@ def chance_jaccard(p: float) -> float:
     >>> chance_jaccard(0.75)
     0.6
     """
-    if not 0 <= _number(p, "p") <= 1:
+    if not 0 <= number(p, "p") <= 1:
         raise ValueError(f"p must be in [0, 1], got {p}")
     return p / (2 - p)
-
-
-def parse_module_name(name: str) -> tuple[int, str] | None:
-    """Split a module name into its block number and its kind.
-
-    Args:
-        name: A name from ``model.named_modules()``.
-
-    Returns:
-        The first of the dotted parts that is a number, and the last part; None if no number comes
-        before the last part.
-
-    >>> parse_module_name("base_model.model.model.layers.12.self_attn.q_proj")
-    (12, 'q_proj')
-    >>> parse_module_name("lm_head") is None
-    True
-    """
-    *parents, kind = name.split(".")
-    for part in parents:
-        if BLOCK_NUMBER.fullmatch(part):
-            return int(part), kind
-    return None
-
-
-def _checked_scores(scores: Any) -> dict[str, float]:
-    if not isinstance(scores, Mapping):
-        raise TypeError(f"scores must be a mapping from module name to number, got {_type(scores)}")
-    if not scores:
-        raise ValueError("scores must name at least one module, got none")
-    checked = {}
-    for name, score in scores.items():
-        if not isinstance(name, str):
-            raise TypeError(f"scores must have module names as keys, got {name!r}")
-        checked[name] = _number(score, f"scores[{name!r}]")
-        if not math.isfinite(checked[name]):
-            raise ValueError(f"scores[{name!r}] must be finite, got {score}")
-    return checked
-
-
-def _checked_gates(gates: Any, scores: dict[str, float]) -> dict[str, bool]:
-    if not isinstance(gates, Mapping):
-        raise TypeError(f"gates must be a mapping from module name to bool, got {_type(gates)}")
-    _check_same_names(gates, scores, "gates")
-    for name, gate in gates.items():
-        if not isinstance(gate, (bool, np.bool_)):
-            raise TypeError(f"gates[{name!r}] must be True or False, got {gate!r}")
-    if not any(gates.values()):
-        raise ValueError(f"gates must leave a module open, all {len(scores)} are closed")
-    return {name: bool(gates[name]) for name in scores}
-
-
-def _check_same_names(given: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
-    missing = [name for name in expected if name not in given]
-    unknown = [name for name in given if name not in expected]
-    if missing or unknown:
-        found = [
-            f"{len(names)} {word} (such as {names[0]!r})"
-            for word, names in (("missing", missing), ("unknown", unknown))
-            if names
-        ]
-        raise ValueError(
-            f"{what} must name the same {len(expected)} modules as scores, got {len(given)}: "
-            + ", ".join(found)
-        )
-
-
-def _number(value: Any, what: str) -> float:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
-        raise TypeError(f"{what} must be a number, got {_type(value)}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{what} must be finite, got an integer beyond every float") from None
 
 
 def _rounded_share(fraction: float, count: int) -> int:
@@ -357,70 +282,3 @@ def _centred_ranks(values: list[float]) -> np.ndarray:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     mean_rank = np.cumsum(counts) - (counts - 1) / 2
     return mean_rank[inverse] - (len(values) + 1) / 2
-
-
-def _frozen(value: Any, where: str) -> Any:
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(f"{where} must have strings as keys, got {key!r}")
-        return MappingProxyType({k: _frozen(v, f"{where}[{k!r}]") for k, v in value.items()})
-    if isinstance(value, (list, tuple)):
-        return tuple(_frozen(item, f"{where}[{index}]") for index, item in enumerate(value))
-    if value is not None and not isinstance(value, (bool, int, float, str)):
-        raise TypeError(f"{where} must be something JSON can hold, got {_type(value)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where} must be finite, got {value}")
-    return value
-
-
-def thawed(value: Any) -> Any:
-    """Return plain dicts and lists of what ``provenance`` holds frozen."""
-    if isinstance(value, Mapping):
-        return {key: thawed(item) for key, item in value.items()}
-    return [thawed(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _fields_of(document: Any) -> dict[str, Any]:
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError(f'expected an object with "format": "{FORMAT}"')
-    version = document.get("version")
-    if type(version) is not int or version != VERSION:
-        raise ValueError(f"expected version {VERSION}, got {version!r}")
-    _check_keys(document, {"format", "version", "modules", "provenance"}, "the file")
-    if not isinstance(document["modules"], dict):
-        raise ValueError(f"modules must be an object, got {_type(document['modules'])}")
-    for name, entry in document["modules"].items():
-        _check_keys(entry, {"score", "open"}, f"modules[{name!r}]")
-    return {
-        "scores": {name: entry["score"] for name, entry in document["modules"].items()},
-        "gates": {name: entry["open"] for name, entry in document["modules"].items()},
-        "provenance": document["provenance"],
-    }
-
-
-def _check_keys(entry: Any, expected: set[str], what: str) -> None:
-    if not isinstance(entry, dict) or set(entry) != expected:
-        got = sorted(entry) if isinstance(entry, dict) else _type(entry)
-        raise ValueError(f"{what} must be an object with the fields {sorted(expected)}, got {got}")
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key!r} appears twice in one object")
-        found[key] = value
-    return found
-
-
-def _refuse_constant(token: str) -> NoReturn:
-    raise ValueError(f"{token} is not a JSON number")
-
-
-def _file_of(path: str | os.PathLike[str]) -> Path:
-    return Path(path) / "mask.json" if Path(path).is_dir() else Path(path)
-
-
-def _type(value: Any) -> str:
-    return type(value).__name__

@@ -21,64 +21,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ila.models.blocks import find_blocks, frozen_blocks, is_trained
 
 _SHADOWED = ("_set_gradient_checkpointing", "enable_input_require_grads")
 _FORCED = "_ila_forced_input_grads"
-# Modules of a decoder that run after its blocks.
-AFTER_BLOCKS = ("norm", "final_layernorm", "ln_f")
-
-
-class Blocks(NamedTuple):
-    """The repeated blocks of a model and the module that runs them one after the other."""
-
-    decoder: nn.Module
-    layers: nn.ModuleList
-
-
-def find_blocks(model: nn.Module) -> Blocks | None:
-    """Find the longest list of ``GradientCheckpointingLayer`` in a model; None if it has none."""
-    found = [
-        Blocks(module, child)
-        for module in model.modules()
-        for child in module.children()
-        if isinstance(child, nn.ModuleList)
-        and len(child)
-        and all(isinstance(block, GradientCheckpointingLayer) for block in child)
-    ]
-    return max(found, key=lambda blocks: len(blocks.layers), default=None)
-
-
-def frozen_blocks(model: nn.Module) -> int:
-    """Count the blocks of the frozen prefix, from the parameters that require grad now.
-
-    Returns:
-        Blocks below the lowest trainable parameter: all if nothing is trainable; 0 if the first
-        block or the embedding is trained, or if the model has no blocks that could be found.
-    """
-    blocks = find_blocks(model)
-    if blocks is None:
-        return 0
-    for name, child in blocks.decoder.named_children():
-        if child is not blocks.layers and name not in AFTER_BLOCKS and is_trained(child):
-            return 0
-    if any(p.requires_grad for p in blocks.decoder.parameters(recurse=False)):
-        return 0
-    for depth, block in enumerate(blocks.layers):
-        if is_trained(block):
-            return depth
-    return len(blocks.layers)
-
-
-def is_trained(module: nn.Module) -> bool:
-    """Whether any parameter of a module requires grad."""
-    return any(p.requires_grad for p in module.parameters())
 
 
 class PrefixAware:

@@ -18,13 +18,13 @@ from rich.table import Table
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from ila.masks.names import STEPS
 from ila.models.attention import QKV, FusedQkv
-from ila.models.checkpointing import find_blocks, frozen_blocks, is_trained
+from ila.models.blocks import find_blocks, frozen_blocks, is_trained
 from ila.models.class_swap import swapped
 from ila.models.layer import BARE, PEFT, SHARDED, MaskedLoraLayer
 from ila.models.mlp import GATE_UP, LEAN, LeanMLP, MlpRoute, lean_mlps
 from ila.models.shared_input import partners, sharers
-from ila.price.shapes import STEPS
 from ila_kernels.config import resolve_impl
 from ila_kernels.device import call_of
 from ila_kernels.roofline import Problem, saved_bytes

@@ -27,6 +27,7 @@ from transformers import Trainer
 from ila.masks.mask import LayerMask
 from ila.models.edit import apply_mask, masked_layers, single_adapter
 from ila.models.layer import MaskedLoraLayer
+from ila.runs.metrics import LayerCounts
 
 CHANGED_FILE = "changed.safetensors"
 PEFT_PREFIX = "base_model.model."  # of a PeftModel's modules before those of its base
@@ -56,8 +57,8 @@ class OpenLayers:
     total: int
     dtypes: Mapping[str, torch.dtype]
 
-    def counts(self) -> dict[str, Any]:
-        """How much is trained, as in ``metrics.json``."""
+    def counts(self) -> LayerCounts:
+        """Return how many layers are open and how many parameters are trained."""
         trainable = sum(self.model.get_parameter(name).numel() for name in self.dtypes)
         return {
             "open_modules": len(self.names),
@@ -82,9 +83,9 @@ class OpenLayers:
         """Read what ``save`` wrote."""
         load_changed(self.model, folder)
 
-    def trainer(self, *args: Any, **kwargs: Any) -> Trainer:
-        """A ``Trainer`` whose checkpoints hold the open weights alone."""
-        return OpenTrainer(*args, **kwargs)
+    def trainer_class(self, kind: type[Trainer] = Trainer) -> type[Trainer]:
+        """Return a ``Trainer`` whose checkpoints hold the open weights alone."""
+        return OpenTrainer
 
 
 def open_layers(peft_model: PeftModel, mask: LayerMask | None = None) -> OpenLayers:
@@ -122,17 +123,6 @@ def open_layers(peft_model: PeftModel, mask: LayerMask | None = None) -> OpenLay
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             parameter.requires_grad_(True)
     return OpenLayers(model, names, len(layers), dtypes)
-
-
-def close_layers(layers: OpenLayers) -> nn.Module:
-    """Give back the model with ordinary, frozen layers; the changed weights are rounded."""
-    for name in layers.names:
-        layers.model.get_submodule(name).__class__ = nn.Linear
-    for name, dtype in layers.dtypes.items():
-        parameter = layers.model.get_parameter(name).requires_grad_(False)
-        parameter.grad = None
-        parameter.data = parameter.data.to(dtype)
-    return layers.model
 
 
 def load_changed(model: nn.Module, folder: str | Path) -> None:

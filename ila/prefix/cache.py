@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ila.models.checkpointing import AFTER_BLOCKS, Blocks, find_blocks
+from ila.models.blocks import AFTER_BLOCKS, Blocks, find_blocks
 from ila.prefix.batches import CachedCollator, NumberedRows
 from ila.prefix.frozen_prefix import Prefix, skipping
 from ila.prefix.state_file import CacheError, States, open_states, write_states

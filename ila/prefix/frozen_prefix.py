@@ -17,7 +17,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ila.models.checkpointing import Blocks, find_blocks, frozen_blocks, is_trained
+from ila.models.blocks import Blocks, find_blocks, frozen_blocks, is_trained
 
 
 class _ReachedError(Exception):

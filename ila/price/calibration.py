@@ -21,8 +21,9 @@ from rich.progress import track
 from torch import nn
 
 from ila.masks.mask import LayerMask
+from ila.masks.names import KINDS
 from ila.models.edit import apply_mask, masked_layers, single_adapter
-from ila.price.shapes import KINDS, Shape
+from ila.price.shapes import Shape
 from ila.price.speed import Speed, fit, works
 
 ALL = "all layers"

@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ila.masks.mask import parse_module_name
+from ila.masks.names import KINDS, STEPS, parse_module_name
 from ila.price.knapsack import CostTable, Step
-from ila.price.shapes import KINDS, STEPS, Shape
+from ila.price.shapes import Shape
 from ila_kernels.roofline import Ceiling, Cost, backward_cost, forward_cost, time_bound_ms
 
 QKV, OUTPUT, GATE_UP, DOWN = range(4)
@@ -49,7 +49,7 @@ Price = Callable[[Work], int]
 
 @dataclass(frozen=True)
 class Costs:
-    """One step of a block, as ``Step``, by kind and not by name; in numbers or in ``Work``."""
+    """One step of a block, as ``Step``, by kind and not by name; in numbers or in ``Search``."""
 
     reached: Any = 0
     passed: Any = 0
@@ -57,7 +57,7 @@ class Costs:
     own: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def priced(self, price: Price) -> Costs:
-        """Each ``Work`` in numbers."""
+        """Each ``Search`` in numbers."""
         own = {kind: (price(low), price(high)) for kind, (low, high) in self.own.items()}
         return Costs(price(self.reached), price(self.passed), (0, 0), own)
 

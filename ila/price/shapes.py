@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ila.masks.names import KINDS
 from ila_kernels.roofline import Problem
 
-# The linear layers of a block in the order of the data; those of one step read the same x.
-STEPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-KINDS = tuple(kind for step in STEPS for kind in step)
 _BITS = {"8bit": 8.0, "4bit": 4.127}  # NF4: with its constants, which are quantised again
 
 

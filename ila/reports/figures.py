@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ila.masks.mask import BLOCK_NUMBER, LayerMask, parse_module_name
+from ila.masks.mask import LayerMask
+from ila.masks.names import BLOCK_NUMBER, parse_module_name
+from ila.reports.texts import baseline_run, gib_text, loss_text, ms_text, ratio_text
 from ila.runs.atomic import write_bytes_atomic
-from ila.runs.metrics import baseline_run, gib_text, loss_text, ms_text, ratio_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,20 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from peft import PeftModel
-from peft.utils import (
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
-from safetensors import SafetensorError
-from torch import Tensor
 from transformers import TrainerCallback
 
 from ila.runs.atomic import sync_tree, write_json_atomic
-from ila.runs.processes import processes, whole
+from ila.runs.processes import processes
 
 MARKER = "complete.json"
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
@@ -43,46 +36,6 @@ def is_finished(checkpoint: Path) -> bool:
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     control = state.get("stateful_callbacks", {}).get("TrainerControl", {})
     return bool(control.get("args", {}).get("should_training_stop", False))
-
-
-def whole_state(peft_model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """The model's state dict with the tensors of one adapter gathered; called by all processes."""
-    state = peft_model.state_dict()
-    # What PEFT would save of it, by PEFT's own rules; they change names but not the tensors.
-    saved = get_peft_model_state_dict(peft_model, state_dict=dict(state), adapter_name=adapter)
-    wanted = {id(tensor) for tensor in saved.values()}
-    return {name: whole(t) if id(t) in wanted else t for name, t in state.items()}
-
-
-def save_adapter(
-    peft_model: PeftModel, adapter: str, folder: Path, state: dict[str, Tensor] | None = None
-) -> None:
-    """Write one adapter into ``folder`` itself; PEFT gives all but "default" a subfolder.
-
-    Args:
-        peft_model: The model.
-        adapter: Name of the adapter.
-        folder: An empty folder.
-        state: From ``whole_state``; needed where the model is sharded.
-    """
-    peft_model.save_pretrained(folder, selected_adapters=[adapter], state_dict=state)
-    if adapter != "default":
-        for path in (folder / adapter).iterdir():
-            path.replace(folder / path.name)
-        (folder / adapter).rmdir()
-
-
-def load_adapter(peft_model: PeftModel, adapter: str, folder: Path) -> None:
-    """Read what ``save_adapter`` wrote into a model that has this adapter.
-
-    Raises:
-        ValueError: If the weights are damaged.
-    """
-    try:
-        weights = load_peft_weights(str(folder), device="cpu")
-    except SafetensorError as error:
-        raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
-    set_peft_model_state_dict(peft_model, weights, adapter_name=adapter)
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -106,7 +59,7 @@ class MarkComplete(TrainerCallback):
         also: Called with the checkpoint folder before the marker is written, to add files to it.
     """
 
-    def __init__(self, also=None):
+    def __init__(self, also: Callable[[Path], object] | None = None):
         self.also = also
 
     def on_save(self, args, state, control, **kwargs):
@@ -116,5 +69,7 @@ class MarkComplete(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.also is not None:
             self.also(folder)
-        sync_tree(folder)  # or the marker could outlive a power failure, and what it marks not
+        sync_tree(
+            folder
+        )  # the files before the marker, so that a power failure keeps both or neither
         write_json_atomic(folder / MARKER, {"step": state.global_step, "files": _sizes(folder)})

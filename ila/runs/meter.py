@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,9 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from ila.runs.atomic import write_json_atomic
-from ila.runs.memory import peak_bytes, reset_peak
 
 
-class Costs(TrainerCallback):
+class StepMeter(TrainerCallback):
     """Wall time of each optimiser step in ms, forward to update, and the peak memory of training.
 
     Both go with the checkpoints, so that a resumed run reports all of its parts: the times of every
@@ -76,3 +76,33 @@ class Costs(TrainerCallback):
         measured = json.loads((folder / self.FILE).read_text(encoding="utf-8"))
         self.times_ms = measured["times_ms"]
         self.earlier_peak = measured["peak_memory_bytes"]
+
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Start measuring; returns False where the peak of this process cannot be reset.
+
+    On CUDA the allocator counts; on a CPU under Linux the kernel keeps the resident set's high
+    mark, and writing 5 to ``clear_refs`` lowers it to what is resident now.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        _CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Highest bytes since ``reset_peak``: allocated on CUDA, resident on a CPU; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu" or not _STATUS.exists():
+        return None
+    match = re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    return int(match[1]) * 1024 if match else None

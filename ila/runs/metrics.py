@@ -1,14 +1,72 @@
-"""The measurements of a training run: ``metrics.json``, read and checked, and its words."""
+"""The measurements of a training run: the record in ``metrics.json``, read and checked."""
 
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 
-def load_run(path: str | os.PathLike[str]) -> dict[str, Any]:
+class LayerCounts(TypedDict, total=False):
+    """How much of a model is open.
+
+    Attributes:
+        open_modules: Layers that train.
+        total_modules: Layers that could.
+        fraction_open: The share of the two, in [0, 1].
+        trainable_parameters: Parameters that require grad.
+        full: True if the layers' own weights train; absent for adapters.
+    """
+
+    open_modules: int
+    total_modules: int
+    fraction_open: float
+    trainable_parameters: int
+    full: bool
+
+
+class StepTime(TypedDict):
+    """Wall time of an optimiser step in ms."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+class Metrics(LayerCounts, total=False):
+    """The content of ``metrics.json``.
+
+    Attributes:
+        name: What the run is called in reports.
+        steps: Optimiser steps.
+        held_out_loss_before: Nats per answer token before training; None if not measured.
+        held_out_loss: The same after training.
+        step_time_ms: Forward to update.
+        peak_memory_bytes: Of training; None where it is unknown.
+        tokens_per_step: Over all devices, without padding.
+        losses: [step, loss] of every step.
+        prefix_cache: What the prefix cache held; None without one.
+        device: As torch writes it.
+        dtype: Of the base model, and over which packing.
+        config: The configuration of the training.
+    """
+
+    name: str
+    steps: int
+    held_out_loss_before: float | None
+    held_out_loss: float | None
+    step_time_ms: StepTime
+    peak_memory_bytes: int | None
+    tokens_per_step: float
+    losses: list[list[float]]
+    prefix_cache: dict[str, Any] | None
+    device: str
+    dtype: str
+    config: dict[str, Any]
+
+
+def load_run(path: str | os.PathLike[str]) -> Metrics:
     """Read the measurements of a training run from ``metrics.json``.
 
     Args:
@@ -39,49 +97,22 @@ def load_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     return run
 
 
-def baseline_run(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the run that others are compared with: the first with the most layers open."""
-    if not runs:
-        raise ValueError("runs must hold at least one run, got none")
-    return max(runs, key=lambda run: run["open_modules"])  # max returns the first of equals
-
-
-def ratio_text(value: float | None, base: float | None) -> str:
-    """Write ``(0.50x)``, or nothing where one of the two is not known."""
-    return "" if value is None or not base else f" ({value / base:.2f}x)"
-
-
-def loss_text(value: float | None) -> str:
-    """Write a loss in nats with three decimals."""
-    return "not measured" if value is None else f"{value:.3f}"
-
-
-def ms_text(value: float) -> str:
-    """Write milliseconds, with a decimal below a thousand."""
-    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
-
-
-def gib_text(value: int | None) -> str:
-    """Write bytes in GiB with two decimals."""
-    return "not measured" if value is None else f"{value / 2**30:.2f}"
-
-
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_real and abs(value) <= sys.float_info.max
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _are_times(value: Any) -> bool:
+def _are_times(value: object) -> bool:
     return isinstance(value, dict) and all(
         _is_number(value.get(k)) for k in ("median", "p10", "p90")
     )
 
 
-def _are_losses(value: Any) -> bool:
+def _are_losses(value: object) -> bool:
     return isinstance(value, list) and all(
         isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) for pair in value
     )
@@ -91,7 +122,7 @@ _TEXT = ("a text", lambda value: isinstance(value, str))
 _COUNT = ("an integer of 0 or more", _is_count)
 _NUMBER = ("a finite number", _is_number)
 _LOSS = ("a finite number or null", lambda value: value is None or _is_number(value))
-_RUN_KEYS: dict[str, tuple[str, Any]] = {
+_RUN_KEYS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "name": _TEXT,
     "open_modules": _COUNT,
     "total_modules": _COUNT,

@@ -4,46 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from functools import partial
-from pathlib import Path
 
 from peft import PeftModel
-from torch import Tensor
 
-from ila.models.edit import masked_layers, single_adapter
+from ila.models.edit import masked_layers
 from ila.models.layer import FUSED, SHARDED, MaskedLoraLayer
-from ila.runs.checkpoints import load_adapter, save_adapter, whole_state
 from ila.search import stage2
-from ila.search.gate_gradients import GateGradient, LayerMean, SignalTrainer
-
-
-class Adapter:
-    """What is trained and kept where it is the one active adapter of a model."""
-
-    def __init__(self, model: PeftModel):
-        self.model, self.adapter = model, single_adapter(model, None)
-
-    def state(self) -> dict[str, Tensor]:
-        """The whole adapter; called by all processes."""
-        return whole_state(self.model, self.adapter)
-
-    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Write what ``state`` returned."""
-        save_adapter(self.model, self.adapter, folder, state)
-
-    def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote."""
-        load_adapter(self.model, self.adapter, folder)
+from ila.search.gate_gradients import GateGradient, LayerMean
+from ila.training.adapter import Adapter
 
 
 class AdapterUpdates(Adapter):
-    """An adapter; ``ila.search.weight_updates.FullUpdates`` has the same methods.
+    """An adapter; ``ila.search.weight_updates.WeightUpdates`` has the same methods.
 
     Raises:
         ValueError: If there is no layer to score, or one is closed or not on the fused path.
     """
 
-    folder, trained = "adapter", "LoRA"
+    folder, label = "adapter", "LoRA"
 
     def __init__(self, model: PeftModel):
         super().__init__(model)
@@ -52,9 +30,6 @@ class AdapterUpdates(Adapter):
 
     def signal(self) -> LayerMean:
         return GateGradient(self.layers, self.adapter)
-
-    def trainer(self, kind: type[SignalTrainer]) -> partial:
-        return partial(kind, self.model)
 
     def scored(self, score_init: float) -> AbstractContextManager[None]:
         return stage2.scored(self.model, self.layers, self.adapter, score_init)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ila.search import stage2
 from ila.search.baselines import BASELINES
-from ila.training.loop import check_training_args
+from ila.training.arguments import check_training_args
 
 SEARCHES = ("ila", "path", "gate_gradient")
 METHODS = (*SEARCHES, *BASELINES)

@@ -4,13 +4,12 @@ Stage 1 is ordinary LoRA training until the loss is ε-stable or a budget is spe
 everything, gives each layer a gate γ = σ(s), and turns gates into scores by one of ``METHODS``.
 Source: Shi et al., "Understanding Layer Significance in LLM Alignment", arXiv 2410.17875.
 
-The parts, ``begin``, ``adapt``, ``score`` and ``mask_of``, are there for who scores one stage 1 in
-several ways.
+Use the parts, ``begin``, ``run_stage1``, ``score`` and ``mask_of``, to score one stage 1 by several
+methods.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -18,24 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor
-from transformers import TrainerCallback
 
 from ila.masks.mask import LayerMask
 from ila.models.open_weights import OpenLayers
-from ila.runs.atomic import write_folder_atomic, write_json_atomic
 from ila.runs.processes import on_main_process
 from ila.search.adapter_updates import AdapterUpdates
-from ila.search.baselines import POSITIONS, UNTRAINED
+from ila.search.baselines import POSITIONS
 from ila.search.config import METHODS, SEARCHES, SearchConfig
-from ila.search.gate_gradients import LayerMean, SignalTrainer
 from ila.search.methods import Scored, parameters, score
-from ila.search.stage import Work, train_stage
-from ila.search.stage1 import StopWhenStable
-from ila.search.weight_updates import FullUpdates
-from ila.training.loop import check_dataset, default_collator, losses
+from ila.search.stage import Search, Updates
+from ila.search.stage1 import run_stage1
+from ila.search.weight_updates import WeightUpdates
+from ila.training.loop import check_dataset, default_collator
 
-__all__ = ["METHODS", "SearchConfig", "adapt", "begin", "learn_mask", "mask_of", "score"]
+__all__ = ["METHODS", "SearchConfig", "begin", "learn_mask", "mask_of", "run_stage1", "score"]
 
 
 def learn_mask(
@@ -80,7 +75,7 @@ def learn_mask(
     if output_dir is None and resume:
         raise ValueError("resume=True needs the output_dir of the search to go on with")
     with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
-        work = begin(
+        search = begin(
             *(peft_model, dataset, SearchConfig() if config is None else config),
             collator=collator,
             folder=Path(folder),
@@ -88,13 +83,13 @@ def learn_mask(
             resume=resume,
             progress=progress,
         )
-        on_main_process(work.claim)
-        training = work.what.model.training
+        on_main_process(search.claim)
+        training = search.updates.model.training
         try:
-            stage1 = adapt(work)
-            return mask_of(work, stage1, score(work, stage1))
+            stage1 = run_stage1(search)
+            return mask_of(search, stage1, score(search, stage1))
         finally:
-            work.what.model.train(training)
+            search.updates.model.train(training)
 
 
 def begin(
@@ -104,7 +99,7 @@ def begin(
     *,
     collator: Any = None,
     **more: Any,
-) -> Work:
+) -> Search:
     """Check what a search is given; arguments and errors as in ``learn_mask``.
 
     Args:
@@ -112,25 +107,25 @@ def begin(
         dataset: Rows.
         config: How to search.
         collator: Rows to a batch.
-        **more: Further fields of ``Work``.
+        **more: Further fields of ``Search``.
     """
     full = isinstance(peft_model, OpenLayers)
-    what = FullUpdates(peft_model) if full else AdapterUpdates(peft_model)
+    updates: Updates = WeightUpdates(peft_model) if full else AdapterUpdates(peft_model)
     if full and config.method in set(METHODS) - {*SEARCHES, *POSITIONS}:
         raise ValueError(
             f"method must be one of {(*SEARCHES, *POSITIONS)} where weights are trained in full, "
             f"got {config.method!r}"
         )
     check_dataset(dataset)
-    collator = default_collator(what.model) if collator is None else collator
-    return Work(what, dataset, collator, config, **more)
+    collator = default_collator(updates.model) if collator is None else collator
+    return Search(updates, dataset, collator, config, **more)
 
 
-def mask_of(work: Work, stage1: Mapping[str, Any], scored: Scored) -> LayerMask:
+def mask_of(search: Search, stage1: Mapping[str, Any], scored: Scored) -> LayerMask:
     """A mask of the scores, every layer open, with all that is known of them."""
     course = {k: v for k, v in stage1.items() if k not in ("gate_gradient", "folds", "seconds")}
     provenance = {
-        "config": work.config.as_dict(),
+        "config": search.config.as_dict(),
         "stage1": course,
         "stage2": {"steps": scored.steps},
         "signals": {"gate_gradient": stage1["gate_gradient"]},
@@ -138,80 +133,8 @@ def mask_of(work: Work, stage1: Mapping[str, Any], scored: Scored) -> LayerMask:
             "stage1": {"steps": stage1["steps"], "seconds": stage1["seconds"]},
             "scores": {"steps": scored.steps, "seconds": scored.seconds},
         },
-        "parameters": parameters(work.what),
+        "parameters": parameters(search.updates),
         "folds": [list(fold) for fold in scored.folds],
     }
     mask = LayerMask(scored.scores, provenance=provenance)
-    return LayerMask(scored.scores, provenance={**provenance, "spread": mask.spread()})
-
-
-class _EachStep(TrainerCallback):
-    """Calls ``Work.after_step`` with the steps done and the free signal so far."""
-
-    def __init__(self, work: Work, signal: LayerMean):
-        self.work, self.signal = work, signal
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.work.after_step is not None:
-            self.work.after_step(state.global_step, self.signal)
-
-
-def adapt(work: Work) -> dict[str, Any]:
-    """Run stage 1, or read what it left; a method that needs none gets an empty course.
-
-    Returns:
-        Steps, why it stopped, the course of the loss, the wall time of its steps in seconds, and
-        the free signal of the gates with its folds. The model holds what was trained.
-    """
-    config, done = work.config, work.folder / "stage1.json"
-    if config.method in UNTRAINED:
-        return {"steps": 0, "gate_gradient": {}, "folds": [], "seconds": 0.0}
-    if work.resume and on_main_process(done.exists):
-        work.what.load(work.folder / work.what.folder)
-        cost = json.loads((work.folder / "cost.json").read_text(encoding="utf-8"))
-        return {**json.loads(done.read_text(encoding="utf-8")), **cost}
-    signal = work.what.signal()
-    stable = StopWhenStable(config.epsilon, config.stability_window)
-    trained = train_stage(
-        work,
-        SignalTrainer,
-        stage="stage1",
-        title=f"Stage 1: {work.what.trained}",
-        steps=config.stage1_steps,
-        callbacks=[stable, _EachStep(work, signal)],
-        signal=signal,
-        learning_rate=config.learning_rate,
-        warmup_steps=round(0.03 * config.stage1_steps),
-    )
-    result = {
-        "steps": trained.steps,
-        "stopped": "stable" if stable.stable(trained.trainer.state) else "budget",
-        **_course([loss for _, loss in losses(trained.trainer)], config.stability_window),
-        "gate_gradient": signal.mean(),
-        "folds": signal.folds(),
-    }
-    cost = {"seconds": trained.seconds}
-    if work.keep:
-        state = work.what.state()
-        on_main_process(lambda: _finish_stage1(work, state, result, cost))
-    return {**result, **cost}
-
-
-def _finish_stage1(
-    work: Work, state: dict[str, Tensor], result: Mapping[str, Any], cost: Mapping[str, float]
-) -> None:
-    with write_folder_atomic(work.folder / work.what.folder, replace=True) as target:
-        work.what.save(target, state)
-    write_json_atomic(work.folder / "cost.json", cost)
-    write_json_atomic(work.folder / "stage1.json", result)
-
-
-def _course(losses: Sequence[float], window: int) -> dict[str, Any]:
-    """Mean loss of the first and of the last steps: as many of each, and none in both."""
-    window = max(1, min(window, len(losses) // 2))
-    first, last = losses[:window], losses[-window:]
-    return {
-        "first_window_loss": sum(first) / window,
-        "last_window_loss": sum(last) / window,
-        "loss_window": window,
-    }
+    return mask.with_provenance(spread=mask.spread())

@@ -17,7 +17,6 @@ from rich.progress import track
 
 from ila.runs.processes import on_main_process, sum_over_processes
 from ila.search import stage2
-from ila.search.adapter_updates import AdapterUpdates
 from ila.search.baselines import (
     FORWARD,
     POSITIONS,
@@ -28,8 +27,7 @@ from ila.search.baselines import (
     update_norms,
 )
 from ila.search.gate_gradients import FOLDS, LayerMean, PathGradient, SignalTrainer
-from ila.search.stage import Trained, Work, make_trainer, train_stage
-from ila.search.weight_updates import FullUpdates
+from ila.search.stage import EndedStage, Search, Updates, make_trainer, train_stage
 
 
 @dataclass(frozen=True)
@@ -50,60 +48,61 @@ class Scored:
     folds: Sequence[Sequence[float]] = field(default_factory=list)
 
 
-def score(work: Work, stage1: Mapping[str, Any]) -> Scored:
-    """Score every layer by ``work.config.method``.
+def score(search: Search, stage1: Mapping[str, Any]) -> Scored:
+    """Score every layer by ``search.config.method``.
 
     Args:
-        work: The search, its model as stage 1 left it.
+        search: The search, its model as stage 1 left it.
         stage1: What stage 1 gathered: ``gate_gradient`` and ``folds``.
     """
-    method, what = work.config.method, work.what
+    method, updates = search.config.method, search.updates
     if method == "gate_gradient":
         return Scored(dict(stage1["gate_gradient"]), folds=stage1["folds"])
     if method in POSITIONS:
-        return Scored(by_position(list(what.layers), method, work.config.seed))
+        return Scored(by_position(list(updates.layers), method, search.config.seed))
     if method == "update_norm":
-        return _update_norms(work)
+        return _update_norms(search)
     if method == "gradient_norm":
-        norms = GradientNorm(what.layers, what.adapter)
-        return _averaged(norms, _train_scores(work, SignalTrainer, signal=norms, learning_rate=0.0))
+        norms = GradientNorm(updates.layers, updates.adapter)
+        done = _train_scores(search, SignalTrainer, signal=norms, learning_rate=0.0)
+        return _averaged(norms, done)
     if method in FORWARD:
-        return _forward_scores(work)
-    with what.scored(work.config.score_init):
-        return _path_scores(work) if method == "path" else _trained_scores(work)
+        return _forward_scores(search)
+    with updates.scored(search.config.score_init):
+        return _path_scores(search) if method == "path" else _trained_scores(search)
 
 
-def parameters(what: AdapterUpdates | FullUpdates) -> dict[str, int]:
-    """Module name -> parameters that training the layer trains; R (K + N) of an adapter."""
-    found = {}
-    for name, layer in what.layers.items():
+def parameters(updates: Updates) -> dict[str, int]:
+    """Return module name -> parameters that training it trains; R (K + N) for an adapter."""
+    counts = {}
+    for name, layer in updates.layers.items():
         parts = [layer]
         if hasattr(layer, "lora_A"):
-            parts = [layer.lora_A[what.adapter], layer.lora_B[what.adapter]]
-        found[name] = sum(p.numel() for part in parts for p in part.parameters(recurse=False))
-    return found
+            parts = [layer.lora_A[updates.adapter], layer.lora_B[updates.adapter]]
+        counts[name] = sum(p.numel() for part in parts for p in part.parameters(recurse=False))
+    return counts
 
 
-def _update_norms(work: Work) -> Scored:
+def _update_norms(search: Search) -> Scored:
     began = time.perf_counter()
-    refuse_sharded(work.what.layers)
-    norms = update_norms(work.what.layers, work.what.adapter)
+    refuse_sharded(search.updates.layers)
+    norms = update_norms(search.updates.layers, search.updates.adapter)
     return Scored(norms, seconds=on_main_process(lambda: time.perf_counter() - began))
 
 
-def _forward_scores(work: Work) -> Scored:
+def _forward_scores(search: Search) -> Scored:
     """Batches forward alone, the order and placement Trainer's; too short to keep checkpoints."""
-    settings = _stage2_settings(work) | {"learning_rate": 0.0}
-    trainer, _, _ = make_trainer(work, SignalTrainer, **settings)
-    seen, steps = TokenMean(work.what.layers, work.what.adapter, work.config.method), 0
+    settings = _stage2_settings(search) | {"learning_rate": 0.0}
+    trainer, _, _ = make_trainer(search, SignalTrainer, **settings)
+    seen, steps = TokenMean(search.updates.layers, search.updates.adapter, search.config.method), 0
     loader = trainer.get_train_dataloader()
     model = trainer.model.eval()
-    bar = {"description": f"Stage 2: {work.config.method}", "disable": not work.progress}
-    batches = islice(chain.from_iterable(repeat(loader)), work.config.stage2_steps)
+    bar = {"description": f"Stage 2: {search.config.method}", "disable": not search.progress}
+    batches = islice(chain.from_iterable(repeat(loader)), search.config.stage2_steps)
     began = time.perf_counter()
     with torch.no_grad(), seen.listening(), trainer.accelerator.autocast():
         screen = Console(stderr=True)
-        for batch in track(batches, total=work.config.stage2_steps, console=screen, **bar):
+        for batch in track(batches, total=search.config.stage2_steps, console=screen, **bar):
             everything = torch.ones_like(batch["labels"])
             seen.begin(batch.get("attention_mask", everything), steps)
             model(**batch)
@@ -117,35 +116,35 @@ def _forward_scores(work: Work) -> Scored:
     return Scored(scores, steps, seconds, [fold.tolist() for fold in folds])
 
 
-def _averaged(signal: LayerMean, done: Trained) -> Scored:
+def _averaged(signal: LayerMean, done: EndedStage) -> Scored:
     return Scored(signal.mean(), done.steps, done.seconds, signal.folds())
 
 
-def _path_scores(work: Work) -> Scored:
-    path = PathGradient(work.what.layers, work.what.adapter, stage2.PATH_POINTS)
+def _path_scores(search: Search) -> Scored:
+    path = PathGradient(search.updates.layers, search.updates.adapter, stage2.PATH_POINTS)
     # The gates are set by hand; the optimiser only has to leave them alone. Not SGD: an optimiser
     # without state cannot be read back from a checkpoint of FSDP.
     settings = {"optim": "adamw_torch", "learning_rate": 0.0}
-    return _averaged(path, _train_scores(work, stage2.ScoreTrainer, signal=path, **settings))
+    return _averaged(path, _train_scores(search, stage2.ScoreTrainer, signal=path, **settings))
 
 
-def _trained_scores(work: Work) -> Scored:
-    spread = stage2.LogSpread(work.what.layers, work.what.adapter, work.log("stage2"))
-    rate = work.config.score_learning_rate
-    done = _train_scores(work, stage2.ScoreTrainer, callbacks=[spread], learning_rate=rate)
-    scores = stage2.read_scores(work.what.layers, work.what.adapter)
+def _trained_scores(search: Search) -> Scored:
+    spread = stage2.LogSpread(search.updates.layers, search.updates.adapter, search.log("stage2"))
+    rate = search.config.score_learning_rate
+    done = _train_scores(search, stage2.ScoreTrainer, callbacks=[spread], learning_rate=rate)
+    scores = stage2.read_scores(search.updates.layers, search.updates.adapter)
     return Scored(scores, done.steps, done.seconds)
 
 
-def _train_scores(work: Work, kind: type[SignalTrainer], **settings: Any) -> Trained:
-    return train_stage(work, kind, **_stage2_settings(work), **settings)
+def _train_scores(search: Search, kind: type[SignalTrainer], **settings: Any) -> EndedStage:
+    return train_stage(search, kind, **_stage2_settings(search), **settings)
 
 
-def _stage2_settings(work: Work) -> dict[str, Any]:
+def _stage2_settings(search: Search) -> dict[str, Any]:
     return {
         "stage": "stage2",
-        "title": f"Stage 2: {work.config.method}",
-        "steps": work.config.stage2_steps,
+        "title": f"Stage 2: {search.config.method}",
+        "steps": search.config.stage2_steps,
         "weight_decay": 0.0,
         "max_grad_norm": 1e30,  # clips nothing
         "lr_scheduler_type": "constant",

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from ila.models.layer import MaskedLoraLayer
 from ila.runs.processes import average_over_processes
 from ila.search.gate_gradients import SignalTrainer
-from ila.training.loop import LogFile
+from ila.training.callbacks import LogFile
 
 PATH_POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import Trainer
 
 from ila.models.open_weights import (
     CHANGED_FILE,
@@ -29,6 +29,7 @@ from ila.models.open_weights import (
     OpenTrainer,
     load_changed,
 )
+from ila.runs.metrics import LayerCounts
 from ila.search import stage2
 from ila.search.gate_gradients import LayerMean, SignalTrainer
 
@@ -54,7 +55,7 @@ class GatedLinear(OpenLinear):
         return torch.lerp(start, trained, gate.to(trained.dtype)).to(dtype)
 
 
-class FullUpdates:
+class WeightUpdates:
     """What a search scores if the layers' own weights are trained: ΔW = W − W₀ of each.
 
     Args:
@@ -66,7 +67,7 @@ class FullUpdates:
     """
 
     adapter = _SCORE
-    folder, trained = "changed", "weights"
+    folder, label = "changed", "weights"
 
     def __init__(self, opened: OpenLayers):
         if len(opened.names) != opened.total:
@@ -85,13 +86,17 @@ class FullUpdates:
         }
 
     def signal(self) -> LayerMean:
-        """What training measures of every update at no step of its own."""
+        """Return the importance that stage 1 measures for free."""
         return UpdateGradient(self.layers, self.start)
 
-    def trainer(self, kind: type[SignalTrainer]) -> partial:
-        """The kind of ``Trainer`` wanted, with checkpoints that hold what is trained alone."""
-        open_kind = {SignalTrainer: _OpenSignalTrainer, stage2.ScoreTrainer: _OpenScoreTrainer}
-        return partial(open_kind[kind], self.model)
+    def counts(self) -> LayerCounts:
+        """Return how many layers are open and how many parameters are trained."""
+        return self.opened.counts()
+
+    def trainer_class(self, kind: type[Trainer] = Trainer) -> type[Trainer]:
+        """Return the form of ``kind`` whose checkpoints hold the trained weights alone."""
+        forms = {SignalTrainer: _OpenSignalTrainer, stage2.ScoreTrainer: _OpenScoreTrainer}
+        return forms.get(kind, OpenTrainer)
 
     @contextmanager
     def scored(self, score_init: float) -> Iterator[None]:

@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,74 +14,28 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from ila.models.edit import masked_layers
-from ila.models.layer import MaskedLoraLayer
 from ila.models.open_weights import OpenLayers
 from ila.prefix.cache import PrefixCache
 from ila.runs.atomic import move_in, write_json_atomic
 from ila.runs.folder import RUN_MARKER, claim
-from ila.runs.meter import Costs
+from ila.runs.meter import StepMeter
 from ila.runs.processes import on_main_process
-from ila.search.adapter_updates import Adapter
+from ila.training.adapter import Adapter
+from ila.training.arguments import arguments
+from ila.training.callbacks import LogFile, stage_callbacks
+from ila.training.config import TrainConfig
 from ila.training.loop import (
-    LogFile,
-    arguments,
     check_dataset,
-    check_training_args,
     default_collator,
     held_out_loss,
     losses,
     resume_point,
     run,
-    stage_callbacks,
 )
+from ila.training.trained import Trained
 
 PREFIX_FOLDER = "prefix-cache"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How the chosen layers are trained. Steps are optimiser steps.
-
-    Attributes:
-        steps: Number of steps.
-        learning_rate: Peak, after 3 % warm-up, then linear decay to 0.
-        batch_size: Rows per device and step.
-        seed: Of data order and dropout.
-        save_every: Steps between checkpoints; None keeps none. Needs an ``output_dir``.
-        cache_prefix: Compute the hidden states at the first open block once per row and train on
-            those, so that forward too skips what is frozen below. True keeps them in
-            ``output_dir`` until the run is finished; a path keeps them there for other runs.
-        cache_limit_gib: Most that they may take on the disk.
-        training_args: Further ``transformers.TrainingArguments`` by name, e.g. ``bf16``; they win
-            over Trainer's defaults and must not set what a field here decides.
-    """
-
-    steps: int = 400
-    learning_rate: float = 2e-4
-    batch_size: int = 8
-    seed: int = 0
-    save_every: int | None = 50
-    cache_prefix: bool | str = False
-    cache_limit_gib: float = 20.0
-    training_args: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer ≥ 1, got {getattr(self, name)!r}")
-        if not 0.0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
-        if self.save_every is not None and self.save_every < 1:
-            raise ValueError(f"save_every must be None or ≥ 1, got {self.save_every!r}")
-        if not self.cache_limit_gib > 0:
-            raise ValueError(f"cache_limit_gib must be positive, got {self.cache_limit_gib!r}")
-        check_training_args(self.training_args, "steps")
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
-        return {**asdict(self), "training_args": dict(self.training_args)}
 
 
 def train(
@@ -124,8 +77,8 @@ def train(
     """
     config = TrainConfig() if config is None else config
     check_dataset(dataset)
-    what = peft_model if isinstance(peft_model, OpenLayers) else _Adapter(peft_model)
-    model, counts = what.model, what.counts()
+    part: Trained = peft_model if isinstance(peft_model, OpenLayers) else Adapter(peft_model)
+    model, counts = part.model, part.counts()
     collator = default_collator(model) if collator is None else collator
     if output_dir is None and resume:
         raise ValueError("resume=True needs the output_dir of the run to go on with")
@@ -137,13 +90,13 @@ def train(
             where = {"marker": "train.json", "beside": (RUN_MARKER,)}
             on_main_process(lambda: claim(out, mine, resume=resume, **where))
             if resume and on_main_process((out / "metrics.json").exists):
-                what.load(out)
+                part.load(out)
                 return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
         args = _arguments(config, out, keep=output_dir is not None)
-        costs = Costs(args.device)
+        costs = StepMeter(args.device)
         log = LogFile(out / "log.jsonl", "train") if output_dir is not None else None
         own = stage_callbacks(f"Training {name}", log, progress=progress, also_save=costs.save)
-        trainer = what.trainer(model, args, collator, dataset, callbacks=[costs, *own])
+        trainer = part.trainer_class()(model, args, collator, dataset, callbacks=[costs, *own])
         before = _held_out(trainer, held_out, collator, config, out)
         start = resume_point(out / "checkpoints", resume)
         if start is not None:
@@ -169,8 +122,8 @@ def train(
             "config": config.as_dict(),
         }
         if output_dir is not None:
-            state = what.state()
-            on_main_process(lambda: _save(what, state, out, metrics))
+            state = part.state()
+            on_main_process(lambda: _save(part, state, out, metrics))
     return metrics
 
 
@@ -187,15 +140,6 @@ def _arguments(config: TrainConfig, out: Path, *, keep: bool) -> TrainingArgumen
     )
 
 
-class _Adapter(Adapter):
-    """What is trained when it is an adapter, with the methods of ``OpenLayers``."""
-
-    trainer = Trainer
-
-    def counts(self) -> dict[str, Any]:
-        return _counts(self.model, self.adapter)
-
-
 def _dtype_text(model: nn.Module) -> str:
     packing = getattr(getattr(model, "config", None), "quantization_config", None)
     method = getattr(packing, "quantization_method", None)
@@ -207,27 +151,6 @@ def _tokens_per_step(dataset: Sequence[Mapping[str, Any]], args: TrainingArgumen
     """Tokens of an optimiser step on average, padding left out, over all devices."""
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return rows * sum(len(row["input_ids"]) for row in dataset) / len(dataset)
-
-
-def _counts(peft_model: PeftModel, adapter: str) -> dict[str, Any]:
-    layers = masked_layers(peft_model, adapter)
-    if not layers:  # PEFT's own layers: count those that hold the adapter
-        layers = {
-            n: m for n, m in peft_model.named_modules() if adapter in getattr(m, "lora_A", ())
-        }
-    is_open = [
-        not (isinstance(layer, MaskedLoraLayer) and layer.is_closed(adapter))
-        for layer in layers.values()
-    ]
-    trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
-    if trainable == 0:
-        raise ValueError("peft_model must have parameters that require grad; none does")
-    return {
-        "open_modules": sum(is_open),
-        "total_modules": len(layers),
-        "fraction_open": sum(is_open) / max(1, len(layers)),
-        "trainable_parameters": trainable,
-    }
 
 
 def _held_out(trainer, held_out, collator, config, out: Path) -> float | None:
@@ -270,9 +193,7 @@ def _prefix_cache(trainer: Trainer, config: TrainConfig, out: Path, progress: bo
     return cache
 
 
-def _save(
-    what: _Adapter | OpenLayers, state: dict[str, Tensor], out: Path, metrics: Mapping[str, Any]
-) -> None:
+def _save(part: Trained, state: dict[str, Tensor], out: Path, metrics: Mapping[str, Any]) -> None:
     """The weights, then the metrics, then the checkpoints go: each step leaves a usable folder.
 
     Each is on the disk before the next begins, so that this holds for a power failure too.
@@ -280,7 +201,7 @@ def _save(
     for left_over in out.glob(".adapter-*"):  # of a run killed while it saved
         shutil.rmtree(left_over)
     with tempfile.TemporaryDirectory(dir=out, prefix=".adapter-") as folder:
-        what.save(Path(folder), state)
+        part.save(Path(folder), state)
         move_in(folder, out)
     write_json_atomic(out / "metrics.json", metrics)
     (out / "before.json").unlink(missing_ok=True)

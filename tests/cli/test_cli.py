@@ -198,17 +198,17 @@ def test_train_resumed_after_a_kill_gives_the_same_files(train, tmp_path, monkey
     [
         (
             ("learn", "--out", "{tmp}/run"),
-            "commands.learn",
+            "commands.learn.learn",
             "; the same command with --resume goes on",
         ),
         (
             ("train", "--out", "{tmp}/run"),
-            "commands.train_selected",
+            "commands.train.train_selected",
             "; the same command with --resume",
         ),
-        (("export", "{tmp}/run", "--out", "{tmp}/e"), "commands.export", ""),
-        (("select", "{tmp}", "--top", "0.5"), "selection.select", ""),
-        (("report", "{tmp}"), "commands.report", ""),
+        (("export", "{tmp}/run", "--out", "{tmp}/e"), "commands.export.export", ""),
+        (("select", "{tmp}", "--top", "0.5"), "commands.select_share.select", ""),
+        (("report", "{tmp}"), "commands.report.report", ""),
     ],
 )
 def test_ctrl_c_says_how_to_go_on_where_that_can_be(

@@ -23,7 +23,8 @@ from transformers import LlamaForCausalLM, Trainer
 import ila
 from ila.models.layer import MaskedLoraLinear
 from ila.runs.processes import leave_process_group
-from ila.training.train import TrainConfig, train
+from ila.training.config import TrainConfig
+from ila.training.train import train
 
 WORDS = 24
 

@@ -20,7 +20,8 @@ from ila.models.open_weights import (
     open_layers,
 )
 from ila.runs.metrics import load_run
-from ila.training.train import TrainConfig, train
+from ila.training.config import TrainConfig
+from ila.training.train import train
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
 OPEN = ("model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj")
@@ -127,7 +128,7 @@ class Killed(BaseException):
 def test_a_resumed_run_ends_where_an_unbroken_one_does(opened, rows, tmp_path, monkeypatch):
     whole = train(opened(), rows, CONFIG, output_dir=tmp_path / "whole", progress=False)
 
-    from ila.training.loop import LogFile
+    from ila.training.callbacks import LogFile
 
     write, broken = LogFile.write, tmp_path / "broken"
 

@@ -14,11 +14,12 @@ import ila.prefix.state_file
 import ila.runs.atomic
 from ila.data.encoding import Collator
 from ila.masks.mask import LayerMask
-from ila.models.checkpointing import find_blocks
+from ila.models.blocks import find_blocks
 from ila.models.edit import masked_layers
 from ila.prefix.cache import PrefixCache
 from ila.prefix.state_file import CacheError, open_states, write_states
-from ila.training.train import TrainConfig, train
+from ila.training.config import TrainConfig
+from ila.training.train import train
 
 
 def ragged(count=9, seed=0):

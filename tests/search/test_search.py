@@ -19,7 +19,7 @@ from ila.search.config import SEARCHES
 from ila.search.gate_gradients import GateGradient
 from ila.search.learn import SearchConfig, learn_mask
 from ila.search.stage1 import StopWhenStable
-from ila.training.train import TrainConfig
+from ila.training.config import TrainConfig
 
 
 def adapter(model):

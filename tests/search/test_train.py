@@ -14,10 +14,11 @@ import ila.runs.meter
 from ila.data.encoding import Collator
 from ila.masks.mask import LayerMask
 from ila.models.edit import masked_layers
-from ila.runs.meter import Costs
+from ila.runs.meter import StepMeter
 from ila.runs.metrics import load_run
+from ila.training.config import TrainConfig
 from ila.training.loop import default_collator, held_out_loss
-from ila.training.train import TrainConfig, train
+from ila.training.train import train
 
 
 def quick(**changes):
@@ -241,7 +242,7 @@ def test_rows_without_labels_do_not_turn_the_held_out_loss_into_nan(make_llama, 
 
 
 def test_step_times_are_ordered_and_leave_out_the_warm_up():
-    costs = Costs(torch.device("cpu"))
+    costs = StepMeter(torch.device("cpu"))
     costs.times_ms = [900.0, 800.0, 700.0, *map(float, range(101))]
     assert costs.step_time_ms() == {"median": 50.0, "p10": 10.0, "p90": 90.0}
     costs.times_ms = [3.0, 1.0]  # a run shorter than the warm-up reports what it has
@@ -255,7 +256,7 @@ def test_costs_of_a_resumed_run_are_those_of_all_its_parts(peaks, expected, tmp_
     found = iter(peaks)
     monkeypatch.setattr(ila.runs.meter, "reset_peak", lambda device: True)
     monkeypatch.setattr(ila.runs.meter, "peak_bytes", lambda device: next(found))
-    first, second = (Costs(torch.device("cpu")) for _ in range(2))
+    first, second = (StepMeter(torch.device("cpu")) for _ in range(2))
     first.begin()
     first.times_ms = [0.1, 1 / 3]
     first.save(tmp_path)
