@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from benchmarks import sections
-from benchmarks.stamp import Reading, digest, fault, stamp
+from benchmarks.sections.stamp import Reading, digest, fault, stamp
 from ila.files import write_bytes_atomic, write_text_atomic
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks.harness.session import Options
-from benchmarks.model_cell import TRITON, ModelCell
-from benchmarks.models import Spec
+from benchmarks.model.cell import TRITON, ModelCell
+from benchmarks.model.contestants import Spec
 
 RESULT = "model"
 SHARES = (0.75, 0.3, 0.1)

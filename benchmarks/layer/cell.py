@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import contestants as c
-from benchmarks.contestants import FROZEN, OURS, PEFT, SEED, Contestant
 from benchmarks.harness.ceiling import ceiling
 from benchmarks.harness.gate import assert_within_rounding
 from benchmarks.harness.memory import peak_tensor_bytes
 from benchmarks.harness.session import Options
 from benchmarks.harness.timing import Run, calls_for, interleaved, ratio, spread
-from benchmarks.layer_truth import DTYPE, Truth
-from benchmarks.layers import shape
+from benchmarks.layer import contestants as c
+from benchmarks.layer.contestants import FROZEN, OURS, PEFT, SEED, Contestant
+from benchmarks.layer.shapes import shape
+from benchmarks.layer.truth import DTYPE, Truth
+from benchmarks.peers.installed import available
 from ila_kernels.roofline import Cost, Problem, group_backward_cost, group_forward_cost
 from ila_kernels.roofline import time_bound_ms as time_bound
 from ila_kernels.testing import Inputs, make_inputs
@@ -70,7 +71,7 @@ class LayerCell:
             found.insert(2, ONE_BY_ONE)
         if plain:
             found += [BASE_DTYPE, "addmm"] + [COMPILED] * (self.compiled and not several)
-            found += c.peers.available() if not several else []
+            found += available() if not several else []
         if cuda and not self.packed and self.gate != "closed":
             found.append(TRITON)
         return found
@@ -188,11 +189,11 @@ class LayerCell:
             try:
                 self._compare(zs, builders[name](), truth)
             except AssertionError as error:
-                if name not in c.peers.available():
+                if name not in available():
                     raise AssertionError(f"{name}: {error}") from error
                 self._leave_out(name, error)
             except Exception as error:
-                if name not in c.peers.available():
+                if name not in available():
                     raise
                 self._leave_out(name, error)
 

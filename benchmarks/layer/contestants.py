@@ -17,8 +17,8 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import peers
-from benchmarks.addmm import addmm_lora
+from benchmarks.peers import installed
+from benchmarks.peers.addmm import addmm_lora
 from ila.layer import MaskedLoraLinear
 from ila_kernels import masked_lora_linear, masked_lora_linear_group
 from ila_kernels.dropout import draw_seed, keep_mask
@@ -189,5 +189,5 @@ def installed_peers(zs: Sequence[Inputs]) -> dict[str, Callable[[], Contestant]]
     """What builds each peer that is installed; adapters in the dtype of x, as they want them."""
     return {
         name: lambda load=load: of_function(zs, load(), "addmm", zs[0].x.dtype)
-        for name, load in peers.available().items()
+        for name, load in installed.available().items()
     }

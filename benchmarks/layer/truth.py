@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks import contestants as c
-from benchmarks.contestants import Contestant
+from benchmarks.layer import contestants as c
+from benchmarks.layer.contestants import Contestant
 from ila_kernels import reference
 from ila_kernels.quant import Packed4bit
 from ila_kernels.testing import Inputs

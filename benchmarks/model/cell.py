@@ -23,8 +23,8 @@ from benchmarks.harness.gate import assert_gradients, assert_within_rounding
 from benchmarks.harness.memory import peak_tensor_bytes
 from benchmarks.harness.session import Options, Row
 from benchmarks.harness.timing import Run, interleaved, ratio, spread
-from benchmarks.material import Material, base_model
-from benchmarks.models import BASE_DTYPE, Spec, build, layer_names, mask_of
+from benchmarks.model.contestants import BASE_DTYPE, Spec, build, layer_names, mask_of
+from benchmarks.model.material import Material, base_model
 from ila.prefix import PrefixCache
 from ila_kernels import prefer
 

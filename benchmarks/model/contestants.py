@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import ila
-from benchmarks.addmm import addmm_lora
+from benchmarks.peers.addmm import addmm_lora
 from ila.checkpointing import find_blocks
 from ila.model import masked_layers
 

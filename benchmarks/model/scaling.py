@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.fit import fitted
 from benchmarks.harness.session import Options, Row
+from benchmarks.harness.slopes import fitted
 from benchmarks.harness.timing import interleaved, spread
-from benchmarks.material import base_model
-from benchmarks.model_cell import ModelCell
-from benchmarks.models import Spec, share_copy
+from benchmarks.model.cell import ModelCell
+from benchmarks.model.contestants import Spec, share_copy
+from benchmarks.model.material import base_model
 from ila.checkpointing import find_blocks
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from benchmarks.harness.gate import assert_gradients
 from benchmarks.harness.session import Row
 from benchmarks.harness.timing import Run
-from benchmarks.model_cell import LEARNING_RATE, ModelCell
-from benchmarks.models import Spec, build
+from benchmarks.model.cell import LEARNING_RATE, ModelCell
+from benchmarks.model.contestants import Spec, build
 from ila.model import masked_layers
 from ila.search import SearchConfig
 from ila.signals import GateGradient, LayerMean, PathGradient

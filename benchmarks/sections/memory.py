@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fits import at, longest, total
+from benchmarks.memory.capacity import at, longest, total
 from benchmarks.sections import memory_figures
 from benchmarks.sections.common import picture, table
 from benchmarks.sections.memory_counts import (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.fits import STANDING, at, total
+from benchmarks.memory.capacity import STANDING, at, total
 from benchmarks.sections.common import (
     BLUE,
     FAINT,

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.agreement import halves
 from benchmarks.sections import study_figures
 from benchmarks.sections.common import picture, table
 from benchmarks.sections.study_claims import RULE, claims
 from benchmarks.sections.study_numbers import ALL, Estimate, Study, studies
+from benchmarks.study.agreement import halves
 from ila.mask import chance_jaccard
 from ila.search_config import SearchConfig
 

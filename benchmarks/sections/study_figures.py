@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.agreement import spearman
 from benchmarks.sections.common import BLUE, FAINT, INK, ORANGE, new_figure, save
 from benchmarks.sections.study_numbers import Estimate, Study
+from benchmarks.study.agreement import spearman
 from ila.mask import parse_module_name
 
 SHOWN = ("path", "ila")

@@ -13,7 +13,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import set_seed
 
-from benchmarks.study_records import Records, digest
+from benchmarks.study.records import Records, digest
 from ila.baselines import POSITIONS, UNTRAINED
 from ila.files import write_folder_atomic, write_json_atomic
 from ila.loading import find_source, load_model
