@@ -66,15 +66,15 @@ class LayerCell:
         """Names, without building anything."""
         cuda, several = self.options.device.type == "cuda", " " in self.layers
         plain = not (self.dropout or self.packed or self.gate)
-        found = [PEFT, OURS, FROZEN] if not self.packed else [PEFT, OURS]
+        names = [PEFT, OURS, FROZEN] if not self.packed else [PEFT, OURS]
         if several:
-            found.insert(2, ONE_BY_ONE)
+            names.insert(2, ONE_BY_ONE)
         if plain:
-            found += [BASE_DTYPE, "addmm"] + [COMPILED] * (self.compiled and not several)
-            found += available() if not several else []
+            names += [BASE_DTYPE, "addmm"] + [COMPILED] * (self.compiled and not several)
+            names += available() if not several else []
         if cuda and not self.packed and self.gate != "closed":
-            found.append(TRITON)
-        return found
+            names.append(TRITON)
+        return names
 
     @property
     def rounds(self) -> int:
@@ -121,7 +121,7 @@ class LayerCell:
         draws = partial(c.peft_keeps, z, p) if p else None
         our_draws = partial(c.our_keeps, z, p) if p else None
         one_by_one = partial(self._ours, zs, layers, our_draws)
-        found = {
+        builders = {
             PEFT: lambda: c.of_modules(z.x, layers, "peft", draws),
             BASE_DTYPE: lambda: c.of_modules(z.x, [c.peft_layer(z, DTYPE) for z in zs], "peft"),
             COMPILED: lambda: self._compiled(z),
@@ -131,7 +131,7 @@ class LayerCell:
             TRITON: lambda: self._triton(zs, p),
             FROZEN: lambda: c.frozen(zs),
         }
-        return found | c.installed_peers(zs)
+        return builders | c.installed_peers(zs)
 
     def _ours(self, zs, layers, draws) -> Contestant:
         if self.gate in ("open", "zero", "soft"):
@@ -168,10 +168,10 @@ class LayerCell:
     def _compare(self, zs: list[Inputs], made: Contestant, truth: Truth) -> None:
         """Compare outputs and gradients of a contestant with the reference in fp64."""
         torch.manual_seed(SEED)
-        found = _values(made, [z.dy for z in zs])
+        values = _values(made, [z.dy for z in zs])
         keeps = made.keeps() if made.keeps is not None else None
         exact, plain = truth.of(made, keeps)
-        for name, value in found.items():
+        for name, value in values.items():
             assert_within_rounding(value, exact[name], plain[name], name)
 
     def check(self) -> None:
@@ -223,13 +223,13 @@ class LayerCell:
         return rows, {name: [sum(t) / 1e3 for t in rounds] for name, rounds in times.items()}
 
     def _row(self, name, made: Contestant, phase: str, own: list[float], peft: list[float]) -> dict:
-        found = ratio(own, peft)
+        compared = ratio(own, peft)
         k, n = shape(self.model, self.layers.split()[0])
         row = {
             "model": self.model, "layers": self.layers, "m": self.m, "k": k, "n": n, "r": self.r,
             "gate": self.gate, "dropout": DROPOUT if self.dropout else 0.0, "nf4": self.packed,
             "contestant": name, "phase": phase, **spread(own),
-            "ratio_to_peft": found["median"], "p10": found["p10"], "p90": found["p90"],
+            "ratio_to_peft": compared["median"], "p10": compared["p10"], "p90": compared["p90"],
         }  # fmt: skip
         cost = None if self.packed else self._cost(made.formula, phase, "ds" in made.leaves)
         if cost is None:  # the formulas know dense weights only
@@ -260,8 +260,8 @@ class LayerCell:
 def _values(made: Contestant, dys: list[Tensor]) -> dict[str, Tensor]:
     ys = made.forward(made.leaves["dx"])
     grads = torch.autograd.grad(list(ys), list(made.leaves.values()), dys)
-    found = {f"y {i}": y.detach() for i, y in enumerate(ys)}
-    return found | dict(zip(made.leaves, grads, strict=True))
+    values = {f"y {i}": y.detach() for i, y in enumerate(ys)}
+    return values | dict(zip(made.leaves, grads, strict=True))
 
 
 def _run(made: Contestant, dys: list[Tensor]) -> Run:

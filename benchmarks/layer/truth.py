@@ -56,8 +56,8 @@ class Truth:
             leaves |= {f"dA {i}": a, f"dB {i}": b}
             ys.append(reference.masked_lora_linear(x, weight, a, b, gate, None, c.SCALE, keep, p))
         grads = torch.autograd.grad(ys, list(leaves.values()), [z.dy for z in zs])
-        found = {f"y {i}": y.detach() for i, y in enumerate(ys)}
-        return found | dict(zip(leaves, grads, strict=True))
+        values = {f"y {i}": y.detach() for i, y in enumerate(ys)}
+        return values | dict(zip(leaves, grads, strict=True))
 
     def _weight(self, z: Inputs, weight: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.packed:

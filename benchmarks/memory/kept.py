@@ -38,15 +38,15 @@ def saved_bytes(model: nn.Module, compute: Callable[[], Any]) -> dict[str, int]:
 
     with _places(model, order), saved_tensors_hooks(pack, lambda entry: entry.tensor):
         result = compute()
-    found: dict[int, tuple[str, int]] = {}
+    place_of: dict[int, tuple[str, int]] = {}
     for entry in kept:
         storage = entry.tensor.untyped_storage()
         if storage._cdata not in owned:
-            others = found.get(storage._cdata, (entry.place, 0))
-            found[storage._cdata] = (min(others[0], entry.place), storage.nbytes())
+            others = place_of.get(storage._cdata, (entry.place, 0))
+            place_of[storage._cdata] = (min(others[0], entry.place), storage.nbytes())
     del result
     counts = dict.fromkeys((*PLACES, OUTSIDE), 0)
-    for place, count in found.values():
+    for place, count in place_of.values():
         counts[place] += count
     return counts
 

@@ -70,8 +70,8 @@ class ScalingCell:
         total = {name: [sum(t) for t in rounds] for name, rounds in times.items()}
         rows: list[Row] = []
         for kind in dict.fromkeys(spec.kind for spec in self.points[0].specs):
-            found = [(p, s, total[self._title(p, s)]) for p in self.points for s in p.specs]
-            own = [(p.x, t, self._title(p, s)) for p, s, t in found if s.kind == kind]
+            timed = [(p, s, total[self._title(p, s)]) for p in self.points for s in p.specs]
+            own = [(p.x, t, self._title(p, s)) for p, s, t in timed if s.kind == kind]
             shared = {"sweep": self.name, "unit": self.unit, "kind": kind}
             rows += [
                 shared | {"contestant": title, "x": x} | spread(times) for x, times, title in own

@@ -99,7 +99,7 @@ def ways(
     score_lr: Sequence[float],
 ) -> list[Way]:
     """Every method with every option that it depends on, the first options first."""
-    found = {}
+    distinct = {}
     for method in methods:
         name = method.split("-")[0]
         marks = milestones if name not in UNTRAINED else [None]
@@ -109,8 +109,8 @@ def ways(
             for count in counts:
                 for start in starts:
                     for rate in rates:
-                        found[Way(method, mark, count, start, rate)] = None
-    return list(found)
+                        distinct[Way(method, mark, count, start, rate)] = None
+    return list(distinct)
 
 
 class Bench:
@@ -316,9 +316,9 @@ def within(mask: LayerMask, sizes: Mapping[str, int], share: float) -> dict[str,
     return gates
 
 
-def _keep(what: Any, state: Any, folder: Path, free: Mapping[str, Any]) -> None:
+def _keep(adapter: Any, state: Any, folder: Path, free: Mapping[str, Any]) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     with write_folder_atomic(folder) as target:
-        what.save(target, state)
+        adapter.save(target, state)
         write_json_atomic(target / "signal.json", free)

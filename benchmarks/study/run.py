@@ -91,8 +91,8 @@ def masks(bench: Bench, options: argparse.Namespace, screen: Console) -> None:
         for data in bench.plan.data:
             bench.base(data, seed)
             for way in ways(options.methods, *grid):
-                found = bench.mask(data, seed, way, options.milestones)
-                cost = found["cost"]["scores"]["seconds"]
+                mask = bench.mask(data, seed, way, options.milestones)
+                cost = mask["cost"]["scores"]["seconds"]
                 screen.print(f"mask {data} {seed} {way.key()}: {cost:.1f} s", highlight=False)
 
 
