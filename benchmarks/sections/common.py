@@ -43,8 +43,8 @@ def placed(name: str) -> str:
     Result files call them top, and the first ones bottom. A mask's top is its best layers, so pages
     and figures use other words.
 
-    >>> placed("ours, 30% top, cache"), placed("ours, 30 % at the bottom"), placed("below the top 30%")
-    ('ours, last 30 %, cache', 'ours, first 30 %', 'below the last 30 %')
+    >>> placed("ours, 30% top"), placed("ours, 30 % at the bottom"), placed("below the top 30%")
+    ('ours, last 30 %', 'ours, first 30 %', 'below the last 30 %')
     """
 
     def words(match: re.Match[str]) -> str:
