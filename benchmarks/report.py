@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from benchmarks import sections
-from benchmarks.stamp import Reading, digest, fault, stamp
+from benchmarks.sections.stamp import Reading, digest, fault, stamp
 from ila.runs.atomic import write_bytes_atomic, write_text_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,11 +68,11 @@ def find_sections() -> list[ModuleType]:
     """Import every section, in the order in which pages show them."""
     names = [module.name for module in pkgutil.iter_modules(sections.__path__)]
     modules = [importlib.import_module(f"{sections.__name__}.{name}") for name in names]
-    found = [module for module in modules if hasattr(module, "markdown")]
-    for module in found:
+    shown = [module for module in modules if hasattr(module, "markdown")]
+    for module in shown:
         if page_of(module) not in PAGES:
             raise ValueError(f"{module.__name__}: PAGE must be one of {', '.join(PAGES)}")
-    return sorted(found, key=lambda module: (getattr(module, "ORDER", 50), module.__name__))
+    return sorted(shown, key=lambda module: (getattr(module, "ORDER", 50), module.__name__))
 
 
 def page_of(section: ModuleType) -> str:
@@ -98,9 +98,9 @@ def sources_of(section: ModuleType) -> list[bytes]:
     return [path.read_text(encoding="utf-8").encode() for path in beside]
 
 
-def section_text(section: ModuleType, found: Mapping[str, Any], pictures: list[str]) -> list[str]:
+def section_text(section: ModuleType, content: Mapping[str, Any], pictures: list[str]) -> list[str]:
     """Heading, paragraphs, and the pictures that no paragraph shows."""
-    parts = section.markdown(found)
+    parts = section.markdown(content)
     if not parts:
         return []
     title = getattr(section, "TITLE", None) or section.__doc__.splitlines()[0].rstrip(".")

@@ -9,7 +9,8 @@ from torch._subclasses import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ila
-from benchmarks import saved_bytes
+from benchmarks.memory.kept import saved_bytes
+from benchmarks.memory.true_size import fake
 from ila.price.costs import ceiling_price, memory_table, parameter_table, time_table
 from ila.price.shapes import Shape
 from ila_kernels.roofline import CEILINGS
@@ -49,9 +50,9 @@ def held(model: torch.nn.Module, opened: set[str]) -> int:
     ila.apply_mask(model, ila.LayerMask(dict.fromkeys(names, 0.0), {n: n in opened for n in names}))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     with FakeTensorMode():
-        saved_bytes.fake(model)
+        fake(model)
         ids = torch.zeros(ROWS, LENGTH, dtype=torch.long)
-        kept = saved_bytes.saved_bytes(model, lambda: model(input_ids=ids, labels=ids).loss)
+        kept = saved_bytes(model, lambda: model(input_ids=ids, labels=ids).loss)
     return frozen + 12 * trained + sum(kept.values())
 
 

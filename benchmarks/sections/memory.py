@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fits import at, longest, total
+from benchmarks.memory.capacity import at, longest, total
 from benchmarks.sections import memory_figures
-from benchmarks.sections.common import picture, table
+from benchmarks.sections.common import picture, placed, table
 from benchmarks.sections.memory_counts import (
     BASES,
     CARDS_GB,
@@ -45,9 +45,9 @@ IN_SUMMARY = (
 )
 
 
-def parts_table(found: Mapping[str, Any], model: str, base: str) -> str:
+def parts_table(results: Mapping[str, Any], model: str, base: str) -> str:
     """Bytes by part at one length, without checkpoints; the last column with them."""
-    plain, short = (chosen(found, model, base, on) for on in (False, True))
+    plain, short = (chosen(results, model, base, on) for on in (False, True))
     rows = []
     for key in (key for key in ROWS if key in plain):
         row = plain[key]
@@ -58,9 +58,9 @@ def parts_table(found: Mapping[str, Any], model: str, base: str) -> str:
     return table(["", *names], rows)
 
 
-def cards_table(found: Mapping[str, Any], model: str, base: str) -> str:
+def cards_table(results: Mapping[str, Any], model: str, base: str) -> str:
     """The longest row of tokens for each card, without checkpoints and with them."""
-    tables = [chosen(found, model, base, on) for on in (False, True)]
+    tables = [chosen(results, model, base, on) for on in (False, True)]
     header = [f"{card} GB{how}" for how in ("", ", checkpoints") for card in CARDS_GB]
     rows = []
     for key in (key for key in ROWS if key in tables[0]):
@@ -69,11 +69,11 @@ def cards_table(found: Mapping[str, Any], model: str, base: str) -> str:
     return table(["", *header], rows)
 
 
-def peaks(found: Mapping[str, Any], model: str) -> str:
+def peaks(results: Mapping[str, Any], model: str) -> str:
     """How far the contestants are apart without and with gradient checkpointing, in a sentence."""
     ranges = []
     for checkpointing in (False, True):
-        rows = chosen(found, model, "bf16", checkpointing)
+        rows = chosen(results, model, "bf16", checkpointing)
         sizes = [total(rows[key], TOKENS) / GB for key in ROWS if key in rows]
         ranges.append(f"{min(sizes):.1f} to {max(sizes):.1f} GB")
     return (
@@ -84,10 +84,10 @@ def peaks(found: Mapping[str, Any], model: str) -> str:
     )
 
 
-def spread(found: Mapping[str, Any]) -> list[str]:
+def spread(results: Mapping[str, Any]) -> list[str]:
     """How far the scatterings of different seeds are apart."""
     cases: dict[tuple, list[int]] = {}
-    for r in found["rows"]:
+    for r in results["rows"]:
         if r["position"] == "scattered" and r["contestant"] == OURS and not r["checkpointing"]:
             if r["base"] == "bf16":
                 cases.setdefault((r["model"], r["share"]), []).append(at(r["kept"], TOKENS))
@@ -101,14 +101,14 @@ def spread(found: Mapping[str, Any]) -> list[str]:
     return [f"Kept over three random scatterings of the open layers: {'; '.join(ranges)}."]
 
 
-def checked(found: Mapping[str, Any]) -> list[str]:
+def checked(results: Mapping[str, Any]) -> list[str]:
     """The count beside a real step."""
-    if "memory-check" not in found:
+    if "memory-check" not in results:
         return []
-    result = found["memory-check"]
+    result = results["memory-check"]
     options, rows = result["options"], []
     for row in result["rows"]:
-        name = row["contestant"] + (", checkpoints" if row["checkpointing"] else "")
+        name = placed(row["contestant"]) + (", checkpoints" if row["checkpointing"] else "")
         counted, measured = row["counted"], row["measured"]
         cells = []
         for key in ("optimizer", "kept", "peak"):
@@ -128,10 +128,10 @@ def checked(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def markdown(found: Mapping[str, Any]) -> list[str]:
-    if "memory" not in found:
-        return checked(found)
-    result = found["memory"]
+def markdown(results: Mapping[str, Any]) -> list[str]:
+    if "memory" not in results:
+        return checked(results)
+    result = results["memory"]
     models = [
         m for m in sorted(NAMES, key=FIRST.__ne__) if any(r["model"] == m for r in result["rows"])
     ]
@@ -157,7 +157,7 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
         for base in BASES:
             parts += _model(result, model, base)
         parts += ["</details>"] if folded else []
-    return [*parts, *spread(result), *checked(found)]
+    return [*parts, *spread(result), *checked(results)]
 
 
 def _model(result: Mapping[str, Any], model: str, base: str) -> list[str]:
@@ -179,10 +179,10 @@ def _model(result: Mapping[str, Any], model: str, base: str) -> list[str]:
     ]
 
 
-def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
-    if "memory" not in found:
+def figures(results: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
+    if "memory" not in results:
         return {}
-    result = found["memory"]
+    result = results["memory"]
     return {
         name.format(base=base): partial(draw, result, FIRST, base)
         for base in BASES
@@ -191,10 +191,10 @@ def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
     }
 
 
-def summary(found: Mapping[str, Any]) -> list[str]:
-    if "memory" not in found:
+def summary(results: Mapping[str, Any]) -> list[str]:
+    if "memory" not in results:
         return []
-    bases = {base: chosen(found["memory"], FIRST, base, False) for base in BASES}
+    bases = {base: chosen(results["memory"], FIRST, base, False) for base in BASES}
     rows = []
     for key in IN_SUMMARY:
         lora, qlora = (bases[base][key] for base in ("bf16", "nf4"))

@@ -18,9 +18,9 @@ FIGURE = "pareto.png"
 _ALL, _BLUE, _ORANGE = "all layers", "#2f6db3", "#d9822b"
 
 
-def markdown(found: Mapping[str, Any]) -> list[str]:
+def markdown(results: Mapping[str, Any]) -> list[str]:
     """The paragraphs of the page; none where nothing was measured."""
-    result = found.get("budget")
+    result = results.get("budget")
     if result is None:
         return []
     options, where = result["options"], result["speed"]["measured"]
@@ -45,9 +45,9 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def summary(found: Mapping[str, Any]) -> list[str]:
+def summary(results: Mapping[str, Any]) -> list[str]:
     """What the README shows: the comparisons."""
-    result = found.get("budget")
+    result = results.get("budget")
     if result is None or not comparisons(result):
         return []
     options = result["options"]
@@ -60,7 +60,7 @@ def summary(found: Mapping[str, Any]) -> list[str]:
 
 def comparisons(result: Mapping[str, Any]) -> list[str]:
     """A sentence for each budget: how far it is ahead of its rivals, seed by seed."""
-    found, step_ms = [], result["step_ms"]
+    lines, step_ms = [], result["step_ms"]
     for name in result["contestants"]:
         if not name.startswith("as top "):
             continue
@@ -72,11 +72,11 @@ def comparisons(result: Mapping[str, Any]) -> list[str]:
         ]
         took = step_ms[name] / step_ms[plain]
         if parts:
-            found.append(
+            lines.append(
                 f"- {_title(name).capitalize()}, whose step took {took:.2f} of the plain one's: "
                 f"held-out loss {' and '.join(parts)}."
             )
-    return found
+    return lines
 
 
 def _pairs(result: Mapping[str, Any], name: str, rival: str) -> list[tuple[str, float, float]]:
@@ -90,9 +90,9 @@ def _gains(result: Mapping[str, Any], name: str, rival: str) -> str:
     return f"{each} (seed {', '.join(seed for seed, _, _ in pairs)})"
 
 
-def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
+def figures(results: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
     """The Pareto curve with the sets that were trained."""
-    result = found.get("budget")
+    result = results.get("budget")
     return {} if result is None else {FIGURE: lambda path: _draw(result, path)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.sections.common import gib, table
+from benchmarks.sections.common import gib, placed, table
 
 TITLE = "What a step keeps for backward"
 ORDER = 30
@@ -22,13 +22,13 @@ def _said(result: Mapping[str, Any]) -> str:
     )
 
 
-def markdown(found: Mapping[str, Any]) -> list[str]:
-    if "saved-bytes" not in found:
+def markdown(results: Mapping[str, Any]) -> list[str]:
+    if "saved-bytes" not in results:
         return []
-    result = found["saved-bytes"]
+    result = results["saved-bytes"]
     places = list(next(iter(result["rows"].values()))["by_place"])
     rows = [
-        [name, gib(row["bytes"]), *(gib(row["by_place"][place]) for place in places)]
+        [placed(name), gib(row["bytes"]), *(gib(row["by_place"][place]) for place in places)]
         for name, row in result["rows"].items()
     ]
     return [
@@ -39,10 +39,10 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def summary(found: Mapping[str, Any]) -> list[str]:
+def summary(results: Mapping[str, Any]) -> list[str]:
     """The table without places, where nothing else in the README speaks of memory."""
-    if "saved-bytes" not in found or "memory" in found:
+    if "saved-bytes" not in results or "memory" in results:
         return []
-    result = found["saved-bytes"]
-    rows = [[name, gib(row["bytes"])] for name, row in result["rows"].items()]
+    result = results["saved-bytes"]
+    rows = [[placed(name), gib(row["bytes"])] for name, row in result["rows"].items()]
     return [_said(result), table(["", "kept"], rows)]

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import ila
-from benchmarks.addmm import addmm_lora
+from benchmarks.peers.addmm import addmm_lora
 from ila.models.blocks import find_blocks
 from ila.models.edit import masked_layers
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks import contestants as c
-from benchmarks.contestants import Contestant
+from benchmarks.layer import contestants as c
+from benchmarks.layer.contestants import Contestant
 from ila_kernels import reference
 from ila_kernels.quant import Packed4bit
 from ila_kernels.testing import Inputs
@@ -56,8 +56,8 @@ class Truth:
             leaves |= {f"dA {i}": a, f"dB {i}": b}
             ys.append(reference.masked_lora_linear(x, weight, a, b, gate, None, c.SCALE, keep, p))
         grads = torch.autograd.grad(ys, list(leaves.values()), [z.dy for z in zs])
-        found = {f"y {i}": y.detach() for i, y in enumerate(ys)}
-        return found | dict(zip(leaves, grads, strict=True))
+        values = {f"y {i}": y.detach() for i, y in enumerate(ys)}
+        return values | dict(zip(leaves, grads, strict=True))
 
     def _weight(self, z: Inputs, weight: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.packed:

@@ -13,8 +13,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import set_seed
 
-from benchmarks.study_records import Records, digest
-from ila.commands.inputs import Inputs, Prepared, prepare, run_stage1, versions
+from benchmarks.study.records import Records, digest
+from ila.commands.inputs import Inputs, Prepared, attach_adapter, prepare, versions
 from ila.masks.mask import LayerMask
 from ila.models.edit import apply_mask
 from ila.models.loading import find_source, load_model
@@ -22,7 +22,7 @@ from ila.runs.atomic import write_folder_atomic, write_json_atomic
 from ila.runs.processes import on_main_process, processes
 from ila.search.baselines import POSITIONS, UNTRAINED
 from ila.search.learn import SearchConfig, begin, mask_of, score
-from ila.search.stage1 import run_stage1 as train_adapter
+from ila.search.stage1 import run_stage1
 from ila.training.config import TrainConfig
 from ila.training.loop import held_out_loss
 from ila.training.train import train
@@ -100,7 +100,7 @@ def ways(
     score_lr: Sequence[float],
 ) -> list[Way]:
     """Every method with every option that it depends on, the first options first."""
-    found = {}
+    distinct = {}
     for method in methods:
         name = method.split("-")[0]
         marks = milestones if name not in UNTRAINED else [None]
@@ -110,8 +110,8 @@ def ways(
             for count in counts:
                 for start in starts:
                     for rate in rates:
-                        found[Way(method, mark, count, start, rate)] = None
-    return list(found)
+                        distinct[Way(method, mark, count, start, rate)] = None
+    return list(distinct)
 
 
 class Bench:
@@ -138,7 +138,7 @@ class Bench:
         source = find_source(self.plan.model)
         model = load_model(source, self.plan.dtype, None, processes().device)
         set_seed(seed)
-        return run_stage1(model, self.plan.inputs(data, seed))
+        return attach_adapter(model, self.plan.inputs(data, seed))
 
     def loss(self, model: PeftModel, data: str, seed: int) -> float:
         rows = self.rows(data, seed)
@@ -182,14 +182,14 @@ class Bench:
 
         def keep(step: int, signal: Any) -> None:
             if step in missing:
-                state = work.what.state()
+                state = work.updates.state()
                 seconds = time.perf_counter() - began
                 free = {"gate_gradient": signal.mean(), "folds": signal.folds()}
                 free |= {"steps": step, "seconds": seconds}
-                on_main_process(lambda: _keep(work.what, state, folder / f"step-{step}", free))
+                on_main_process(lambda: _keep(work.updates, state, folder / f"step-{step}", free))
 
         work = self._begin(model, rows, Way("gate_gradient"), seed, after_step=keep)
-        done = train_adapter(work)
+        done = run_stage1(work)
         names = ("steps", "first_window_loss", "last_window_loss", "loss_window", "seconds")
         result = {name: done[name] for name in names}
         result["held_out_loss"] = self.loss(model, data, seed)
@@ -238,7 +238,7 @@ class Bench:
         model = self.fresh(data, seed)
         work = self._begin(model, rows, way, seed)
         if folder is not None:
-            work.what.load(folder)
+            work.updates.load(folder)
         mask = mask_of(work, stage1, score(work, stage1))
         self._layers(mask)
         said = mask.provenance
@@ -317,9 +317,9 @@ def within(mask: LayerMask, sizes: Mapping[str, int], share: float) -> dict[str,
     return gates
 
 
-def _keep(what: Any, state: Any, folder: Path, free: Mapping[str, Any]) -> None:
+def _keep(adapter: Any, state: Any, folder: Path, free: Mapping[str, Any]) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     with write_folder_atomic(folder) as target:
-        what.save(target, state)
+        adapter.save(target, state)
         write_json_atomic(target / "signal.json", free)

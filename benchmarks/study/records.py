@@ -59,13 +59,13 @@ class Records:
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
             os.truncate(self.path, whole)
-        found = []
+        lines = []
         for number, line in enumerate(data[:whole].decode("utf-8").splitlines(), 1):
             try:
-                found.append(json.loads(line))
+                lines.append(json.loads(line))
             except ValueError as error:
                 raise ValueError(f"{self.path}, line {number} is no JSON: {error}") from error
-        return found
+        return lines
 
     def get(self, kind: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """The result of a cell; None if it is not finished."""

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.sections import common
-from benchmarks.stamp import Reading, fault, stamp
+from benchmarks.sections.stamp import Reading, fault, stamp
 
 PAGE = f"# By hand\n\n{report.BEGIN}\n{report.END}\n\nLast.\n"
 SVG = b"<svg></svg>\n"

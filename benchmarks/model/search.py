@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from benchmarks.harness.gate import assert_gradients
 from benchmarks.harness.session import Row
 from benchmarks.harness.timing import Run
-from benchmarks.model_cell import LEARNING_RATE, ModelCell
-from benchmarks.models import Spec, build
+from benchmarks.model.cell import LEARNING_RATE, ModelCell
+from benchmarks.model.contestants import Spec, build
 from ila.models.edit import masked_layers
 from ila.search.gate_gradients import GateGradient, LayerMean, PathGradient
 from ila.search.learn import SearchConfig
@@ -49,8 +49,8 @@ class SearchCell(ModelCell):
         layers = masked_layers(model, "default")
         with scored(model, layers, "default", SearchConfig().score_init):
             model(**self.material(0)).loss.backward()
-            found = [layer.lora_score["default"].grad for layer in layers.values()]
-        actual = {"the scores": torch.cat(found)}
+            gradients = [layer.lora_score["default"].grad for layer in layers.values()]
+        actual = {"the scores": torch.cat(gradients)}
         assert_gradients(actual, exact, plain, self.base.dtype)
 
     def _score_gradients(self) -> list[dict[str, Tensor]]:
@@ -65,11 +65,11 @@ class SearchCell(ModelCell):
             for parameter in named.values():
                 parameter.data.mul_(gamma)
 
-        found = []
+        by_dtype = []
         for (_, gradients), b in zip(self.reference(Spec("ours"), fold), bs, strict=True):
             products = torch.stack([(gradients[n].double() * b[n]).sum() for n in b])
-            found.append({"the scores": products * gamma * (1.0 - gamma)})
-        return found
+            by_dtype.append({"the scores": products * gamma * (1.0 - gamma)})
+        return by_dtype
 
     def run_of(self, spec: Spec, stack: ExitStack) -> Run:
         if spec.kind not in (STAGE1, PATH, TRAINED):
@@ -119,7 +119,7 @@ def totals(rows: Sequence[Row]) -> list[Row]:
     T steps, once T of ``ila train`` and once the T of which s₁ is a quarter.
     """
     ms = {row["contestant"]: row["median_ms"] for row in rows}
-    config, found = SearchConfig(), []
+    config, lines = SearchConfig(), []
     runs = (TrainConfig().steps, round(config.stage1_steps / STAGE1_SHARE))
     for method, stage2 in METHODS.items():
         steps = config.stage2_steps if stage2 is not None else 0
@@ -131,5 +131,5 @@ def totals(rows: Sequence[Row]) -> list[Row]:
         }  # fmt: skip
         row["shares"] = {str(t): {"ours": whole / (t * ms["ours"]),
                                   "PEFT": whole / (t * ms["PEFT"])} for t in runs}  # fmt: skip
-        found.append(row)
-    return found
+        lines.append(row)
+    return lines

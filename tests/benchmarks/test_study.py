@@ -7,12 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import agreement, study
 from benchmarks.sections import study as section
 from benchmarks.sections.study_claims import FAILS, HOLDS, OPEN, claims, verdict
 from benchmarks.sections.study_numbers import Estimate, Study
-from benchmarks.study_cells import ways, within
-from benchmarks.study_records import Records
+from benchmarks.study import agreement
+from benchmarks.study import run as study
+from benchmarks.study.cells import ways, within
+from benchmarks.study.records import Records
 from ila.masks.mask import LayerMask
 
 # ---- records
@@ -268,7 +269,7 @@ def test_a_loss_is_compared_with_that_of_the_same_data_and_seed(finished):
 RANKS = """
 import gc, sys
 import torch
-from benchmarks import study
+from benchmarks.study import run as study
 torch.set_num_threads(1)
 gc.freeze()
 study.run(study.parse(sys.argv[1:]))

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.fit import fitted
 from benchmarks.harness.busy import Busy
 from benchmarks.harness.gate import GateRedError, assert_gradients
 from benchmarks.harness.memory import peak_tensor_bytes
 from benchmarks.harness.session import Options, Session
+from benchmarks.harness.slopes import fitted
 from benchmarks.harness.timing import Watch, interleaved, ratio
-from benchmarks.layer_cell import LayerCell
-from benchmarks.models import PREFIX, mask_of, whole_blocks
+from benchmarks.layer.cell import LayerCell
+from benchmarks.model.contestants import PREFIX, mask_of, whole_blocks
 from benchmarks.report import Results, pictures_of
 from benchmarks.sections import layer, model, scaling, search_cost
 from ila_kernels import eager
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 # A plugin that lets the update of the eager path be a tenth too large, as a wrong kernel might.
 BREAKAGE = """
 from ila_kernels import eager

@@ -67,13 +67,13 @@ def halves(folds: Sequence) -> float | None:
     parts = np.asarray(folds, float)
     if len(parts) < 4:
         return None
-    found = []
+    rhos = []
     for bits in range(1 << (len(parts) - 1)):
         first = np.array([bits >> i & 1 for i in range(len(parts))], bool)
         if first.sum() == len(parts) // 2:
-            found.append(spearman(parts[first].mean(0), parts[~first].mean(0)))
-    found = [rho for rho in found if np.isfinite(rho)]
-    return round(float(np.mean(found)), 4) if found else None
+            rhos.append(spearman(parts[first].mean(0), parts[~first].mean(0)))
+    rhos = [rho for rho in rhos if np.isfinite(rho)]
+    return round(float(np.mean(rhos)), 4) if rhos else None
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:

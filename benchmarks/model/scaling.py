@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.fit import fitted
 from benchmarks.harness.session import Options, Row
+from benchmarks.harness.slopes import fitted
 from benchmarks.harness.timing import interleaved, spread
-from benchmarks.material import base_model
-from benchmarks.model_cell import ModelCell
-from benchmarks.models import Spec, share_copy
+from benchmarks.model.cell import ModelCell
+from benchmarks.model.contestants import Spec, share_copy
+from benchmarks.model.material import base_model
 from ila.models.blocks import find_blocks
 
 
@@ -70,8 +70,8 @@ class ScalingCell:
         total = {name: [sum(t) for t in rounds] for name, rounds in times.items()}
         rows: list[Row] = []
         for kind in dict.fromkeys(spec.kind for spec in self.points[0].specs):
-            found = [(p, s, total[self._title(p, s)]) for p in self.points for s in p.specs]
-            own = [(p.x, t, self._title(p, s)) for p, s, t in found if s.kind == kind]
+            timed = [(p, s, total[self._title(p, s)]) for p in self.points for s in p.specs]
+            own = [(p.x, t, self._title(p, s)) for p, s, t in timed if s.kind == kind]
             shared = {"sweep": self.name, "unit": self.unit, "kind": kind}
             rows += [
                 shared | {"contestant": title, "x": x} | spread(times) for x, times, title in own

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import contestants as c
-from benchmarks.contestants import FROZEN, OURS, PEFT, SEED, Contestant
 from benchmarks.harness.ceiling import ceiling
 from benchmarks.harness.gate import assert_within_rounding
 from benchmarks.harness.memory import peak_tensor_bytes
 from benchmarks.harness.session import Options
 from benchmarks.harness.timing import Run, calls_for, interleaved, ratio, spread
-from benchmarks.layer_truth import DTYPE, Truth
-from benchmarks.layers import shape
+from benchmarks.layer import contestants as c
+from benchmarks.layer.contestants import FROZEN, OURS, PEFT, SEED, Contestant
+from benchmarks.layer.shapes import shape
+from benchmarks.layer.truth import DTYPE, Truth
+from benchmarks.peers.installed import available
 from ila_kernels.roofline import Cost, Problem, group_backward_cost, group_forward_cost
 from ila_kernels.roofline import time_bound_ms as time_bound
 from ila_kernels.testing import Inputs, make_inputs
@@ -65,15 +66,15 @@ class LayerCell:
         """Names, without building anything."""
         cuda, several = self.options.device.type == "cuda", " " in self.layers
         plain = not (self.dropout or self.packed or self.gate)
-        found = [PEFT, OURS, FROZEN] if not self.packed else [PEFT, OURS]
+        names = [PEFT, OURS, FROZEN] if not self.packed else [PEFT, OURS]
         if several:
-            found.insert(2, ONE_BY_ONE)
+            names.insert(2, ONE_BY_ONE)
         if plain:
-            found += [BASE_DTYPE, "addmm"] + [COMPILED] * (self.compiled and not several)
-            found += c.peers.available() if not several else []
+            names += [BASE_DTYPE, "addmm"] + [COMPILED] * (self.compiled and not several)
+            names += available() if not several else []
         if cuda and not self.packed and self.gate != "closed":
-            found.append(TRITON)
-        return found
+            names.append(TRITON)
+        return names
 
     @property
     def rounds(self) -> int:
@@ -120,7 +121,7 @@ class LayerCell:
         draws = partial(c.peft_keeps, z, p) if p else None
         our_draws = partial(c.our_keeps, z, p) if p else None
         one_by_one = partial(self._ours, zs, layers, our_draws)
-        found = {
+        builders = {
             PEFT: lambda: c.of_modules(z.x, layers, "peft", draws),
             BASE_DTYPE: lambda: c.of_modules(z.x, [c.peft_layer(z, DTYPE) for z in zs], "peft"),
             COMPILED: lambda: self._compiled(z),
@@ -130,7 +131,7 @@ class LayerCell:
             TRITON: lambda: self._triton(zs, p),
             FROZEN: lambda: c.frozen(zs),
         }
-        return found | c.installed_peers(zs)
+        return builders | c.installed_peers(zs)
 
     def _ours(self, zs, layers, draws) -> Contestant:
         if self.gate in ("open", "zero", "soft"):
@@ -167,10 +168,10 @@ class LayerCell:
     def _compare(self, zs: list[Inputs], made: Contestant, truth: Truth) -> None:
         """Compare outputs and gradients of a contestant with the reference in fp64."""
         torch.manual_seed(SEED)
-        found = _values(made, [z.dy for z in zs])
+        values = _values(made, [z.dy for z in zs])
         keeps = made.keeps() if made.keeps is not None else None
         exact, plain = truth.of(made, keeps)
-        for name, value in found.items():
+        for name, value in values.items():
             assert_within_rounding(value, exact[name], plain[name], name)
 
     def check(self) -> None:
@@ -188,11 +189,11 @@ class LayerCell:
             try:
                 self._compare(zs, builders[name](), truth)
             except AssertionError as error:
-                if name not in c.peers.available():
+                if name not in available():
                     raise AssertionError(f"{name}: {error}") from error
                 self._leave_out(name, error)
             except Exception as error:
-                if name not in c.peers.available():
+                if name not in available():
                     raise
                 self._leave_out(name, error)
 
@@ -222,13 +223,13 @@ class LayerCell:
         return rows, {name: [sum(t) / 1e3 for t in rounds] for name, rounds in times.items()}
 
     def _row(self, name, made: Contestant, phase: str, own: list[float], peft: list[float]) -> dict:
-        found = ratio(own, peft)
+        compared = ratio(own, peft)
         k, n = shape(self.model, self.layers.split()[0])
         row = {
             "model": self.model, "layers": self.layers, "m": self.m, "k": k, "n": n, "r": self.r,
             "gate": self.gate, "dropout": DROPOUT if self.dropout else 0.0, "nf4": self.packed,
             "contestant": name, "phase": phase, **spread(own),
-            "ratio_to_peft": found["median"], "p10": found["p10"], "p90": found["p90"],
+            "ratio_to_peft": compared["median"], "p10": compared["p10"], "p90": compared["p90"],
         }  # fmt: skip
         cost = None if self.packed else self._cost(made.formula, phase, "ds" in made.leaves)
         if cost is None:  # the formulas know dense weights only
@@ -259,8 +260,8 @@ class LayerCell:
 def _values(made: Contestant, dys: list[Tensor]) -> dict[str, Tensor]:
     ys = made.forward(made.leaves["dx"])
     grads = torch.autograd.grad(list(ys), list(made.leaves.values()), dys)
-    found = {f"y {i}": y.detach() for i, y in enumerate(ys)}
-    return found | dict(zip(made.leaves, grads, strict=True))
+    values = {f"y {i}": y.detach() for i, y in enumerate(ys)}
+    return values | dict(zip(made.leaves, grads, strict=True))
 
 
 def _run(made: Contestant, dys: list[Tensor]) -> Run:

@@ -23,8 +23,8 @@ from benchmarks.harness.gate import assert_gradients, assert_within_rounding
 from benchmarks.harness.memory import peak_tensor_bytes
 from benchmarks.harness.session import Options, Row
 from benchmarks.harness.timing import Run, interleaved, ratio, spread
-from benchmarks.material import Material, base_model
-from benchmarks.models import BASE_DTYPE, Spec, build, layer_names, mask_of
+from benchmarks.model.contestants import BASE_DTYPE, Spec, build, layer_names, mask_of
+from benchmarks.model.material import Material, base_model
 from ila.prefix.cache import PrefixCache
 from ila_kernels import prefer
 
@@ -155,7 +155,7 @@ class ModelCell:
         loss in fp32 whatever the dtype: beside the rounding of bf16 that is nothing.
         """
         wide, narrow = Spec("PEFT", *spec.opened), Spec(BASE_DTYPE, *spec.opened)
-        found = []
+        both = []
         for spec, dtype in ((wide, torch.float64), (narrow, self.base.dtype)):
             model = build(spec, self.base, self.mask(spec), self.rank)
             if dtype == torch.float64:
@@ -163,8 +163,8 @@ class ModelCell:
             if change is not None:
                 change(model)
             loss, gradients = loss_and_gradients(model, self.material(0))
-            found.append((loss.to(dtype), gradients))
-        return found
+            both.append((loss.to(dtype), gradients))
+        return both
 
     # --- the measurement
 
@@ -194,10 +194,10 @@ class ModelCell:
         everywhere = Spec("PEFT", checkpoints=spec.checkpoints).name
         same = Spec("PEFT", *spec.opened, checkpoints=spec.checkpoints).name
         for key, other in (("peft", everywhere), ("restricted", same)):
-            found = ratio(own, total[other]) if other in total else {}
+            against = ratio(own, total[other]) if other in total else {}
             prefix = "" if key == "peft" else "restricted_"
-            row[f"ratio_to_{key}"] = found.get("median")
-            row |= {f"{prefix}{name}": found.get(name) for name in ("p10", "p90")}
+            row[f"ratio_to_{key}"] = against.get("median")
+            row |= {f"{prefix}{name}": against.get(name) for name in ("p10", "p90")}
         return row
 
 
@@ -210,8 +210,8 @@ def cached(model: nn.Module, material: Material, stack: ExitStack) -> Batches:
     stack.enter_context(cache.skipping())
 
     def batch(turn: int) -> dict[str, Tensor]:
-        found = cache.collator([cache.dataset[i] for i in material.members(turn)])
-        return {name: tensor.to(material.device) for name, tensor in found.items()}
+        tensors = cache.collator([cache.dataset[i] for i in material.members(turn)])
+        return {name: tensor.to(material.device) for name, tensor in tensors.items()}
 
     return batch
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.harness.memory import allocated
-from benchmarks.live_bytes import Bytes, bytes_of
-from benchmarks.memory import checkpoint_blocks, count, first_step
-from benchmarks.memory_rows import without_mask
-from benchmarks.saved_bytes import adapt, convert, masked, saved_bytes
+from benchmarks.memory.count import checkpoint_blocks, count, first_step
+from benchmarks.memory.kept import saved_bytes
+from benchmarks.memory.live_bytes import Bytes, bytes_of
+from benchmarks.memory.rows import without_mask
+from benchmarks.memory.true_size import adapted, converted, masked
 from ila.models.loading import find_source, load_model
 
 QUANTITIES = ("weights", "adapters", "optimizer", "gradients", "kept", "peak")
@@ -29,10 +30,10 @@ QUANTITIES = ("weights", "adapters", "optimizer", "gradients", "kept", "peak")
 def contestants() -> dict[str, Callable[[nn.Module, bool], nn.Module]]:
     """Row -> what is done to a base, which is empty (meta) or not."""
     return {
-        "PEFT": lambda base, empty: adapt(base, empty=empty),
-        "ours, all open": lambda base, empty: convert(adapt(base, empty=empty)),
+        "PEFT": lambda base, empty: adapted(base, empty=empty),
+        "ours, all open": lambda base, empty: converted(adapted(base, empty=empty)),
         "ours, 30 % at the top": lambda base, empty: masked(
-            convert(adapt(base, empty=empty)), float
+            converted(adapted(base, empty=empty)), float
         ),
     }
 
@@ -66,11 +67,11 @@ def _cases() -> Iterator[tuple[str, bool, Callable[[nn.Module, bool], nn.Module]
         yield name, True, change
 
 
-def at(found: dict[str, Any], tokens: int) -> dict[str, int]:
+def at(counted: dict[str, Any], tokens: int) -> dict[str, int]:
     """A count at one length; "peak" is beyond what stands all the time, as "kept" is."""
-    kept = Bytes(*found["kept"]).at(tokens)
-    peak = max(Bytes(*line).at(tokens) for line in found["peaks"])
-    return {key: found[key] for key in QUANTITIES[:4]} | {"kept": kept, "peak": peak}
+    kept = Bytes(*counted["kept"]).at(tokens)
+    peak = max(Bytes(*line).at(tokens) for line in counted["peaks"])
+    return {key: counted[key] for key in QUANTITIES[:4]} | {"kept": kept, "peak": peak}
 
 
 def measure(model: nn.Module, checkpointing: bool, tokens: int) -> dict[str, int]:

@@ -27,9 +27,9 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.agreement import compare, pairs
-from benchmarks.study_cells import Bench, Plan, ways
-from benchmarks.study_records import Records, digest
+from benchmarks.study.agreement import compare, pairs
+from benchmarks.study.cells import Bench, Plan, ways
+from benchmarks.study.records import Records, digest
 from ila.runs.processes import leave_process_group, leave_the_screen_to_the_main_process
 from ila.search.learn import METHODS
 
@@ -39,7 +39,9 @@ CUTS = ("count", "parameters")
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
@@ -89,8 +91,8 @@ def masks(bench: Bench, options: argparse.Namespace, screen: Console) -> None:
         for data in bench.plan.data:
             bench.base(data, seed)
             for way in ways(options.methods, *grid):
-                found = bench.mask(data, seed, way, options.milestones)
-                cost = found["cost"]["scores"]["seconds"]
+                mask = bench.mask(data, seed, way, options.milestones)
+                cost = mask["cost"]["scores"]["seconds"]
                 screen.print(f"mask {data} {seed} {way.key()}: {cost:.1f} s", highlight=False)
 
 
@@ -142,7 +144,3 @@ def run(options: argparse.Namespace) -> None:
         if "train" in parts:
             trainings(bench, options, screen)
     leave_process_group()
-
-
-if __name__ == "__main__":
-    run(parse())

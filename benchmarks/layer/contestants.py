@@ -17,9 +17,9 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import peers
-from benchmarks.addmm import addmm_lora
-from ila.models.layer import MaskedLoraLinear
+import ila
+from benchmarks.peers import installed
+from benchmarks.peers.addmm import addmm_lora
 from ila_kernels import masked_lora_linear, masked_lora_linear_group
 from ila_kernels.dropout import draw_seed, keep_mask
 from ila_kernels.testing import Inputs
@@ -85,13 +85,7 @@ def _filled(layer_class, base: nn.Module, z: Inputs, dtype, dropout: float) -> n
 def ours_of(layer: nn.Module) -> nn.Module:
     """Our layer in place of PEFT's, with weights of its own."""
     ours = copy.deepcopy(layer, {id(p): p for p in layer.get_base_layer().parameters()})
-    if type(layer) is Linear:
-        ours.__class__ = MaskedLoraLinear
-    else:
-        from ila.models.quantized import MaskedLoraLinear4bit
-
-        ours.__class__ = MaskedLoraLinear4bit
-    ours.prepare()
+    ila.convert(ours)
     return ours
 
 
@@ -189,5 +183,5 @@ def installed_peers(zs: Sequence[Inputs]) -> dict[str, Callable[[], Contestant]]
     """What builds each peer that is installed; adapters in the dtype of x, as they want them."""
     return {
         name: lambda load=load: of_function(zs, load(), "addmm", zs[0].x.dtype)
-        for name, load in peers.available().items()
+        for name, load in installed.available().items()
     }

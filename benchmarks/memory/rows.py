@@ -20,8 +20,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import ila
-from benchmarks import saved_bytes
-from benchmarks.saved_bytes import RANK, adapt, at_random, convert, in_dtype
+from benchmarks.memory import true_size
+from benchmarks.memory.true_size import RANK, adapted, at_random, converted, in_dtype, masked
 
 # Transformers makes a mask for every kind of attention that it knows masks of. A batch without
 # padding trains without one; fake tensors would get one all the same (2·T² bytes).
@@ -57,17 +57,17 @@ class Row(NamedTuple):
 
 def rows(base: str, checkpointing: bool = False) -> Iterator[Row]:
     """Every contestant; one scattering of each share but over bf16 without checkpoints."""
-    yield Row(PEFT, 1.0, "all", None, adapt)
-    yield Row(PEFT_BF16, 1.0, "all", None, lambda model: adapt(model, bf16=True))
+    yield Row(PEFT, 1.0, "all", None, adapted)
+    yield Row(PEFT_BF16, 1.0, "all", None, lambda model: adapted(model, bf16=True))
     if base == "nf4":
-        yield Row(PEFT_PREPARED, 1.0, "all", None, lambda model: adapt(_prepared(model)))
-    yield Row(OURS, 1.0, "all", None, lambda model: convert(adapt(model)))
+        yield Row(PEFT_PREPARED, 1.0, "all", None, lambda model: adapted(_prepared(model)))
+    yield Row(OURS, 1.0, "all", None, lambda model: converted(adapted(model)))
     seeds = SEEDS if base == "bf16" and not checkpointing else SEEDS[:1]
     for share in SHARES:
         for position, seed, rank_of in positions(seeds):
 
             def ours(model, rank_of=rank_of, share=share):
-                return saved_bytes.masked(convert(adapt(model)), rank_of(), share)
+                return masked(converted(adapted(model)), rank_of(), share)
 
             def peft(model, bf16=False, rank_of=rank_of, share=share):
                 return restricted(model, rank_of(), share, bf16)
@@ -92,7 +92,7 @@ def positions(
 def restricted(
     model: nn.Module, rank_of: Callable[[int], float], share: float, bf16: bool = False
 ) -> nn.Module:
-    """PEFT's adapters on the layers, by name, that ``saved_bytes.masked`` would leave open."""
+    """PEFT's adapters on the layers, by name, that ``true_size.masked`` would leave open."""
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n]
     scores = {name: rank_of(position) for position, name in enumerate(names)}
     chosen = ila.LayerMask(scores, dict.fromkeys(names, True)).top(share).open
@@ -105,7 +105,7 @@ def restricted(
 
 def build(name: str, base: str, layers: int | None = None) -> nn.Module:
     """A frozen model in bf16 on the meta device, its blocks' layers in NF4 if ``base`` says so."""
-    return without_mask(quantized(saved_bytes.build(name, layers), base))
+    return without_mask(quantized(true_size.build(name, layers), base))
 
 
 def without_mask(model: nn.Module) -> nn.Module:
@@ -137,7 +137,7 @@ def _prepared(model: nn.Module) -> nn.Module:
 
 def fake(model: nn.Module) -> list[Tensor]:
     """Make every tensor of a model fake; return all that it stores. Inside a ``FakeTensorMode``."""
-    saved_bytes.fake(model)
+    true_size.fake(model)
     scales: list[Tensor] = []
     for module in model.modules():
         if isinstance(module, Linear4bit):

@@ -57,10 +57,10 @@ class Reading(Mapping[str, Any]):
 
 def digest(*parts: bytes) -> str:
     """The first 32 hex digits of SHA-256 over the parts and their lengths."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for part in parts:
-        found.update(len(part).to_bytes(8, "big") + part)
-    return found.hexdigest()[:32]
+        sha.update(len(part).to_bytes(8, "big") + part)
+    return sha.hexdigest()[:32]
 
 
 def stamp(data: bytes, results: str) -> bytes:
