@@ -67,6 +67,14 @@ KERNELS = (
 )
 
 
+def gpu_of(target: str) -> GPUTarget:
+    """Describe a target to Triton: ``"sm_103"``, ``"gfx90a"``."""
+    if target.startswith("sm_"):
+        return GPUTarget("cuda", int(target[3:]), 32)
+    # gfx9 is CDNA, with 64 lanes in a wave; the gaming GPUs have 32.
+    return GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
+
+
 @dataclass(frozen=True)
 class Limits:
     """A target and what one of its multiprocessors has."""
@@ -78,12 +86,12 @@ class Limits:
 
 
 TARGETS = {
-    "sm_80": Limits(GPUTarget("cuda", 80, 32), 164 * 1024, 65536, 64),
-    "sm_90": Limits(GPUTarget("cuda", 90, 32), 228 * 1024, 65536, 64),
-    "sm_100": Limits(GPUTarget("cuda", 100, 32), 228 * 1024, 65536, 64),
-    "sm_120": Limits(GPUTarget("cuda", 120, 32), 100 * 1024, 65536, 48),
+    "sm_80": Limits(gpu_of("sm_80"), 164 * 1024, 65536, 64),
+    "sm_90": Limits(gpu_of("sm_90"), 228 * 1024, 65536, 64),
+    "sm_100": Limits(gpu_of("sm_100"), 228 * 1024, 65536, 64),
+    "sm_120": Limits(gpu_of("sm_120"), 100 * 1024, 65536, 48),
     # 4 SIMDs of 512 registers a lane and 8 waves each.
-    "gfx942": Limits(GPUTarget("hip", "gfx942", 64), 64 * 1024, 4 * 512 * 64, 32),
+    "gfx942": Limits(gpu_of("gfx942"), 64 * 1024, 4 * 512 * 64, 32),
 }
 
 
@@ -124,7 +132,7 @@ def make_launch(
     if name == "shrink":
         members = next((int(word) for word in options if word.isdigit()), 1)
         seeds = [seed] * members if seed else None
-        return shrink.launch(x, [a] * members, [thin] * members, seeds, p)
+        return shrink.launch(x, [a] * members, [thin] * members, seeds, p, target)
     if name in ("forward", "dx"):
         update = (thin, b.t()) if name == "forward" else (thin, a)
         u, v = (None, None) if plain else update

@@ -105,12 +105,16 @@ GEMM_16BIT: dict[str, Tile] = {
     "sm_89": _MMA_SYNC,
     # Not GEMM_SAFE: at R = 8 its dx had a K loop 9 % longer than the plain one's.
     "sm_120": _MMA_SYNC,
+    # Sisters of sm_80 and sm_120: the same instructions, and no less shared memory.
+    "sm_87": _MMA_SYNC,
+    "sm_121": _MMA_SYNC,
     # wgmma reads its operands from shared memory: a longer step over K, 96 KiB in three buffers,
     # two blocks of at most 128 registers (one in the forward at R = 8: 165). Not 128 x 256: there
     # the forward's K loop grew from 139 to 150 instructions with the update.
     "sm_90": Tile(128, 128, 64, 0, warps=8, stages=3),
     # As sm_90, with the accumulators in tensor memory: two blocks of at most 124 registers.
     "sm_100": Tile(128, 128, 64, 0, warps=8, stages=3),
+    "sm_103": Tile(128, 128, 64, 0, warps=8, stages=3),  # a sister of sm_100
 }
 # For every other GPU, and where M or N would leave most of a larger block empty: 24 KiB of shared
 # memory at most, within what every target allows.
@@ -131,8 +135,10 @@ GEMM_PERSISTENT: dict[str, Tile] = {
     # for 128 x 256 (199 to 218), which reads a quarter less through L2 for each FLOP than
     # 128 x 128. K loop: 88 instructions at most. 128 x 128 with three stages spilled at R = 8.
     "sm_100": Tile(128, 256, 64, 0, warps=8, stages=4),
+    "sm_103": Tile(128, 256, 64, 0, warps=8, stages=4),
     # 64 of 99 KiB in two buffers, one block of 156 to 189 registers.
     "sm_120": Tile(128, 128, 64, 0, warps=8, stages=3),
+    "sm_121": Tile(128, 128, 64, 0, warps=8, stages=3),
 }
 # Where the persistent form runs unasked: nowhere. It has been compiled, emulated and compared with
 # the reference, but not timed, and not run on a GPU; the pointer form takes any strides and needs

@@ -52,7 +52,7 @@ def launch(u: Tensor, x: Tensor, da: Tensor, seed: int, dropout_p: float, target
         "u_ptr": u, "x_ptr": x, "da_ptr": da, "M": m, "K": k, "R": r, "seed": seed,
         "threshold": threshold(dropout_p), "u_m": u.stride(0), "u_r": u.stride(1),
         "x_m": x.stride(0), "x_k": x.stride(1), "ROWS": ROWS_PER_PROGRAM,
-        "DTYPE": TL_DTYPES[x.dtype], "PRECISION": precision(x.dtype),
+        "DTYPE": TL_DTYPES[x.dtype], "PRECISION": precision(x.dtype, target),
         "BLOCK_M": tile.m, "BLOCK_K": tile.n, "BLOCK_R": tile.r,
     }  # fmt: skip
     grid = (triton.cdiv(k, tile.n), da.shape[0], triton.cdiv(r, tile.r))

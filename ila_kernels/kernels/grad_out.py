@@ -56,7 +56,7 @@ def launch(dy: Tensor, b: Tensor, t: Tensor, u: Tensor, db: Tensor, target: str)
         "dy_ptr": dy, "b_ptr": b, "t_ptr": t, "u_ptr": u, "db_ptr": db, "M": m, "N": n, "R": r,
         "dy_m": dy.stride(0), "dy_n": dy.stride(1), "b_n": b.stride(0), "b_r": b.stride(1),
         "t_m": t.stride(0), "t_r": t.stride(1), "ROWS": ROWS_PER_PROGRAM,
-        "DTYPE": TL_DTYPES[dy.dtype], "PRECISION": precision(dy.dtype),
+        "DTYPE": TL_DTYPES[dy.dtype], "PRECISION": precision(dy.dtype, target),
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_R": tile.r,
     }  # fmt: skip
     grid = (u.shape[0], db.shape[0], triton.cdiv(r, tile.r))

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ila_kernels.eager import Grads
 from ila_kernels.group import NO_GRADS, Member, shared_grad_a
+from ila_kernels.kernels.launch import seed_number
 from ila_kernels.kernels.linear import check_dtype, input_grad, parameter_grads
 from ila_kernels.kernels.lowrank_gemm import lowrank_gemm
 from ila_kernels.kernels.shrink import shrink
@@ -31,7 +32,7 @@ from ila_kernels.kernels.shrink import shrink
 def shrink_all(x: Tensor, members: Sequence[Member], dropout_p: float) -> list[Tensor | None]:
     """Every t = x̂ Aᵀ of the group from one pass over x, each under its member's own mask."""
     adapters = [m for m in members if m.is_open]
-    seeds = [int(m.seed) for m in adapters] if dropout_p > 0.0 else None
+    seeds = [seed_number(m.seed) for m in adapters] if dropout_p > 0.0 else None
     ts = iter(shrink(x, [m.lora_a for m in adapters], seeds, dropout_p))
     return [next(ts) if m.is_open else None for m in members]
 

@@ -16,7 +16,7 @@ from ila_kernels.eager import Grads, Needs
 from ila_kernels.group import Member
 from ila_kernels.kernels.grad_a import grad_a
 from ila_kernels.kernels.grad_out import grad_out
-from ila_kernels.kernels.launch import TL_DTYPES
+from ila_kernels.kernels.launch import TL_DTYPES, seed_number
 from ila_kernels.kernels.lowrank_gemm import lowrank_gemm
 from ila_kernels.kernels.shrink import shrink
 
@@ -41,7 +41,7 @@ def forward(
     """x (M, K), W (N, K), A (R, K), B (N, R) -> y (M, N) and t (M, R), both in the dtype of x."""
     check_dtype(x.dtype)
     with torch.cuda.device(x.device):
-        (t,) = shrink(x, [lora_a], None if seed is None else [int(seed)], dropout_p)
+        (t,) = shrink(x, [lora_a], None if seed is None else [seed_number(seed)], dropout_p)
         return lowrank_gemm(x, weight.t(), t, lora_b.t(), scale, gate, bias), t
 
 
@@ -73,7 +73,7 @@ def _adapter_grads(
         (u,) = shrink(dy, [m.lora_b.t()])
     wants_da = needs.lora_a and with_da
     if wants_da and m.seed is not None:
-        da = grad_a(u, x, int(m.seed), dropout_p, m.scale, m.gate, m.lora_a.dtype)
+        da = grad_a(u, x, seed_number(m.seed), dropout_p, m.scale, m.gate, m.lora_a.dtype)
     # What is left is one product of library GEMMs: nothing to fuse it with.
     rest = needs._replace(
         lora_a=wants_da and da is None,
@@ -91,8 +91,7 @@ def input_grad(
     dy: Tensor, u: Tensor, m: Member, dropout_p: float, out: Tensor | None = None
 ) -> Tensor:
     """dx (M, K) = dy W + γα (u A) ⊙ keep/(1−p), added to what ``out`` holds."""
-    # The seed's tensor lives on the CPU: reading it waits for nothing.
-    seed = None if m.seed is None else int(m.seed)
+    seed = None if m.seed is None else seed_number(m.seed)
     return lowrank_gemm(dy, m.weight, u, m.lora_a, m.scale, m.gate, None, seed, dropout_p, out=out)
 
 

@@ -19,6 +19,7 @@ from ila_kernels.config import ADAPTERS_PER_PASS
 from ila_kernels.eager import Needs
 from ila_kernels.group import Member
 from ila_kernels.kernels import group
+from ila_kernels.kernels.launch import is_capturing
 from ila_kernels.kernels.shrink import shrink
 
 _passed: set[tuple[torch.device, str | None]] = set()
@@ -44,11 +45,17 @@ def ensure(device: torch.device) -> None:
     Another form of the GEMM (``prefer``) is other code, so it is checked anew.
 
     Raises:
-        RuntimeError: If a result of the kernels is not that of the formulas in fp64.
+        RuntimeError: If a result of the kernels is not that of the formulas in fp64, or if the
+            device is met for the first time while a CUDA graph is captured.
     """
     checked = device, preference().gemm
     if checked in _passed:
         return
+    if is_capturing():
+        raise RuntimeError(
+            f"the Triton kernels are checked once on {device} before their first use, and that "
+            "cannot be part of a CUDA graph; run one step before the capture"
+        )
     check(device)
     _passed.add(checked)
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ila_kernels.config import ADAPTERS_PER_PASS, shrink_tile
+from ila_kernels.device import target_of
 from ila_kernels.kernels.launch import TL_DTYPES, Launch, precision
 from ila_kernels.kernels.philox import keep_tile, threshold
 
@@ -58,6 +59,7 @@ def launch(
     ts: Sequence[Tensor],
     seeds: Sequence[int] | None,
     dropout_p: float,
+    target: str,
 ) -> Launch:
     """Describe the launch that writes every t (M, Rᵢ), contiguous, of up to three adapters."""
     (m, k), ranks = x.shape, tuple(a.shape[0] for a in adapters)
@@ -68,7 +70,8 @@ def launch(
         "threshold": threshold(dropout_p), "x_m": x.stride(0), "x_k": x.stride(1),
         "a_r": tuple(a.stride(0) for a in adapters), "a_k": tuple(a.stride(1) for a in adapters),
         "DROPOUT": seeds is not None, "DTYPE": TL_DTYPES[x.dtype],
-        "PRECISION": precision(x.dtype), "BLOCK_M": tile.m, "BLOCK_K": tile.k, "BLOCK_R": tile.r,
+        "PRECISION": precision(x.dtype, target),
+        "BLOCK_M": tile.m, "BLOCK_K": tile.k, "BLOCK_R": tile.r,
     }  # fmt: skip
     grid = (triton.cdiv(m, tile.m), triton.cdiv(max(ranks), tile.r))
     return Launch(_shrink, grid, arguments, tile)
@@ -85,8 +88,9 @@ def shrink(
     Any strides. ``seeds``, one for each adapter, mask x. fp32 accumulation, one rounding.
     """
     ts = [torch.empty(x.shape[0], a.shape[0], dtype=x.dtype, device=x.device) for a in adapters]
+    target = target_of(x)
     for first in range(0, len(adapters), ADAPTERS_PER_PASS):
         part = slice(first, first + ADAPTERS_PER_PASS)
         own = None if seeds is None else seeds[part]
-        launch(x, adapters[part], ts[part], own, dropout_p).run()
+        launch(x, adapters[part], ts[part], own, dropout_p, target).run()
     return ts

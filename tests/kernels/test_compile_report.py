@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from benchmarks import compile_report
+from ila_kernels.config import SHARED_LIMIT_BYTES
+from ila_kernels.kernels import launch
 
 RESULTS = Path(compile_report.__file__).parent / "results" / "compile-report.json"
 
@@ -56,6 +59,25 @@ def test_adding_to_the_dx_of_a_group_leaves_room_for_two_blocks():
 @pytest.mark.parametrize("case", ROWS, ids=[" ".join(map(str, case)) for case in ROWS])
 def test_a_kernel_compiles_without_spills_and_keeps_its_k_loop(case):
     assert compile_report.faults(compile_report.report_row(*case)) == []
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx90a", "gfx942", "gfx950", "gfx1201"])
+def test_fp32_compiles_where_pytorch_allows_tf32(target, monkeypatch):
+    # Of AMD's compilers only the one for gfx942 takes "tf32"; the others raise.
+    monkeypatch.setattr(launch, "_tf32_allowed", lambda: True)
+    shrink = compile_report.make_launch("shrink", torch.float32, 16, target)
+    assert shrink.arguments["PRECISION"] == ("tf32" if target in ("sm_90", "gfx942") else "ieee")
+    gpu = compile_report.gpu_of(target)
+    assert compile_report.compiled(shrink, gpu).metadata.target == gpu
+
+
+@pytest.mark.parametrize("target", ["sm_87", "sm_103", "sm_121"])
+def test_a_sister_of_a_target_takes_its_tiles_without_spills(target):
+    forward = compile_report.make_launch("forward", torch.bfloat16, 16, target)
+    binary = compile_report.compiled(forward, compile_report.gpu_of(target))
+    assert binary.metadata.shared <= SHARED_LIMIT_BYTES[target]
+    found, _ = compile_report.instructions(compile_report.disassembled(binary)[0])
+    assert compile_report.count(compile_report.SPILL, found) == 0
 
 
 GOOD = compile_report.Row(

@@ -69,6 +69,15 @@ def test_every_tile_fits_the_shared_memory_of_its_target():
         assert 2 * tile.stages * (tile.m + tile.n) * tile.k <= SHARED_LIMIT_BYTES[target], target
 
 
+@pytest.mark.parametrize(
+    ("sister", "target"), [("sm_103", "sm_100"), ("sm_121", "sm_120"), ("sm_87", "sm_80")]
+)
+def test_a_gpu_takes_the_tiles_of_its_sister_with_as_much_shared_memory(sister, target):
+    assert SHARED_LIMIT_BYTES[sister] >= SHARED_LIMIT_BYTES[target]
+    for table in (GEMM_16BIT, GEMM_PERSISTENT):
+        assert table.get(sister) == table.get(target)
+
+
 def test_rank_block_covers_r_or_stops_at_the_most():
     for r in range(1, 300):
         block = rank_block(r, 64)
