@@ -22,6 +22,7 @@ STOREYS = {
         "config",
         "device",
         "quant",
+        "autocast",
         "validate",
         "dropout",
         "reference",
@@ -29,8 +30,11 @@ STOREYS = {
         "eager",
         "group",
         "kernels",
+        "paths",
         "traced",
         "ops",
+        "group_ops",
+        "dispatch",
         "roofline",
         "functional",
         "testing",
@@ -108,7 +112,19 @@ MODEL_LIBRARIES = {
     "trl",
 }
 # Below the public functions of ila_kernels; `ila` does not reach past those.
-INNER_STOREYS = {"validate", "dropout", "swiglu", "eager", "group", "kernels", "ops"}
+INNER_STOREYS = {
+    "autocast",
+    "validate",
+    "dropout",
+    "swiglu",
+    "eager",
+    "group",
+    "kernels",
+    "paths",
+    "ops",
+    "group_ops",
+    "dispatch",
+}
 # Importable in a millisecond, wherever a mask or a row is read.
 PURE_STOREYS = {"files", "claims", "mask", "budget", "selection", "messages"}
 
