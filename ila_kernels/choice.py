@@ -1,4 +1,4 @@
-"""What ``impl="auto"`` takes on a GPU: a pure function of the call, the target and a measurement.
+"""The choice of ``impl="auto"`` on a GPU: a pure function of call, target and measurement.
 
 Forward and backward by library GEMMs + addmm move e·(3·M·N + 2·M·K) bytes more than the fused
 kernels (`roofline`), which take B⁻¹ seconds each; the fused ones do the 4·M·N·K FLOPs of y and dx
@@ -6,9 +6,9 @@ with a GEMM that takes ρ times as long as the library's, F⁻¹ seconds each. F
 
     (ρ − 1) · 4·N·K / F  <  e · (3·N + 2·K) / B
 
-for R → 0 (at R = 16, N = K the fused kernels' own sums over programs take back 6 %). M has
-cancelled: it decides only through launches, which dominate where there are few rows. ρ, F/B and the
-least number of rows are measured by ``benchmarks/tune.py``.
+for R → 0 (at R = 16, N = K the fused kernels' own sums over programs take back 6 %). M cancels: it
+matters only through launches, which dominate at few rows. ``benchmarks/tune.py`` measures ρ, F/B
+and the least number of rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one GPU class showed in 16 bits.
+    """The measurement of one GPU class in 16 bits.
 
     Attributes:
         gemm_ratio: ρ, time of the Triton GEMM over that of the library's.
@@ -54,7 +54,7 @@ MEASURED: dict[str, Measured] = {}
 
 @dataclass(frozen=True)
 class Preference:
-    """What stands in for the tables; ``None`` leaves the choice to them."""
+    """The caller's choice, which replaces the tables; ``None`` leaves the choice to them."""
 
     auto: str | None = None
     gemm: str | None = None
@@ -64,9 +64,9 @@ _preference = Preference()
 
 
 def prefer(*, auto: str | None = None, gemm: str | None = None) -> None:
-    """Set what ``impl="auto"`` takes on a GPU, and the form of the Triton GEMM, for this process.
+    """Set the choice of ``impl="auto"`` on a GPU and the form of the Triton GEMM, process-wide.
 
-    The defaults hold only what was measured; this is how to try the rest. It applies to every
+    The defaults hold only what was measured; ``prefer`` lets you try the rest. It applies to every
     later call, backward passes included, and ``prefer()`` goes back to the defaults. Set it before
     ``torch.compile`` traces a model.
 
@@ -94,7 +94,7 @@ def prefer(*, auto: str | None = None, gemm: str | None = None) -> None:
 
 
 def preference() -> Preference:
-    """Return what ``prefer`` was last called with."""
+    """Return the arguments of the last call of ``prefer``."""
     return _preference
 
 

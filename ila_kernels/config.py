@@ -21,8 +21,8 @@ def resolve_impl(impl: str, device_type: str, call: Call | None = None) -> tuple
     Args:
         impl: One of ``"auto"``, ``"triton"``, ``"eager"``, ``"reference"``.
         device_type: Type of the device that holds the tensors, e.g. ``"cpu"`` or ``"cuda"``.
-        call: Shape, dtype and GPU class, which ``"auto"`` goes by on a GPU (``choice``); without
-            it that takes ``"eager"``.
+        call: Shape, dtype and GPU class, by which ``"auto"`` chooses on a GPU (``choice``);
+            without it ``"auto"`` takes ``"eager"``.
 
     Returns:
         The implementation that runs (never ``"auto"``) and the reason in words.
@@ -30,7 +30,7 @@ def resolve_impl(impl: str, device_type: str, call: Call | None = None) -> tuple
     Raises:
         ValueError: If ``impl`` is not one of the four words.
         RuntimeError: If ``impl="triton"``, or ``"auto"`` where ``prefer`` set that, cannot run
-            here; the message says what is missing.
+            here; the message names the missing part.
 
     >>> resolve_impl("auto", "cpu")
     ('eager', 'auto: library GEMM + addmm; no fused kernel for device type cpu')
@@ -76,7 +76,7 @@ class Tile:
 
 
 # Shared memory that one block may have, in bytes, from the vendors' tables. Every row below stays
-# within that of the GPUs it serves, which `benchmarks/compile_report.py` checks.
+# within the limit of the GPUs it serves; `benchmarks/compile_report.py` checks that.
 SHARED_LIMIT_BYTES: dict[str, int] = {
     "sm_75": 64 * 1024,
     "sm_80": 163 * 1024,
@@ -117,7 +117,7 @@ GEMM_16BIT: dict[str, Tile] = {
     "sm_103": Tile(128, 128, 64, 0, warps=8, stages=3),  # a sister of sm_100
 }
 # For every other GPU, and where M or N would leave most of a larger block empty: 24 KiB of shared
-# memory at most, within what every target allows.
+# memory at most, which every target has.
 GEMM_SAFE = Tile(64, 64, 32, 0, warps=4, stages=3)
 # IEEE fp32 products run on the ordinary units, whose operands live in registers: 77 to 122 here, a
 # quarter to five eighths of the warps, 8 KiB of shared memory. 64 x 64 and 64 x 32 spilled in the
@@ -166,7 +166,7 @@ def rank_block(r: int, most: int) -> int:
 def gemm_tile(
     m: int, n: int, r: int, element_bytes: int, target: str, dropout: bool = False
 ) -> Tile:
-    """Tile of C (M, N) = P Q + U V.
+    """Return the tile of C (M, N) = P Q + U V.
 
     >>> gemm_tile(8192, 4096, 16, 2, "sm_90")
     Tile(m=128, n=128, k=64, r=16, warps=8, stages=3)
@@ -186,7 +186,7 @@ def gemm_tile(
 
 
 def persistent_tile(r: int, target: str, dropout: bool = False) -> Tile:
-    """Tile of the GEMM's persistent form, for a target in ``GEMM_PERSISTENT``.
+    """Return the tile of the GEMM's persistent form, for a target in ``GEMM_PERSISTENT``.
 
     >>> persistent_tile(16, "sm_90")
     Tile(m=128, n=128, k=64, r=16, warps=8, stages=4)
@@ -266,7 +266,7 @@ def gemm_form(
 
 
 def shrink_tile(r: int, element_bytes: int, adapters: int = 1, dropout: bool = False) -> Tile:
-    """Tile of every t (M, R) = x̂ Aᵀ: few rows, so that few thousand tokens already fill a GPU.
+    """Return the tile of t (M, R) = x̂ Aᵀ: few rows, so that few thousand tokens fill a GPU.
 
     At M = 8192 these are 128 programs at 16 bits. One adapter, 4 warps: at R = 64 up to 147
     registers a thread (212 with dropout, whose Philox rounds take them), three blocks or more
@@ -274,8 +274,8 @@ def shrink_tile(r: int, element_bytes: int, adapters: int = 1, dropout: bool = F
     K are shorter (at 64, three adapters under dropout spilled 3 to 27 registers on three targets)
     and beyond R = 16 it has 8 warps; with dropout BLOCK_R ends at 32 (at 64, 24 spills on sm_80 and
     38 on sm_120). At most 128 registers at R = 16 and 176 above. In fp32 64 rows: at 32, two
-    adapters spilled up to 13 registers on sm_90. Shared memory is at most 45 KiB, within what every
-    target allows.
+    adapters spilled up to 13 registers on sm_90. Shared memory is at most 45 KiB: every
+    target has more.
 
     Args:
         r: R, the largest of the adapters'.
@@ -297,7 +297,7 @@ def shrink_tile(r: int, element_bytes: int, adapters: int = 1, dropout: bool = F
 
 
 def grad_tile(r: int, element_bytes: int, target: str) -> Tile:
-    """Tile of the gradients that sum over M: the result's block stays in registers meanwhile.
+    """Return the tile of the gradients that sum over M; their block stays in registers meanwhile.
 
     Every block of N leaves a share of u, written and read as fp32: 8·R/BLOCK_N bytes for each
     element of dy, whose own second read, which sharing saves, is 2. So N is wide: at 256 columns
@@ -314,7 +314,7 @@ def grad_tile(r: int, element_bytes: int, target: str) -> Tile:
 
 
 def one_read_pays(n: int, r: int, element_bytes: int, block_n: int) -> bool:
-    """Whether u and dB from one read of dy (M, N) move less than from two.
+    """Tell whether u and dB from one read of dy (M, N) move less than from two.
 
     One read leaves shares of u, M·R·4 bytes a block of N, written and read again; the second read
     that it saves is M·N elements. In 16 bits, for a wide N and 256 columns a block: R < 64.

@@ -1,4 +1,4 @@
-"""Which GPU a tensor is on: the class that tables are looked up by, and its multiprocessors."""
+"""The GPU of a tensor: its class, which is the key of the tables, and its multiprocessors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NAMES = {
 
 
 def target_name(properties) -> str:
-    """Name the class of what ``torch.cuda.get_device_properties`` returns."""
+    """Name the GPU class in the properties of ``torch.cuda.get_device_properties``."""
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
@@ -49,5 +49,5 @@ def _target(index: int) -> str:
 
 @functools.cache
 def multiprocessors(index: int) -> int:
-    """Multiprocessors of a GPU: the programs of a persistent launch."""
+    """Count the multiprocessors of a GPU: the programs of a persistent launch."""
     return torch.cuda.get_device_properties(index).multi_processor_count

@@ -1,4 +1,4 @@
-"""Dropout masks as a function of a seed, so that backward redraws what forward used.
+"""Dropout masks as a function of a seed, so that backward redraws the mask of forward.
 
 ``keep = Bernoulli(1 − p)`` of shape (M, K) is a pure function of (seed, M, K, p, device): only the
 seed, eight bytes, lives from forward to backward, where a stored mask would cost M·K bytes.
@@ -14,8 +14,8 @@ _SEED_RANGE = 2**62
 def draw_seed(count: int = 1) -> torch.Tensor:
     """Draw seeds from torch's default CPU generator.
 
-    The generator's state is what activation checkpointing restores, so a recomputed forward
-    draws the same seeds. The tensor stays on the CPU: reading it never waits for a GPU.
+    Activation checkpointing restores the generator's state, so a recomputed forward draws the
+    same seeds. The tensor stays on the CPU: reading it never waits for a GPU.
 
     Returns:
         int64 tensor of shape (count,) on the CPU.

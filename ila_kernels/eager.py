@@ -25,7 +25,7 @@ from ila_kernels.quant import PackedWeight, input_grad, linear
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted; decides what runs and what is saved."""
+    """The wanted gradients; they decide which products run and which tensors are saved."""
 
     x: bool
     weight: bool
@@ -36,22 +36,22 @@ class Needs(NamedTuple):
 
     @property
     def saves_x(self) -> bool:
-        """x itself is read in backward by dA and dW only; the mask search does not keep it."""
+        """Tell whether backward reads x: for dA and dW only, so not in the mask search."""
         return self.lora_a or self.weight
 
     @property
     def saves_t(self) -> bool:
-        """t (M, R) is read by dB and dγ."""
+        """Tell whether backward reads t (M, R): for dB and dγ."""
         return self.lora_b or self.gate
 
     @property
     def makes_u(self) -> bool:
-        """u (M, R) is read by dx, dA and dγ."""
+        """Tell whether backward computes u (M, R): for dx, dA and dγ."""
         return self.x or self.lora_a or self.gate
 
 
 class Grads(NamedTuple):
-    """Gradients in the order of ``Needs``; ``None`` where none was wanted."""
+    """Gradients in the order of ``Needs``; an unwanted one is ``None``."""
 
     x: Tensor | None
     weight: Tensor | None
@@ -61,28 +61,28 @@ class Grads(NamedTuple):
     bias: Tensor | None
 
 
-# On a CPU and at few rows overheads are the cost: oneDNN sets up each bf16/fp16 product in about
+# At few rows on a CPU the overheads are the cost: oneDNN sets up each bf16/fp16 product in about
 # 20 µs where fp32 takes 3, and a Python autograd function costs 20 µs a step. So up to this many
-# rows R-thin products of bf16/fp16 run in fp32, and the plainest case is left to torch's own
-# autograd (``short_forward``). Never more than 64 rows of x are copied.
+# rows the R-thin products of bf16/fp16 run in fp32, and torch's own autograd differentiates the
+# plainest case (``short_forward``). At most 64 rows of x are copied.
 SHORT_ROWS = 64
 _HALF = (torch.bfloat16, torch.float16)
 
 
 def is_short(x: Tensor) -> bool:
-    """Whether x (M, ·) has so few rows on a CPU that overheads decide."""
+    """Tell whether x (M, ·) has so few rows on a CPU that overheads dominate."""
     return x.device.type == "cpu" and x.shape[0] <= SHORT_ROWS
 
 
 def thin_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of t, u and the products that make them, for x (or dy) of shape (M, ·)."""
+    """Return the dtype of t, u and the products that make them, for x (or dy) of shape (M, ·)."""
     return torch.float32 if x.dtype in _HALF and is_short(x) else x.dtype
 
 
 def short_forward(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, scale: float
 ) -> Tensor:
-    """y of ``forward`` without gate and dropout, differentiated by autograd instead of by hand.
+    """Compute the y of ``forward`` without gate and dropout, differentiated by autograd.
 
     Forward and backward of our layer at (16, 64) x (64, 64), R = 8, one thread, in units of PEFT's:
     0.85 in fp32 (by hand 1.07), 0.91 in bf16 with fp32 adapters (by hand 1.24).
@@ -218,7 +218,7 @@ def backward(
     dropout_p: float,
     needs: Needs,
 ) -> Grads:
-    """All wanted gradients of ``forward`` from dy (M, N); dx and dW in the dtype of dy."""
+    """Compute the wanted gradients of ``forward`` from dy (M, N); dx and dW in the dtype of dy."""
     dx = dweight = dbias = u = None
     if needs.makes_u:
         u = expand_grad(dy, lora_b)

@@ -4,9 +4,9 @@
     [dA₁; dA₂; …] = diag(γα) [u₁, u₂, …]ᵀ x̂
 
 Apart, n linears read x 2n times forward and n times for dA, and autograd adds n gradients of shape
-(M, K); together x is read n + 1 times and once, and every dyᵢ Wᵢ accumulates into the same dx. With
-dropout each member has its own mask, as n separate layers have: T and dA are then made member by
-member.
+(M, K). Together they read x n + 1 times forward and once for dA, and every dyᵢ Wᵢ accumulates into
+the same dx. With dropout each member has its own mask, as n separate layers have, so T and dA are
+computed member by member.
 
 A member without an adapter (closed) is a bare linear that still shares dx.
 """
@@ -14,7 +14,7 @@ A member without an adapter (closed) is a bare linear that still shares dx.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,14 +23,22 @@ from ila_kernels import eager
 from ila_kernels.eager import Grads, Needs
 from ila_kernels.quant import PackedWeight, input_grad, linear
 
-NO_NEEDS = Needs(*[False] * 6)
-NO_GRADS = Grads(*[None] * 6)
+NO_NEEDS = Needs(x=False, weight=False, lora_a=False, lora_b=False, gate=False, bias=False)
+NO_GRADS = Grads(x=None, weight=None, lora_a=None, lora_b=None, gate=None, bias=None)
+
+T = TypeVar("T")
+
+
+def rows_of(flat: Sequence[T], kind: type[NamedTuple]) -> list[Sequence[T]]:
+    """Cut a flat sequence into rows as long as ``kind`` has fields, one row a member."""
+    width = len(kind._fields)
+    return [flat[i : i + width] for i in range(0, len(flat), width)]
 
 
 class Member(NamedTuple):
     """One linear of a group: W (N, K), A (R, K), B (N, R), γ (1 element), bias (N,), seed (1,).
 
-    In backward also t (M, R), where dB or dγ read it, and what is wanted; the bias is not read.
+    Backward also reads t (M, R) for dB or dγ, and ``needs``; it does not read the bias.
     """
 
     weight: Tensor | PackedWeight
@@ -45,12 +53,12 @@ class Member(NamedTuple):
 
     @property
     def is_open(self) -> bool:
-        """Whether this member has an adapter."""
+        """Tell whether this member has an adapter."""
         return self.lora_a is not None
 
 
 def shrink_all(x: Tensor, members: Sequence[Member], dropout_p: float) -> list[Tensor | None]:
-    """Every t = x̂ Aᵀ of the group; one GEMM over the concatenated A's where no mask differs."""
+    """Compute every t = x̂ Aᵀ; without dropout by one GEMM over the concatenated A's."""
     adapters = [m for m in members if m.is_open]
     if not adapters:
         return [None] * len(members)
@@ -86,7 +94,7 @@ def shared_input_grad(
     members: Sequence[Member],
     dropout_p: float,
 ) -> Tensor | None:
-    """dx (M, K), accumulated in place over the members whose output was used."""
+    """Compute dx (M, K), accumulated in place over the members whose output was used."""
     dx = None
     for dy, m in zip(dys, members, strict=True):
         if dy is not None:
@@ -113,7 +121,7 @@ def shared_input_grad(
 def shared_grad_a(
     x: Tensor | None, us: Sequence[Tensor | None], members: Sequence[Member]
 ) -> list[Tensor | None]:
-    """dA = γα uᵀ x (R, K) of every member that wants it, without dropout, from one read of x."""
+    """Compute each wanted dA = γα uᵀ x (R, K) from one read of x; not for dropout."""
     wanted = [u is not None and m.needs.lora_a for u, m in zip(us, members, strict=True)]
     if not any(wanted):
         return [None] * len(members)
@@ -132,7 +140,7 @@ def _scaled(part: Tensor, m: Member) -> Tensor:
 def backward(
     dys: Sequence[Tensor | None], x: Tensor | None, members: Sequence[Member], dropout_p: float
 ) -> tuple[Tensor | None, list[Grads]]:
-    """dx of the group and the parameter gradients of every member (their ``Grads.x`` is None)."""
+    """Compute dx and the parameter gradients of every member (their ``Grads.x`` is None)."""
     makes_u = [
         dy is not None and m.is_open and m.needs.makes_u for dy, m in zip(dys, members, strict=True)
     ]

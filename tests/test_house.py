@@ -24,6 +24,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "config": (),
         "device": (),
         "quant": (),
+        "autocast": (),
         "validate": (),
         "dropout": (),
         "reference": (),
@@ -42,8 +43,11 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "group",
             "selfcheck",
         ),
+        "paths": (),
         "traced": (),
         "ops": (),
+        "group_ops": (),
+        "dispatch": (),
         "roofline": (),
         "functional": (),
         "testing": (),
@@ -114,7 +118,19 @@ MODEL_LIBRARIES = {
     "trl",
 }
 # Below the public functions of ila_kernels; `ila` does not reach past those.
-INNER_ROOMS = {"validate", "dropout", "swiglu", "eager", "group", "kernels", "ops"}
+INNER_ROOMS = {
+    "autocast",
+    "validate",
+    "dropout",
+    "swiglu",
+    "eager",
+    "group",
+    "kernels",
+    "paths",
+    "ops",
+    "group_ops",
+    "dispatch",
+}
 # Importable in a millisecond, wherever a mask or a row is read.
 PURE = {
     "ila/runs/atomic.py",
