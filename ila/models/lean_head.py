@@ -13,7 +13,8 @@ says which, and why.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ila.models.checkpointing import AFTER_BLOCKS
+from ila.models.blocks import AFTER_BLOCKS
 from ila.models.layer import has_hooks
 from ila.models.lean_families import family_of, logit_map, output_class
 from ila.models.lean_loss import IGNORED
@@ -156,6 +157,20 @@ def plain_head(model: nn.Module) -> bool:
     return True
 
 
+@contextmanager
+def leaning(model: nn.Module) -> Iterator[None]:
+    """Give a model a lean head, if it can have one, until the ``with`` ends."""
+    target = _causal_model(model)
+    change = target is not None and not is_lean(target) and _why_unknown(target) is None
+    if change:
+        lean_head(model)
+    try:
+        yield
+    finally:
+        if change:
+            plain_head(model)
+
+
 def head_route(model: nn.Module, gathered: bool = False) -> HeadRoute | None:
     """Who computes the loss of a model in training, as it stands, and why; None without lean head.
 
@@ -186,7 +201,7 @@ def _why_unknown(model: PreTrainedModel) -> str | None:
     """Why the loss of a model cannot be told from its class; None if it can."""
     if family_of(model) is None:
         return f"the forward of {type(model).__name__} is not known here"
-    if not any(name in model.model._modules for name in AFTER_BLOCKS):
+    if _anchor(model) is None:
         return "its decoder has no last norm"
     if "forward" in model.__dict__:
         return "its forward was replaced on the instance"
@@ -270,13 +285,14 @@ def _dtype(tensor: Tensor) -> torch.dtype:
 
 def is_lean(model: PreTrainedModel) -> bool:
     """Whether ``lean_head`` has changed this very model, and nothing has undone it."""
-    return _UNLOAD in _anchor(model).__dict__
+    anchor = _anchor(model)
+    return anchor is not None and _UNLOAD in anchor.__dict__
 
 
-def _anchor(model: PreTrainedModel) -> nn.Module:
+def _anchor(model: PreTrainedModel) -> nn.Module | None:
     """The last norm: a leaf that every family here has; what is on the model itself PEFT skips."""
     named = model.model._modules
-    return next(named[name] for name in AFTER_BLOCKS if name in named)
+    return next((named[name] for name in AFTER_BLOCKS if name in named), None)
 
 
 def _unload(model: PreTrainedModel, **options: Any) -> nn.Module:
