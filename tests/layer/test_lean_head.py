@@ -59,6 +59,15 @@ def test_a_loss_is_computed_without_logits_and_is_the_same(pair, tiny, family):
     assert_lean(tiny, model)
 
 
+def test_explain_says_who_computes_the_loss(tiny):
+    model = tiny.attached(tiny.config(**ALL))
+    assert ila.explain(model).head is None and "Head" not in str(ila.explain(model))
+    ila.lean_head(model)
+    assert ila.explain(model).head == head_route(model)
+    assert f"Head and loss: {head_route(model).path}" in str(ila.explain(model))
+    assert ila.explain(model).as_dict()["head"]["path"] == head_route(model).path
+
+
 def test_it_may_come_before_the_adapter(tiny):
     base = tiny.base()
     ila.lean_head(base)
