@@ -46,7 +46,9 @@ def assert_triton_takes(tile):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_request_has_a_tile_that_triton_takes(target):
     for r, width in itertools.product(RANKS, [2, 4]):
-        tiles = [shrink_tile(r, width), grad_tile(r, width, target)]
+        tiles = [grad_tile(r, width, target, adapters) for adapters in (1, 2, 3)]
+        for m, adapters, dropout in itertools.product([0, 1, 4096, 4097], [1, 3], [False, True]):
+            tiles.append(shrink_tile(m, r, width, target, adapters, dropout))
         for m, n, dropout in itertools.product([0, 1, 64, 65, 10**6], [0, 1, 4096], [False, True]):
             tiles.append(gemm_tile(m, n, r, width, target, dropout))
         for tile in tiles:
@@ -76,6 +78,38 @@ def test_a_gpu_takes_the_tiles_of_its_sister_with_as_much_shared_memory(sister, 
     assert SHARED_LIMIT_BYTES[sister] >= SHARED_LIMIT_BYTES[target]
     for table in (GEMM_16BIT, GEMM_PERSISTENT):
         assert table.get(sister) == table.get(target)
+
+
+# --- sums over programs
+
+
+@pytest.mark.parametrize("columns", [1, 256, 257, 1024, 4096, 14336, 10**6])
+def test_rows_of_a_program_fall_as_programs_run_out_and_never_with_more_columns(columns):
+    seen = [config.rows_per_program(m, columns) for m in (1, 255, 2048, 8192, 65536, 10**7)]
+    assert seen == sorted(seen)  # more rows: longer stretches
+    assert set(seen) <= {256, 512, 1024}
+    for m, rows in zip((1, 255, 2048, 8192, 65536, 10**7), seen, strict=True):
+        programs = -(-columns // 256) * -(-m // rows)
+        assert rows == 256 or programs >= config.PROGRAMS
+        assert rows <= config.rows_per_program(m, columns + 256)
+
+
+@pytest.mark.parametrize("r", [1, 16, 32, 33, 64, 300])
+def test_parts_of_k_are_there_for_few_rows_at_a_large_rank_only(r):
+    for m, k in itertools.product([0, 1, 64, 2048, 4096, 4097, 10**6], [0, 1, 1024, 4096, 14336]):
+        parts = config.shrink_shares(m, k, r)
+        assert parts >= 1
+        assert parts == 1 or (r > 32 and m <= 4096)
+        assert (parts - 1) * 1024 < max(k, 1)  # no part without a product
+        assert parts == 1 or parts * -(-m // 64) <= config.PROGRAMS
+    assert config.shrink_shares(2048, 14336, r) == (1 if r <= 32 else 8)
+
+
+def test_tiles_depend_on_m_in_two_classes_at_most():
+    # Each class is one more compilation of a kernel in training with rows of any length.
+    for r, adapters, dropout in itertools.product(RANKS, [1, 2, 3], [False, True]):
+        tiles = {shrink_tile(m, r, 2, "sm_90", adapters, dropout) for m in range(1, 20000, 37)}
+        assert len(tiles) <= 2
 
 
 def test_rank_block_covers_r_or_stops_at_the_most():
