@@ -71,7 +71,7 @@ def prefer(*, auto: str | None = None, gemm: str | None = None) -> None:
     ``torch.compile`` traces a model.
 
     Args:
-        auto: ``"triton"``: the fused kernels wherever they can run. ``"eager"``: library GEMMs
+        auto: ``"triton"`` or ``"hybrid"``: these wherever they can run. ``"eager"``: library GEMMs
             everywhere. ``None``: by measurement, which without one means eager.
         gemm: ``"persistent"``: tensor descriptors and persistent programs, on sm_90 and newer and
             where the operands' alignment allows them. ``"pointer"``: never. ``None``: by
@@ -86,8 +86,8 @@ def prefer(*, auto: str | None = None, gemm: str | None = None) -> None:
     >>> prefer()
     """
     global _preference
-    if auto not in (None, "eager", "triton"):
-        raise ValueError(f"auto must be 'eager', 'triton' or None, got {auto!r}")
+    if auto not in (None, "eager", "hybrid", "triton"):
+        raise ValueError(f"auto must be 'eager', 'hybrid', 'triton' or None, got {auto!r}")
     if gemm not in (None, "pointer", "persistent"):
         raise ValueError(f"gemm must be 'pointer', 'persistent' or None, got {gemm!r}")
     _preference = Preference(auto, gemm)

@@ -11,15 +11,17 @@ from typing import Literal
 
 from ila_kernels.choice import Call, gpu_impl, preference
 
-Impl = Literal["auto", "triton", "eager", "reference"]
-IMPLS: tuple[str, ...] = ("auto", "triton", "eager", "reference")
+Impl = Literal["auto", "triton", "hybrid", "eager", "reference"]
+IMPLS: tuple[str, ...] = ("auto", "triton", "hybrid", "eager", "reference")
+# Those that launch Triton kernels.
+KERNEL_IMPLS = ("triton", "hybrid")
 
 
 def resolve_impl(impl: str, device_type: str, call: Call | None = None) -> tuple[str, str]:
     """Choose the implementation of one call and say why.
 
     Args:
-        impl: One of ``"auto"``, ``"triton"``, ``"eager"``, ``"reference"``.
+        impl: One of ``IMPLS``.
         device_type: Type of the device that holds the tensors, e.g. ``"cpu"`` or ``"cuda"``.
         call: Shape, dtype and GPU class, by which ``"auto"`` chooses on a GPU (``choice``);
             without it ``"auto"`` takes ``"eager"``.
@@ -28,8 +30,8 @@ def resolve_impl(impl: str, device_type: str, call: Call | None = None) -> tuple
         The implementation that runs (never ``"auto"``) and the reason in words.
 
     Raises:
-        ValueError: If ``impl`` is not one of the four words.
-        RuntimeError: If ``impl="triton"``, or ``"auto"`` where ``prefer`` set that, cannot run
+        ValueError: If ``impl`` is not one of these words.
+        RuntimeError: If ``"triton"`` or ``"hybrid"``, asked for or set by ``prefer``, cannot run
             here; the message names the missing part.
 
     >>> resolve_impl("auto", "cpu")
@@ -39,23 +41,23 @@ def resolve_impl(impl: str, device_type: str, call: Call | None = None) -> tuple
     """
     if impl == "auto" and device_type == "cuda" and call is not None:
         chosen, why = gpu_impl(call, preference().auto)
-        if chosen == "triton" and preference().auto is None and find_spec("triton") is None:
+        if chosen in KERNEL_IMPLS and preference().auto is None and find_spec("triton") is None:
             chosen, why = "eager", "triton is not installed"
-        if chosen == "triton":
-            resolve_impl("triton", device_type)
+        if chosen in KERNEL_IMPLS:
+            resolve_impl(chosen, device_type)
             return chosen, f"auto: {why}"
         return chosen, f"auto: library GEMM + addmm; {why}"
     if impl == "auto":
         return "eager", f"auto: library GEMM + addmm; no fused kernel for device type {device_type}"
-    if impl == "triton":
+    if impl in KERNEL_IMPLS:
         if device_type != "cuda":
             raise RuntimeError(
-                "impl='triton' was asked for, but it needs a CUDA or ROCm GPU and the tensors are "
+                f"impl={impl!r} was asked for, but it needs a CUDA or ROCm GPU and the tensors are "
                 f"on {device_type}; use impl='auto' or impl='eager'"
             )
         if find_spec("triton") is None:
             raise RuntimeError(
-                "impl='triton' was asked for, but triton is not installed; "
+                f"impl={impl!r} was asked for, but triton is not installed; "
                 "use impl='auto' or impl='eager'"
             )
     if impl not in IMPLS:

@@ -43,6 +43,8 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "group",
             "selfcheck",
         ),
+        "hybrid": (),
+        "hybrid_group": (),
         "paths": (),
         "traced": (),
         "ops": (),

@@ -170,14 +170,15 @@ def test_no_form_runs_unasked_that_was_not_measured():
 # --- which implementation
 
 
-def test_asking_for_triton_says_what_is_missing(monkeypatch):
+@pytest.mark.parametrize("impl", config.KERNEL_IMPLS)
+def test_asking_for_kernels_says_what_is_missing(impl, monkeypatch):
     monkeypatch.setattr(config, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="triton is not installed; use impl='auto'"):
-        resolve_impl("triton", "cuda")
+    with pytest.raises(RuntimeError, match=f"'{impl}' .* triton is not installed; use impl='auto'"):
+        resolve_impl(impl, "cuda")
     monkeypatch.setattr(config, "find_spec", lambda name: object())
-    assert resolve_impl("triton", "cuda") == ("triton", "asked for")
+    assert resolve_impl(impl, "cuda") == (impl, "asked for")
     with pytest.raises(RuntimeError, match="the tensors are on mps; use impl='auto'"):
-        resolve_impl("triton", "mps")
+        resolve_impl(impl, "mps")
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942", "unknown"])
@@ -188,12 +189,13 @@ def test_auto_claims_nothing_that_was_not_measured(target, dtype):
     assert f"no measurement yet of the fused kernels on {target}" in why
 
 
-def test_a_preference_for_triton_is_taken_or_raises(monkeypatch):
-    prefer(auto="triton")
+@pytest.mark.parametrize("impl", config.KERNEL_IMPLS)
+def test_a_preference_for_kernels_is_taken_or_raises(impl, monkeypatch):
+    prefer(auto=impl)
     monkeypatch.setattr(config, "find_spec", lambda name: object())
     assert resolve_impl("auto", "cuda", CALL) == (
-        "triton",
-        "auto: ila_kernels.prefer(auto='triton')",
+        impl,
+        f"auto: ila_kernels.prefer(auto='{impl}')",
     )
     assert resolve_impl("auto", "cpu")[0] == "eager"
     fp64 = Call(8192, 4096, 4096, "float64", "sm_90")
@@ -206,7 +208,7 @@ def test_a_preference_for_triton_is_taken_or_raises(monkeypatch):
 
 def test_a_preference_is_one_of_the_words():
     for wrong in ({"auto": "fast"}, {"gemm": "tma"}):
-        with pytest.raises(ValueError, match=r"must be '\w+', '\w+' or None, got"):
+        with pytest.raises(ValueError, match=r"must be ('\w+', )+('\w+') or None, got"):
             prefer(**wrong)
     assert choice.preference() == choice.Preference()
     assert ila_kernels.prefer is prefer
