@@ -115,7 +115,7 @@ def masked_lora_linear(
     if swiglu is not None:
         check_swiglu(*swiglu, x)
     x2d = _flat(x)
-    chosen = _chosen(impl, x2d, [weight])
+    chosen = _chosen(impl, x2d, [weight], [lora_a], dropout_p)
     seed = _seeds(dropout_p, seed, 1)
     pre, up = (None, None) if swiglu is None else map(_flat, swiglu)
     numbers = float(scale), float(dropout_p)
@@ -192,7 +192,7 @@ def masked_lora_linear_group(
         weights, biases = ([rounded(t, dtype) for t in column] for column in (weights, biases))
     check_group(x, weights, lora_as, lora_bs, gates, biases, scales)
     x2d = _flat(x)
-    chosen = _chosen(impl, x2d, weights)
+    chosen = _chosen(impl, x2d, weights, lora_as, dropout_p)
     seeds = _group_seeds(dropout_p, seed, [a is not None for a in lora_as])
     columns = (weights, lora_as, lora_bs, gates, biases, seeds, map(float, scales))
     members = [Member(*row) for row in zip(*columns, strict=True)]
@@ -249,7 +249,13 @@ def _is_plain_and_short(x, weight, lora_a, lora_b, scale) -> bool:
         return False
 
 
-def _chosen(impl: str, x: Tensor, weights: Sequence[Tensor | PackedWeight]) -> str:
+def _chosen(
+    impl: str,
+    x: Tensor,
+    weights: Sequence[Tensor | PackedWeight],
+    lora_as: Sequence[Tensor | None],
+    dropout_p: float,
+) -> str:
     packed = any(isinstance(w, PackedWeight) for w in weights)
     if packed and impl in KERNEL_IMPLS:
         raise RuntimeError(
@@ -258,7 +264,7 @@ def _chosen(impl: str, x: Tensor, weights: Sequence[Tensor | PackedWeight]) -> s
         )
     if packed:  # there is no kernel for it, whatever "auto" would choose
         return resolve_impl("eager" if impl == "auto" else impl, x.device.type)[0]
-    call = call_of(weights[0], sum(w.shape[0] for w in weights), x.shape[0], x.dtype)
+    call = call_of(weights, lora_as, x.shape[0], x.dtype, dropout_p) if impl == "auto" else None
     return resolve_impl(impl, x.device.type, call)[0]
 
 

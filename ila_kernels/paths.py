@@ -6,29 +6,50 @@ the first call that runs it, and a device proves itself before its first result 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import ParamSpec, TypeVar
 
 import torch
 
 from ila_kernels import eager, group
+from ila_kernels.choice import gemm_form
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 
-def linear_path(impl: str) -> ModuleType:
+class PersistentPath:
+    """The fused kernels with the persistent form of their GEMM, whatever ``prefer`` says."""
+
+    def __init__(self, path: ModuleType):
+        self.forward, self.backward = _persistently(path.forward), _persistently(path.backward)
+
+
+def _persistently(function: Callable[P, T]) -> Callable[P, T]:
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with gemm_form("persistent"):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def linear_path(impl: str) -> ModuleType | PersistentPath:
     """Return the module that computes one layer by ``impl``."""
     if impl == "eager":
         return eager
-    if impl == "triton":
+    if impl in ("triton", "persistent"):
         from ila_kernels.kernels import linear
 
-        return linear
+        return linear if impl == "triton" else PersistentPath(linear)
     if impl == "hybrid":
         from ila_kernels import hybrid
 
         return hybrid
-    raise ValueError(f"impl must be 'eager', 'hybrid' or 'triton' here, got {impl!r}")
+    raise ValueError(f"impl must be 'eager', 'hybrid', 'triton' or 'persistent' here, got {impl!r}")
 
 
-def group_path(impl: str) -> ModuleType:
+def group_path(impl: str) -> ModuleType | PersistentPath:
     """Return the module that computes several layers of one x by ``impl``."""
     if linear_path(impl) is eager:
         return group
@@ -38,7 +59,7 @@ def group_path(impl: str) -> ModuleType:
         return hybrid_group
     from ila_kernels.kernels import group as kernels_group
 
-    return kernels_group
+    return PersistentPath(kernels_group) if impl == "persistent" else kernels_group
 
 
 def ensure_checked(impl: str, device: torch.device) -> None:
@@ -49,4 +70,8 @@ def ensure_checked(impl: str, device: torch.device) -> None:
     if impl != "eager":
         from ila_kernels.kernels import selfcheck
 
-        selfcheck.ensure(device)
+        form: AbstractContextManager[None] = nullcontext()
+        if impl == "persistent":
+            form = gemm_form("persistent")
+        with form:
+            selfcheck.ensure(device)
