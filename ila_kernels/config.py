@@ -5,57 +5,68 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
 
-from ila_kernels.choice import Call, gpu_impl, preference
+from ila_kernels.choice import Call, gpu_impl, preferred, verdicts_in_use
 
-Impl = Literal["auto", "triton", "eager", "reference"]
-IMPLS: tuple[str, ...] = ("auto", "triton", "eager", "reference")
+Impl = Literal["auto", "triton", "hybrid", "eager", "reference"]
+IMPLS: tuple[str, ...] = ("auto", "triton", "hybrid", "eager", "reference")
+# Those that launch Triton kernels.
+KERNEL_IMPLS = ("triton", "hybrid")
+
+
+def has_triton() -> bool:
+    """Tell whether Triton is installed; once it is imported this takes no time."""
+    return sys.modules.get("triton") is not None or find_spec("triton") is not None
 
 
 def resolve_impl(impl: str, device_type: str, call: Call | None = None) -> tuple[str, str]:
     """Choose the implementation of one call and say why.
 
     Args:
-        impl: One of ``"auto"``, ``"triton"``, ``"eager"``, ``"reference"``.
+        impl: One of ``IMPLS``.
         device_type: Type of the device that holds the tensors, e.g. ``"cpu"`` or ``"cuda"``.
-        call: Shape, dtype and GPU class, by which ``"auto"`` chooses on a GPU (``choice``);
-            without it ``"auto"`` takes ``"eager"``.
+        call: Shapes, dtypes and GPU, by which ``"auto"`` chooses on a GPU (``choice``); without
+            it ``"auto"`` takes ``"eager"``.
 
     Returns:
-        The implementation that runs (never ``"auto"``) and the reason in words.
+        The implementation that runs (never ``"auto"``; ``"persistent"`` is ``"triton"`` with that
+        form of its GEMM) and the reason in words.
 
     Raises:
-        ValueError: If ``impl`` is not one of the four words.
-        RuntimeError: If ``impl="triton"``, or ``"auto"`` where ``prefer`` set that, cannot run
+        ValueError: If ``impl`` is not one of these words.
+        RuntimeError: If ``"triton"`` or ``"hybrid"``, asked for or set by ``prefer``, cannot run
             here; the message names the missing part.
 
     >>> resolve_impl("auto", "cpu")
-    ('eager', 'auto: library GEMM + addmm; no fused kernel for device type cpu')
+    ('eager', 'auto: library GEMMs; no fused kernel for device type cpu')
     >>> resolve_impl("reference", "cuda")
     ('reference', 'asked for')
     """
     if impl == "auto" and device_type == "cuda" and call is not None:
-        chosen, why = gpu_impl(call, preference().auto)
-        if chosen == "triton" and preference().auto is None and find_spec("triton") is None:
-            chosen, why = "eager", "triton is not installed"
-        if chosen == "triton":
-            resolve_impl("triton", device_type)
-            return chosen, f"auto: {why}"
-        return chosen, f"auto: library GEMM + addmm; {why}"
+        prefers = preferred()
+        chosen, why = gpu_impl(call, prefers, verdicts_in_use())
+        if chosen == "eager":
+            return chosen, f"auto: library GEMMs; {why}"
+        if prefers.auto is not None:
+            resolve_impl(chosen, device_type)
+        elif not has_triton():
+            return "eager", "auto: library GEMMs; triton is not installed"
+        return chosen, f"auto: {why}"
     if impl == "auto":
-        return "eager", f"auto: library GEMM + addmm; no fused kernel for device type {device_type}"
-    if impl == "triton":
+        return "eager", f"auto: library GEMMs; no fused kernel for device type {device_type}"
+    if impl in KERNEL_IMPLS:
         if device_type != "cuda":
             raise RuntimeError(
-                "impl='triton' was asked for, but it needs a CUDA or ROCm GPU and the tensors are "
+                f"impl={impl!r} was asked for, but it needs a CUDA or ROCm GPU and the tensors are "
                 f"on {device_type}; use impl='auto' or impl='eager'"
             )
-        if find_spec("triton") is None:
+        if not has_triton():
             raise RuntimeError(
-                "impl='triton' was asked for, but triton is not installed; "
+                f"impl={impl!r} was asked for, but triton is not installed; "
                 "use impl='auto' or impl='eager'"
             )
     if impl not in IMPLS:

@@ -85,7 +85,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 def is_short(x: Tensor) -> bool:
     """Tell whether x (M, ·) has so few rows on a CPU that overheads dominate."""
-    return x.is_cpu and x.shape[0] <= SHORT_ROWS
+    return x.device.type == "cpu" and x.shape[0] <= SHORT_ROWS
 
 
 def thin_dtype(x: Tensor) -> torch.dtype:
@@ -196,13 +196,26 @@ def expand(
     """y = x Wᵀ + bias + γα t Bᵀ. x (M, K), t (M, R) -> y (M, N) in the dtype of x."""
     if not base_adds(x, weight):
         return add_product(linear(x, weight, bias), t, lora_b.t(), scale, gate)
+    return update_first(x, weight.t(), t, lora_b.t(), scale, gate, bias)
+
+
+def update_first(
+    p: Tensor,
+    q: Tensor,
+    u: Tensor,
+    v: Tensor,
+    factor: float,
+    gate: Tensor | None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """P Q + bias + factor · γ · U V. P (M, K), Q (K, N), U (M, R) of one dtype, V in any."""
     beta = 1.0
     if bias is None:
-        update, beta = unscaled(t, lora_b.t(), scale, gate)
+        update, beta = unscaled(u, v, factor, gate)
     else:
-        alpha, factor = (scale, 1.0) if gate is None else (1.0, scale)
-        update = torch.addmm(bias, t, folded(lora_b.t(), factor, gate, t.dtype), alpha=alpha)
-    return update.addmm_(x, weight.t(), beta=beta)
+        alpha, folding = (factor, 1.0) if gate is None else (1.0, factor)
+        update = torch.addmm(bias, u, folded(v, folding, gate, u.dtype), alpha=alpha)
+    return update.addmm_(p, q, beta=beta)
 
 
 def lowrank_dx(

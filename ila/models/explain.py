@@ -229,7 +229,9 @@ def _masked_row(layer: MaskedLoraLayer, gathered: bool) -> tuple[bool, str, str]
         weight = layer.base_layer.weight
         if not weight.is_floating_point():
             return True, "eager", f"{reason}; W is packed: bitsandbytes' products"
-        call = call_of(weight, weight.shape[0], None, weight.dtype)
+        name = adapter if isinstance(adapter, str) else adapter[0]
+        lora_a, dropout_p = layer.lora_A[name].weight, getattr(layer.lora_dropout[name], "p", 0.0)
+        call = call_of([weight], [lora_a], None, weight.dtype, dropout_p)
         impl, why = resolve_impl("auto", weight.device.type, call)
         return True, impl, f"{reason}; {why}"
     return any(a in layer.lora_A for a in layer.active_adapters), path, reason
