@@ -305,7 +305,7 @@ def gemm_form(
 def shrink_tile(
     m: int, r: int, element_bytes: int, target: str, adapters: int = 1, dropout: bool = False
 ) -> Tile:
-    """Return the tile of every t (M, R) = x̂ Aᵀ: few rows, so that few thousand tokens already fill a GPU.
+    """Return the tile of every t (M, R) = x̂ Aᵀ: few rows, so that few thousand tokens fill a GPU.
 
     Where loads run ahead (``prefetches``), two or three tiles of x are on their way while one is
     multiplied: a GPU of 3 TB/s and 0.7 µs needs 2.1 MB in flight, and 128 programs with one tile
@@ -374,7 +374,7 @@ def shrink_shares(m: int, k: int, r: int) -> int:
 
 
 def grad_tile(r: int, element_bytes: int, target: str, adapters: int = 1) -> Tile:
-    """Return the tile of the gradients that sum over M: the result's block stays in registers meanwhile.
+    """Return the tile of the gradients that sum over M; their block stays in registers meanwhile.
 
     Every block of N leaves a share of u, written and read as fp32: 8·R/BLOCK_N bytes for each
     element of dy, whose own second read, which sharing saves, is 2. So N is wide: at 256 columns
