@@ -13,6 +13,7 @@ class LayerCounts(TypedDict, total=False):
 
     Attributes:
         open_modules: Layers that train.
+        kept_modules: Closed layers that keep what they learned; absent where there are none.
         total_modules: Layers that could.
         fraction_open: The share of the two, in [0, 1].
         trainable_parameters: Parameters that require grad.
@@ -20,6 +21,7 @@ class LayerCounts(TypedDict, total=False):
     """
 
     open_modules: int
+    kept_modules: int
     total_modules: int
     fraction_open: float
     trainable_parameters: int

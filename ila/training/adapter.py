@@ -97,16 +97,16 @@ def _counts(peft_model: PeftModel, adapter: str) -> LayerCounts:
         layers = {
             n: m for n, m in peft_model.named_modules() if adapter in getattr(m, "lora_A", ())
         }
-    is_open = [
-        not (isinstance(layer, MaskedLoraLayer) and layer.is_closed(adapter))
-        for layer in layers.values()
-    ]
+    ours = [layer for layer in layers.values() if isinstance(layer, MaskedLoraLayer)]
+    is_open = [layer not in ours or layer.is_open(adapter) for layer in layers.values()]
+    kept = sum(layer.is_kept(adapter) for layer in ours)
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     if trainable == 0:
         raise ValueError("peft_model must have parameters that require grad; none does")
-    return {
+    counts: LayerCounts = {
         "open_modules": sum(is_open),
         "total_modules": len(layers),
         "fraction_open": sum(is_open) / max(1, len(layers)),
         "trainable_parameters": trainable,
     }
+    return counts | {"kept_modules": kept} if kept else counts
