@@ -9,9 +9,10 @@ from torch._subclasses import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ila
-from benchmarks import saved_bytes
-from ila.costs import ceiling_price, memory_table, parameter_table, time_table
-from ila.shapes import Shape
+from benchmarks.memory.kept import saved_bytes
+from benchmarks.memory.true_size import fake
+from ila.price.costs import ceiling_price, memory_table, parameter_table, time_table
+from ila.price.shapes import Shape
 from ila_kernels.roofline import CEILINGS
 
 BLOCKS, ROWS, LENGTH, RANK = 2, 2, 40, 3
@@ -49,14 +50,14 @@ def held(model: torch.nn.Module, opened: set[str]) -> int:
     ila.apply_mask(model, ila.LayerMask(dict.fromkeys(names, 0.0), {n: n in opened for n in names}))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     with FakeTensorMode():
-        saved_bytes.fake(model)
+        fake(model)
         ids = torch.zeros(ROWS, LENGTH, dtype=torch.long)
-        kept = saved_bytes.saved_bytes(model, lambda: model(input_ids=ids, labels=ids).loss)
+        kept = saved_bytes(model, lambda: model(input_ids=ids, labels=ids).loss)
     return frozen + 12 * trained + sum(kept.values())
 
 
 def counted_too_high(places: set[int], shape: Shape) -> int:
-    """The two cases that the docstring of ``ila.costs`` names."""
+    """The two cases that the docstring of ``ila.price.costs`` names."""
     lowest, last = min(places), 7 * (BLOCKS - 1)
     rotated = lowest < last or bool(places & {last, last + 1})
     block = 7 * (lowest // 7)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.sections.common import placed
+
 CARDS_GB = (16, 24, 40, 80)
 TOKENS = 4096  # of the tables and figures of one length
 NAMES = {"llama-2-7b": "Llama-2-7B", "llama-3-8b": "Llama-3-8B", "mistral-7b": "Mistral-7B"}
@@ -28,11 +30,11 @@ ROWS = (
 GB = 1e9
 
 
-def chosen(found: Mapping[str, Any], model: str, base: str, checkpointing: bool) -> dict:
+def chosen(results: Mapping[str, Any], model: str, base: str, checkpointing: bool) -> dict:
     """(contestant, share, position) -> its row; of scatterings, the one with seed 0."""
     return {
         (r["contestant"], r["share"], r["position"]): r
-        for r in found["rows"]
+        for r in results["rows"]
         if (r["model"], r["base"], r["checkpointing"]) == (model, base, checkpointing)
         and r["seed"] in (None, 0)
     }
@@ -43,9 +45,8 @@ def label(key: tuple[str, float, str]) -> str:
     who, share, position = key
     if position == "all":
         return {OURS: "ours, all layers", PEFT_BF16: "PEFT, bf16 adapters"}.get(who, who)
-    where = {"top": "at the top", "bottom": "at the bottom", "scattered": "scattered"}[position]
-    if who == RESTRICTED_BF16:
-        return f"PEFT, bf16 adapters on the same {share * 100:.0f} % {where}"
-    if who == RESTRICTED:
-        return f"PEFT on the same {share * 100:.0f} % {where}"
-    return f"ours, {share * 100:.0f} % {where}"
+    layers = placed(f"{share * 100:.0f} % {position}")
+    if who == OURS:
+        return f"ours, {layers}"
+    same = f"the same {layers}" if position == "scattered" else f"the {layers}"
+    return f"PEFT, bf16 adapters on {same}" if who == RESTRICTED_BF16 else f"PEFT on {same}"

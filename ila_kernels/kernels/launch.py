@@ -44,7 +44,39 @@ class Launch:
         )
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How fp32 products are computed: tf32 only where PyTorch's own matmul would use it."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+def precision(dtype: torch.dtype, target: str) -> str:
+    """Precision of products: tf32 where PyTorch's matmul would use it and the target has it."""
+    if dtype != torch.float32 or not (target.startswith("sm_") or target == "gfx942"):
+        return "ieee"
+    return "tf32" if _tf32_allowed() else "ieee"
+
+
+def _tf32_allowed() -> bool:
+    """Read PyTorch's switch of tf32 for fp32 products on a GPU."""
+    # `allow_tf32`, the only switch before PyTorch 2.9, raises once the new one was set.
+    switch = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if switch is not None:
+        return switch == "tf32"
+    return torch.backends.cuda.matmul.allow_tf32
+
+
+def is_capturing() -> bool:
+    """Return whether the current stream records a CUDA graph."""
+    # A build of PyTorch without GPUs, under which the kernels are emulated, has no such question.
+    has_gpus = torch.version.cuda is not None or torch.version.hip is not None
+    return has_gpus and torch.cuda.is_current_stream_capturing()
+
+
+def seed_number(seed: torch.Tensor) -> int:
+    """Read a seed of dropout from its tensor on the CPU; no GPU is waited for.
+
+    Raises:
+        RuntimeError: If a CUDA graph is being captured: the number is an argument of the launch,
+            so each replay would draw the mask of the capture.
+    """
+    if is_capturing():
+        raise RuntimeError(
+            "dropout_p must be 0 while a CUDA graph is captured with impl='triton': every replay "
+            "would draw the same mask; capture without dropout, or train without the graph"
+        )
+    return int(seed)

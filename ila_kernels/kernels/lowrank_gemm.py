@@ -17,6 +17,9 @@ read or written once, in any dtype and with any strides.
 
 from __future__ import annotations
 
+import functools
+from importlib.util import find_spec
+
 import torch
 import triton
 import triton.language as tl
@@ -79,7 +82,11 @@ def _tile(
             gate = tl.load(gate_ptr).to(tl.float32)
             factor = scale * gate
             rank = tl.where(gate == 0.0, 0, R)
-        update = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if DROPOUT else acc
+        # In fp32 the update is summed apart, as a library's product is: on the accumulator of the
+        # K loop each of its R terms was rounded at the size of C, beyond twice eager's error at
+        # R = 300. In 16 bits those roundings are 2⁻¹⁶ of the one of the result.
+        APART: tl.constexpr = DROPOUT or DTYPE == tl.float32
+        update = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if APART else acc
         # Not pipelined: its buffers came on top of those of the K loop. At R = 64 on sm_90 that
         # was 128 KiB for 96, and one block on a multiprocessor for two.
         for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
@@ -94,6 +101,8 @@ def _tile(
         if DROPOUT:
             keep = keep_tile(seed, threshold, m, n0, BLOCK_M, BLOCK_N)
             acc += tl.where(keep, update, 0.0)
+        elif APART:
+            acc += update
         else:
             acc = update
     if bias_ptr is not None:
@@ -189,7 +198,7 @@ def launch(
         "p_m": p.stride(0), "p_k": p.stride(1), "q_k": q.stride(0), "q_n": q.stride(1), **strides,
         "c_m": c.stride(0), "HAS_UPDATE": u is not None, "DROPOUT": dropout,
         "ACCUMULATE": accumulate, "EVEN_K": k % tile.k == 0, "PERSISTENT": False, "Q_ROWS": True,
-        "DTYPE": TL_DTYPES[p.dtype], "PRECISION": precision(p.dtype),
+        "DTYPE": TL_DTYPES[p.dtype], "PRECISION": precision(p.dtype, target),
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_R": tile.r,
     }  # fmt: skip
     tiles = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
@@ -222,9 +231,17 @@ def _by_rows(q: Tensor) -> bool:
     return q.stride(1) == 1 and (q.stride(0) != 1 or q.shape[0] == 1)
 
 
+@functools.cache
+def has_descriptors() -> bool:
+    """Return whether this version of Triton has tensor descriptors: 3.4 and later do."""
+    return find_spec("triton.tools.tensor_descriptor") is not None
+
+
 def form(p: Tensor, q: Tensor, target: str, preferred: str | None) -> tuple[str, str]:
     """Choose the form of the product P Q, ``"pointer"`` or ``"persistent"``, and say why."""
     shape = p.shape[0], q.shape[1], p.element_size(), target
+    if preferred == "persistent" and not has_descriptors():
+        return "pointer", f"Triton {triton.__version__} has no tensor descriptors, 3.4 has"
     chosen = gemm_form(*shape, preferred=preferred)
     if chosen[0] == "pointer":  # and the operands need no look
         return chosen

@@ -13,10 +13,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, LlamaForCausalLM, Trainer
 
-from ila.layer import MaskedLoraLinear
-from ila.mask import LayerMask
-from ila.runs import load_run
-from ila.selection import select
+from ila.commands.select_share import select
+from ila.masks.mask import LayerMask
+from ila.models.layer import MaskedLoraLinear
+from ila.runs.metrics import load_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -198,17 +198,17 @@ def test_train_resumed_after_a_kill_gives_the_same_files(train, tmp_path, monkey
     [
         (
             ("learn", "--out", "{tmp}/run"),
-            "commands.learn",
+            "commands.learn.learn",
             "; the same command with --resume goes on",
         ),
         (
             ("train", "--out", "{tmp}/run"),
-            "commands.train_selected",
+            "commands.train.train_selected",
             "; the same command with --resume",
         ),
-        (("export", "{tmp}/run", "--out", "{tmp}/e"), "commands.export", ""),
-        (("select", "{tmp}", "--top", "0.5"), "selection.select", ""),
-        (("report", "{tmp}"), "commands.report", ""),
+        (("export", "{tmp}/run", "--out", "{tmp}/e"), "commands.export.export", ""),
+        (("select", "{tmp}", "--top", "0.5"), "commands.select_share.select", ""),
+        (("report", "{tmp}"), "commands.report.report", ""),
     ],
 )
 def test_ctrl_c_says_how_to_go_on_where_that_can_be(
@@ -227,7 +227,7 @@ def test_ctrl_c_says_how_to_go_on_where_that_can_be(
 
 def test_a_missing_package_is_one_clear_line(learn, tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("ila.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("ila.models.loading.find_spec", lambda name: None)
     line = learn(tmp_path / "run", "--model", tmp_path / "model.gguf").error()
     assert line.endswith("model.gguf needs the package gguf: pip install 'ila-kernels[gguf]'")
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -313,7 +313,7 @@ def test_a_folder_that_is_taken_is_found_before_anything_is_loaded(
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
     for name in ("load_model", "load_tokenizer", "load_rows"):
-        monkeypatch.setattr(f"ila.pipeline.{name}", lambda *_, **__: pytest.fail("loaded"))
+        monkeypatch.setattr(f"ila.commands.inputs.{name}", lambda *_, **__: pytest.fail("loaded"))
     assert "holds a run already" in learn(run).error()
     assert "differs in inputs.rank" in learn(run, "--resume", "--rank", "3").error()
     assert "differs in what" in train(run, "--resume").error()

@@ -7,7 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ila.data import IGNORED, encode
+from ila.data import encode
+from ila.data.row_encoder import IGNORED
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
 TEXTS = ["How many seats are there in the hall? There are 12 seats.", "Dear Ada, thank you."]

@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ila import encoding
 from ila.boundary import reading
-from ila.data import encode
-from ila.messages import to_messages
-from ila.rows import load_rows
+from ila.data import encode, row_encoder
+from ila.data.messages import to_messages
+from ila.data.rows import load_rows
 
 ROWS = [
     {"question": "Gr\u00f6\u00dfe?", "answer": "drei", "n": 1},
@@ -94,7 +93,7 @@ def test_an_object_of_columns_is_its_rows(tmp_path, content):
 
 
 def test_columns_of_conversations_are_rows():
-    from ila.tables import rows_of_columns
+    from ila.data.tables import rows_of_columns
 
     turns = [[{"role": "user", "content": "q"}], [{"role": "user", "content": "r"}]]
     wanted = [{"messages": turn} for turn in turns]
@@ -243,7 +242,7 @@ def test_half_of_a_surrogate_pair_is_refused_with_its_row(build, template, row):
 
 @pytest.mark.parametrize("template", ["none", "plain_chatml"])
 def test_a_text_longer_than_a_tokenizer_takes_is_cut_or_refused(build, template, monkeypatch):
-    monkeypatch.setattr(encoding, "_LONGEST_TEXT", 3000)
+    monkeypatch.setattr(row_encoder, "_LONGEST_TEXT", 3000)
     row = {"question": "q", "answer": "many seats " * 2000}
     (cut,), summary = encode([row], build(template), max_length=100, progress=False)
     assert (len(cut["input_ids"]), summary.truncated) == (100, 1)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ila.data import encode
-from ila.messages import to_conversation, to_messages
+from ila.data.messages import to_conversation, to_messages
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}

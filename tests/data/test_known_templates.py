@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ila.data import IGNORED, encode
-from ila.rendering import ChatTemplate, _Rendered
+from ila.data import encode
+from ila.data.rendering import ChatTemplate, _Rendered
+from ila.data.row_encoder import IGNORED
 
 trl = pytest.importorskip("trl")
 FOLDER = Path(trl.__file__).parent / "chat_templates"

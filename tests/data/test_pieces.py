@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from ila.data import IGNORED, encode
-from ila.pieces import Pieces
+from ila.data import encode
+from ila.data.pieces import Pieces
+from ila.data.row_encoder import IGNORED
 
 LETTERS = "ab seat.\n\t\u00e9\u65e5\U0001f642"
 TEXTS = st.text(st.sampled_from(LETTERS), max_size=40)

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from ila.data import IGNORED, encode
-from ila.rendering import ChatTemplate, _Rendered, render_plain
+from ila.data import encode
+from ila.data.rendering import ChatTemplate, _Rendered, render_plain
+from ila.data.row_encoder import IGNORED
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"city": "Rome"}}}

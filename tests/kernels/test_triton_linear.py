@@ -101,6 +101,8 @@ GRID = [
     ("no out-features", (5, 48, 0, 4), FP32, FP32, SIGMOID, 0.0, True, None),
     ("no in-features", (5, 0, 40, 4), FP32, FP32, SIGMOID, 0.0, True, None),
     ("rank 70: a last step not full", (37, 48, 40, 70), BF16, FP32, SIGMOID, 0.3, True, None),
+    ("rank 300 in fp32: a sum of its own", (7, 40, 33, 300), FP32, FP32, SIGMOID, 0.0, True, None),
+    ("rank 512 in fp32, no gate", (7, 40, 33, 512), FP32, FP32, None, 0.0, False, None),
     ("rank 256", (20, 24, 36, 256), BF16, BF16, None, 0.0, False, None),
     ("several tiles each way, none full", (150, 140, 133, 8), BF16, FP32, SIGMOID, 0.3, True, None),
     ("tile multiples: no masked K step", (128, 128, 256, 16), FP16, FP16, None, 0.0, False, None),

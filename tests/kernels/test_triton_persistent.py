@@ -153,6 +153,19 @@ def test_an_x_that_no_descriptor_takes_goes_by_pointers(persistent, forms):
     assert forms == ["pointer", "persistent", "persistent"]
 
 
+def test_a_triton_without_descriptors_is_no_error_but_a_reason(monkeypatch):
+    z = operands("forward")
+    assert lowrank_gemm.form(z["p"], z["q"], "sm_90", "persistent")[0] == "persistent"
+    monkeypatch.setattr(lowrank_gemm, "find_spec", lambda name: None)
+    lowrank_gemm.has_descriptors.cache_clear()
+    try:
+        chosen, why = lowrank_gemm.form(z["p"], z["q"], "sm_90", "persistent")
+    finally:
+        lowrank_gemm.has_descriptors.cache_clear()
+    assert chosen == "pointer"
+    assert "has no tensor descriptors, 3.4 has" in why
+
+
 def test_the_self_check_runs_the_form_that_is_preferred(persistent, forms, monkeypatch):
     monkeypatch.setattr(selfcheck, "_passed", set())
     device = torch.device("cuda", 0)

@@ -18,8 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
 import ila
-from ila import shared_input
-from ila.mlp import KEEPS_H, LEAN, PLAIN, LeanLlamaMLP, LeanMistralMLP, lean_mlps, make_plain
+from ila.models import shared_input
+from ila.models.mlp import KEEPS_H, LEAN, PLAIN, LeanLlamaMLP, LeanMistralMLP, lean_mlps, make_plain
 
 BF16, FP64 = torch.bfloat16, torch.float64
 MLP0 = "base_model.model.model.layers.0.mlp"

@@ -799,7 +799,7 @@ def test_no_public_name_is_also_a_module():
     # Importing a submodule sets it on its package, over a function of that name.
     modules = {module.name for module in pkgutil.iter_modules(ila.__path__)}
     assert not modules & set(ila.__all__)
-    assert ila.Explanation.__module__ == ila.explain.__module__ == "ila.explanation"
+    assert ila.Explanation.__module__ == ila.explain.__module__ == "ila.models.explain"
 
 
 def test_explain_of_a_model_without_lora_is_an_error(tiny):

@@ -15,9 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
 import ila
-from ila import shared_input
-from ila.attention import FusedQkv, FusedQkvLlamaAttention, FusedQkvMistralAttention
-from ila.swapped import Swapped, swapped
+from ila.models import shared_input
+from ila.models.attention import FusedQkv, FusedQkvLlamaAttention, FusedQkvMistralAttention
+from ila.models.class_swap import Swapped, swapped
 
 BF16, FP64 = torch.bfloat16, torch.float64
 LAYER = "base_model.model.model.layers.0"

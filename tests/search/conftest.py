@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import ila
-from ila.search import SearchConfig, learn_mask
+from ila.search.learn import SearchConfig, learn_mask
 
 WORDS = 24
 

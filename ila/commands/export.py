@@ -1,0 +1,72 @@
+"""What ``ila export`` does."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from ila.commands.inputs import read_run
+from ila.models.loading import find_source, load_model, load_tokenizer
+from ila.models.open_weights import CHANGED_FILE, load_changed
+from ila.runs.atomic import write_folder_atomic, write_json_atomic
+from ila.training.train import ADAPTER_FILES
+
+
+def export(run: Path, out: Path, *, merge: bool = False) -> str:
+    """Write a trained adapter, or changed weights, elsewhere: alone or in their base model.
+
+    An adapter trained over a packed base is merged into the dense one: packing again would round
+    it away, and the result is a model like any other.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        FileNotFoundError: If ``run`` holds no finished adapter or changed weights.
+        FileExistsError: If ``out`` exists.
+        ValueError: If the weights are damaged.
+    """
+    found = read_run(run, "train")
+    full = found.get("full", False)
+    files = (CHANGED_FILE, "run.json") if full else ADAPTER_FILES
+    missing = [name for name in files if not (run / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{run} has no {' and no '.join(missing)}: is it finished?")
+    if out.exists():
+        raise FileExistsError(f"{out} exists and was left alone; give another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not merge:
+        with write_folder_atomic(out) as folder:
+            for name in files:
+                shutil.copyfile(run / name, folder / name)
+        return "Changed weights" if full else "Adapter"
+    inputs = found["inputs"]
+    source = find_source(inputs["model"], inputs["gguf_file"], inputs["trust_remote_code"])
+    with write_folder_atomic(out) as folder:
+        model = load_model(source, inputs["dtype"])
+        if full:
+            load_changed(model, run)
+        else:
+            model = _merged(model, run)
+        model.save_pretrained(folder)
+        load_tokenizer(source).save_pretrained(folder)
+        note = {"base": found["model"], "merged": True}
+        packed = inputs.get("load_in")
+        if packed:
+            note["trained_over"] = packed
+        write_json_atomic(folder / "ila-export.json", note)
+    if full:
+        return "Model with the changed weights"
+    return f"Merged model (dense; trained over {packed})" if packed else "Merged model"
+
+
+def _merged(model: PreTrainedModel, run: Path) -> PreTrainedModel:
+    try:
+        adapted = PeftModel.from_pretrained(model, str(run))
+    except SafetensorError as error:
+        raise ValueError(f"the adapter in {run} is damaged: {error}") from error
+    return adapted.merge_and_unload(safe_merge=True)
