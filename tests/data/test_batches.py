@@ -192,7 +192,7 @@ def test_training_gives_the_losses_of_the_default_collator(make):
 
 
 @pytest.mark.parametrize("make", [padded_left, packed])
-def test_training_gives_the_losses_of_trainer(make, tmp_path):
+def test_the_first_loss_is_the_one_of_trainer(make, tmp_path):
     rows = [make(length) for length in (4, 6, 3, 5, 7, 2)]
     arguments = TrainingArguments(
         str(tmp_path),
@@ -213,5 +213,6 @@ def test_training_gives_the_losses_of_trainer(make, tmp_path):
     trainer.train()
     theirs = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     lost = losses([{name: one[name] for name in ("input_ids", "labels")} for one in rows])
-    # Sums in another order against columns that are not there.
-    assert (losses(rows) - theirs).abs().max() < 1e-3 * (lost - theirs).abs().max()
+    # Sums in another order, against columns that are not there. Before the first update: Adam makes
+    # a whole step of a gradient that is nothing but rounding, as dA is while B is 0.
+    assert (losses(rows) - theirs)[0].abs() < 1e-3 * (lost - theirs)[0].abs()
