@@ -23,6 +23,7 @@ from torch import nn
 from ila.masks.mask import LayerMask
 from ila.masks.names import KINDS
 from ila.models.edit import apply_mask, masked_layers, single_adapter
+from ila.models.lean_head import leaning
 from ila.price.shapes import Shape
 from ila.price.speed import Speed, fit, works
 
@@ -142,8 +143,9 @@ def calibrate(
     sets, others = designed(names), dict(unseen or {})
     amounts = works(shape, names, [*sets.values(), *others.values()])
     steps = Steps(model, sets | others, batch_of(model, shape.rows, shape.length))
-    times = steps.measured(rounds, progress=progress)
-    steps.take(ALL)
+    with leaning(model):  # as training does
+        times = steps.measured(rounds, progress=progress)
+        steps.take(ALL)
     speed = fit(amounts[: len(sets)], [times[name] for name in sets])
     rows = {
         name: {
