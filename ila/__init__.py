@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from ila.models.explain import Explanation as Explanation
     from ila.models.explain import explain as explain
     from ila.models.layer import MaskedLoraLinear as MaskedLoraLinear
+    from ila.search.in_place import select_layers as select_layers
     from ila.search.learn import SearchConfig as SearchConfig
     from ila.search.learn import learn_mask as learn_mask
+    from ila.search.select_layers import SelectLayers as SelectLayers
     from ila_kernels._version import __version__ as __version__
 
 _HOME = {
@@ -32,6 +34,7 @@ _HOME = {
     "MaskReport": "models.edit",
     "MaskedLoraLinear": "models.layer",
     "SearchConfig": "search.learn",
+    "SelectLayers": "search.select_layers",
     "apply_mask": "models.edit",
     "attach": "models.edit",
     "convert": "models.edit",
@@ -39,6 +42,7 @@ _HOME = {
     "gradient_checkpointing": "models.checkpointing",
     "learn_mask": "search.learn",
     "restore": "models.edit",
+    "select_layers": "search.in_place",
 }
 __all__ = [
     "ConversionReport",
@@ -47,6 +51,7 @@ __all__ = [
     "MaskReport",
     "MaskedLoraLinear",
     "SearchConfig",
+    "SelectLayers",
     "__version__",
     "apply_mask",
     "attach",
@@ -55,6 +60,7 @@ __all__ = [
     "gradient_checkpointing",
     "learn_mask",
     "restore",
+    "select_layers",
 ]
 
 
