@@ -82,7 +82,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "explain",
         ),
         "prefix": ("state_file", "batches", "frozen_prefix", "cache"),
-        "price": ("knapsack", "shapes", "costs", "speed", "budget", "calibration"),
+        "price": ("knapsack", "shapes", "costs", "speed", "budget", "choice", "calibration"),
         "training": ("arguments", "config", "callbacks", "loop", "trained", "adapter", "train"),
         "search": (
             "gate_gradients",
@@ -95,6 +95,8 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "methods",
             "stage1",
             "learn",
+            "in_place",
+            "select_layers",
         ),
         "reports": ("texts", "tables", "figures", "pareto"),
         "__init__": (),
