@@ -22,7 +22,7 @@ from types import TracebackType
 
 HOME = Path(__file__).resolve().parent
 _OURS = (str(HOME), str(HOME.parent / "ila_kernels"))
-_LONGEST = 300
+_LONGEST = 600
 _RAISE = dis.opmap["RAISE_VARARGS"]
 # A panic of a library in Rust is no Exception; these are none of an input's doing.
 _NOT_OF_INPUT = (KeyboardInterrupt, SystemExit, GeneratorExit, ImportError)
@@ -119,7 +119,9 @@ def in_one_line(error: BaseException, *, led_by_type: bool = True) -> str:
     """
     text = " ".join(_printable(str(error)).split())
     if led_by_type:
-        text = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+        # The end may say what to do.
+        half = _LONGEST // 2
+        text = text if len(text) <= _LONGEST else f"{text[:half]} … {text[-half:]}"
     if text and (not led_by_type or type(error) in (ValueError, InputError)):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
