@@ -60,10 +60,12 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "__init__": (),
     },
     "ila": {
-        "runs": ("atomic", "folder", "processes", "checkpoints", "meter", "metrics"),
+        "boundary": (),
+        "runs": ("atomic", "records", "folder", "processes", "checkpoints", "meter", "metrics"),
         "masks": ("checks", "names", "mask_file", "mask", "agreement"),
         "data": ("messages", "rows", "rendering", "encoding", "__init__"),
         "models": (
+            "sizes",
             "loading",
             "layer",
             "quantized",
@@ -150,7 +152,9 @@ INNER_ROOMS = {
 # Importable in a millisecond, wherever a mask or a row is read.
 PURE = {
     "ila/runs/atomic.py",
+    "ila/boundary.py",
     "ila/runs/folder.py",
+    "ila/runs/records.py",
     "ila/data/messages.py",
     "ila/price/knapsack.py",
     "ila/commands/options.py",

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from rich.console import Console
 from rich.progress import track
 from torch import nn
 
@@ -105,7 +106,8 @@ class Steps:
             self.take(name)
         ratios: dict[str, list[float]] = {name: [] for name in self.masks}
         bases = []
-        for _ in track(range(rounds), "Rounds of steps", disable=not progress):
+        screen = Console(stderr=True)
+        for _ in track(range(rounds), "Rounds of steps", console=screen, disable=not progress):
             times = {name: self.take(name) for name in self.masks}
             bases.append(times[base])
             for name, value in times.items():
