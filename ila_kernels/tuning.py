@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 
 from ila_kernels import store
-from ila_kernels.choice import set_verdicts, verdicts_in_use
+from ila_kernels.choice import nothing_preferred, set_verdicts, verdicts_in_use
 from ila_kernels.device import dtype_name, is_capturing, machine_of
 from ila_kernels.measuring import CudaTimer, Timer, measure
 from ila_kernels.verdict import Cell, Machine, Verdict, Verdicts
@@ -111,7 +111,8 @@ def tune(
                 skipped[str(cell)] = str(error).splitlines()[0]
         return machine_of(device), _kept(Tuned(tuple(verdicts), skipped))
 
-    machine, tuned = on_main_process(measured)
+    with nothing_preferred():
+        machine, tuned = on_main_process(measured)
     _use(machine, [*verdicts_in_use().all, *tuned.verdicts], device)
     return tuned
 

@@ -61,7 +61,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "ila": {
         "boundary": (),
-        "runs": ("atomic", "folder", "processes", "checkpoints", "meter", "metrics"),
+        "runs": ("atomic", "records", "folder", "processes", "checkpoints", "meter", "metrics"),
         "masks": ("checks", "names", "mask_file", "mask", "agreement"),
         "data": (
             "turns",
@@ -76,6 +76,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "__init__",
         ),
         "models": (
+            "sizes",
             "loading",
             "layer",
             "quantized",
@@ -94,7 +95,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "explain",
         ),
         "prefix": ("state_file", "batches", "frozen_prefix", "cache"),
-        "price": ("knapsack", "shapes", "costs", "speed", "budget", "calibration"),
+        "price": ("knapsack", "shapes", "costs", "speed", "budget", "choice", "calibration"),
         "training": ("arguments", "config", "callbacks", "loop", "trained", "adapter", "train"),
         "search": (
             "gate_gradients",
@@ -107,6 +108,8 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "methods",
             "stage1",
             "learn",
+            "in_place",
+            "select_layers",
         ),
         "reports": ("texts", "tables", "figures", "pareto"),
         "__init__": (),
@@ -160,8 +163,9 @@ INNER_ROOMS = {
 # Importable in a millisecond, wherever a mask or a row is read.
 PURE = {
     "ila/runs/atomic.py",
-    "ila/runs/folder.py",
     "ila/boundary.py",
+    "ila/runs/folder.py",
+    "ila/runs/records.py",
     *(f"ila/data/{name}.py" for name in ("turns", "messages", "tables")),
     "ila/price/knapsack.py",
     "ila/commands/options.py",

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ila.boundary import reading
 from ila.data import encode, row_encoder
 from ila.data.messages import to_messages
 from ila.data.rows import load_rows
@@ -192,30 +191,6 @@ def test_a_date_out_of_range_names_the_file(tmp_path, unit):
     near = pyarrow.table({"text": ["a"], "when": [datetime.date(2020, 1, 1)]})
     parquet.write_table(near, tmp_path / "rows.parquet")
     assert load_rows(tmp_path / "rows.parquet")[0]["when"].year == 2020
-
-
-@pytest.mark.parametrize("error", [KeyError("a"), MemoryError(), IndexError("x\ny"), OSError("no")])
-def test_whatever_is_raised_while_reading_names_the_source(error):
-    with pytest.raises(ValueError, match=r"^data file a/b\.json: ") as caught:
-        with reading("a/b.json", "data file"):
-            raise error
-    assert "\n" not in str(caught.value)
-    assert caught.value.__cause__ is error
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        ImportError("pyarrow"),
-        ValueError("a/b.json: no"),
-        PermissionError(13, "denied", "a/b.json"),
-        KeyboardInterrupt(),
-    ],
-)
-def test_errors_that_say_enough_pass(error):
-    with pytest.raises(type(error)) as caught, reading("a/b.json", "data file"):
-        raise error
-    assert caught.value is error
 
 
 @pytest.mark.parametrize("template", ["none", "plain_chatml"])

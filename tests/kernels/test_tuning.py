@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ila_kernels
-from ila_kernels import choice, device, measuring, paths, store, tune, tuning, use_verdicts
+from ila_kernels import choice, device, measuring, paths, prefer, store, tune, tuning, use_verdicts
 from ila_kernels.choice import Call, gpu_impl
 from ila_kernels.verdict import CANDIDATES, Cell, Machine, Verdict
 
@@ -96,6 +96,22 @@ def test_the_table_says_what_was_measured_and_where_it_is():
 @pytest.mark.parametrize("hybrid", [1.0, 0.98, [0.5] * 4 + [1.0] * 3])
 def test_a_tie_stays_with_eager(hybrid):
     assert "-> eager" in str(tuned(timer=Clock(hybrid=hybrid)))
+
+
+def test_a_preference_is_set_aside_while_measuring():
+    seen = []
+
+    def clock(step):
+        seen.append(choice.preference())
+        return 1.0
+
+    prefer(auto="eager", gemm="persistent")
+    try:
+        tuned(timer=clock)
+        assert set(seen) == {choice.Preference()}
+        assert choice.preference() == choice.Preference("eager", "persistent")
+    finally:
+        prefer()
 
 
 def test_rounds_are_interleaved_and_rotate():
