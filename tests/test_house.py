@@ -31,6 +31,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "dropout": (),
         "reference": (),
         "swiglu": (),
+        "products": (),
         "eager": (),
         "group": (),
         "kernels": (
@@ -137,6 +138,7 @@ INNER_ROOMS = {
     "validate",
     "dropout",
     "swiglu",
+    "products",
     "eager",
     "group",
     "kernels",
