@@ -9,7 +9,7 @@ moves M·K + 2·M·N elements forward (eager PEFT: M·K + 6·M·N), of which M·
 and it keeps small updates. A 16-bit y holds 8 or 11 bits: an update added to it afterwards is lost
 where it is less than half of its last bit, and that is where training starts (B = 0). Added in the
 GEMM's fp32 accumulator, before the one rounding of y, it stays. At |update| = 10⁻³ |y| in bf16 all
-of it stays, and 54 % if it is added afterwards (``tests/kernels/test_small_updates.py``).
+of it stays, and 55 % if it is added afterwards (``tests/kernels/test_small_updates.py``).
 
 Three cases keep the base first: a packed weight, whose product is another library's; few rows on a
 CPU (``SHORT_ROWS``); and, as far as rounding goes, a bias, which is added to the update before the

@@ -95,7 +95,7 @@ def tune(
         raise RuntimeError("tune cannot run under torch.compile or while a CUDA graph is captured")
     if rounds < 7:
         raise ValueError(f"rounds must be at least 7, got {rounds}")
-    device = torch.device("cuda" if device is None else device)
+    device = _gpu(device)
     kind = (rank, dtype_name(dtype), dtype_name(adapter_dtype), dropout_p > 0.0)
     cells = [_cell(shape, m, kind) for shape in shapes for m in rows]
 
@@ -115,6 +115,14 @@ def tune(
         machine, tuned = on_main_process(measured)
     _use(machine, [*verdicts_in_use().all, *tuned.verdicts], device)
     return tuned
+
+
+def _gpu(device: torch.device | str | None) -> torch.device:
+    """Name a GPU with its index, as tensors on it do."""
+    device = torch.device("cuda" if device is None else device)
+    if device.index is None and torch.cuda.is_available():
+        return torch.device(device.type, torch.cuda.current_device())
+    return device
 
 
 def _cell(shape: Shape, m: int, kind: tuple[int, str, str, bool]) -> Cell:
@@ -162,7 +170,7 @@ def use_verdicts(
     elif device is None and not torch.cuda.is_available():
         set_verdicts(Verdicts())
     else:
-        on = torch.device("cuda" if device is None else device)
+        on = _gpu(device)
 
         def read() -> tuple[Machine, list[Verdict]]:
             machine = machine_of(on)
