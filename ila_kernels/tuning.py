@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -101,15 +101,11 @@ def tune(
 
     def measured() -> tuple[Machine, Tuned]:
         clock = CudaTimer(device) if timer is None else timer
-        verdicts, skipped = [], {}
-        for done, cell in enumerate(cells):
-            if progress is not None:
-                progress(done, len(cells), str(cell))
-            try:
-                verdicts.append(measure(cell, dropout_p, device, clock, rounds))
-            except RuntimeError as error:
-                skipped[str(cell)] = str(error).splitlines()[0]
-        return machine_of(device), _kept(Tuned(tuple(verdicts), skipped))
+
+        def one(cell: Cell) -> Verdict:
+            return measure(cell, dropout_p, device, clock, rounds)
+
+        return machine_of(device), _measure_and_keep(cells, one, progress)
 
     with nothing_preferred():
         machine, tuned = on_main_process(measured)
@@ -133,12 +129,27 @@ def _cell(shape: Shape, m: int, kind: tuple[int, str, str, bool]) -> Cell:
     return Cell(m, k, ns, *kind)
 
 
-def _kept(tuned: Tuned) -> Tuned:
-    """Write the verdicts; a folder that cannot be written to leaves them in memory."""
-    try:
-        return replace(tuned, folder=store.save(tuned.verdicts))
-    except OSError as error:
-        return replace(tuned, not_kept=str(error))
+def _measure_and_keep(
+    cells: Sequence[Cell], measure_one: Callable[[Cell], Verdict], progress: Progress | None
+) -> Tuned:
+    """Measure each cell and write its verdict at once, so that an interrupted run keeps the rest.
+
+    If a file cannot be written, the verdicts stay in memory only.
+    """
+    verdicts: list[Verdict] = []
+    skipped: dict[str, str] = {}
+    folder, not_kept = None, ""
+    for done, cell in enumerate(cells):
+        if progress is not None:
+            progress(done, len(cells), str(cell))
+        try:
+            verdicts.append(measure_one(cell))
+            folder = store.save(verdicts[-1:]) if not not_kept else None
+        except RuntimeError as error:
+            skipped[str(cell)] = str(error).splitlines()[0]
+        except OSError as error:
+            folder, not_kept = None, str(error)
+    return Tuned(tuple(verdicts), skipped, folder, not_kept)
 
 
 def use_verdicts(
