@@ -31,6 +31,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "dropout": (),
         "reference": (),
         "swiglu": (),
+        "products": (),
         "eager": (),
         "group": (),
         "kernels": (
@@ -148,6 +149,7 @@ INNER_ROOMS = {
     "validate",
     "dropout",
     "swiglu",
+    "products",
     "eager",
     "group",
     "kernels",
