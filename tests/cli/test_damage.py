@@ -109,7 +109,7 @@ def test_damaged_bytes(file, ila, whole):
         check(ila, whole, file, FILES[file], damage)
 
     damaged()
-    
+
 
 @pytest.mark.parametrize("file", [name for name in FILES if ".json" in name])
 def test_damaged_values(file, ila, whole):
