@@ -16,6 +16,7 @@ from ila.commands.options import (
     Accumulate,
     Alpha,
     BatchSize,
+    ByLength,
     Data,
     Dropout,
     Dtype,
@@ -89,6 +90,7 @@ def learn(
     target_modules: Targets = "all-linear",
     batch_size: BatchSize = 8,
     gradient_accumulation: Accumulate = 1,
+    group_by_length: ByLength = False,
     learning_rate: LearningRate = None,
     seed: Seed = 0,
     save_every: SaveEvery = 50,
@@ -130,7 +132,7 @@ def learn(
         score_learning_rate=score_learning_rate,
         batch_size=batch_size,
         save_every=save_every or None,
-        training_args=_accumulation(gradient_accumulation),
+        training_args=_trainer(gradient_accumulation, group_by_length),
     )
     mask, data_note = run(inputs, config, out, full=full, resume=resume)
     screen.print(data_note, highlight=False)
@@ -276,6 +278,7 @@ def train(
     target_modules: Targets = "all-linear",
     batch_size: BatchSize = 8,
     gradient_accumulation: Accumulate = 1,
+    group_by_length: ByLength = False,
     learning_rate: LearningRate = None,
     seed: Seed = 0,
     save_every: SaveEvery = 50,
@@ -316,7 +319,7 @@ def train(
         save_every=save_every or None,
         cache_prefix=cache_prefix if cache_folder is None else str(cache_folder),
         cache_limit_gib=cache_limit_gib,
-        training_args=_accumulation(gradient_accumulation),
+        training_args=_trainer(gradient_accumulation, group_by_length),
     )
     metrics, data_note = train_selected(
         inputs, config, out, mask_file=mask, full=full, resume=resume
@@ -463,10 +466,14 @@ def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} does nothing here: {why}")
 
 
-def _accumulation(steps: int) -> dict[str, Any]:
+def _trainer(steps: int, group_by_length: bool) -> dict[str, Any]:
+    """The options that ``TrainingArguments`` take."""
+    from ila.training.batches import by_length
+
     if steps < 1:
         raise ValueError(f"gradient_accumulation must be ≥ 1, got {steps}")
-    return {} if steps == 1 else {"gradient_accumulation_steps": steps}
+    accumulation = {} if steps == 1 else {"gradient_accumulation_steps": steps}
+    return accumulation | (by_length() if group_by_length else {})
 
 
 def _distinct_names(runs: list[Path]) -> list[str]:

@@ -97,7 +97,16 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "prefix": ("state_file", "batches", "frozen_prefix", "cache"),
         "price": ("knapsack", "shapes", "costs", "speed", "budget", "choice", "calibration"),
-        "training": ("arguments", "config", "callbacks", "loop", "trained", "adapter", "train"),
+        "training": (
+            "arguments",
+            "batches",
+            "config",
+            "callbacks",
+            "loop",
+            "trained",
+            "adapter",
+            "train",
+        ),
         "search": (
             "gate_gradients",
             "baselines",
