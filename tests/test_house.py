@@ -20,6 +20,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "ila_kernels": {
         "_version": (),
+        "verdict": (),
+        "store": (),
         "choice": (),
         "config": (),
         "device": (),
@@ -43,6 +45,8 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "group",
             "selfcheck",
         ),
+        "hybrid": (),
+        "hybrid_group": (),
         "paths": (),
         "traced": (),
         "ops": (),
@@ -50,6 +54,8 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "dispatch": (),
         "roofline": (),
         "functional": (),
+        "measuring": (),
+        "tuning": (),
         "testing": (),
         "__init__": (),
     },
@@ -67,6 +73,10 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "shared_input",
             "attention",
             "mlp",
+            "lean_loss",
+            "lean_paths",
+            "lean_families",
+            "lean_head",
             "edit",
             "open_weights",
             "explain",
@@ -128,10 +138,14 @@ INNER_ROOMS = {
     "eager",
     "group",
     "kernels",
+    "hybrid",
+    "hybrid_group",
+    "store",
     "paths",
     "ops",
     "group_ops",
     "dispatch",
+    "measuring",
 }
 # Importable in a millisecond, wherever a mask or a row is read.
 PURE = {
