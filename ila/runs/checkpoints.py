@@ -69,7 +69,13 @@ class MarkComplete(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.also is not None:
             self.also(folder)
-        sync_tree(
-            folder
-        )  # the files before the marker, so that a power failure keeps both or neither
-        write_json_atomic(folder / MARKER, {"step": state.global_step, "files": _sizes(folder)})
+        mark_complete(folder, state.global_step)
+
+
+def mark_complete(folder: Path, step: int) -> None:
+    """Write the marker of a checkpoint that is whole.
+
+    Its files reach the disk first, so that a power failure keeps both or neither.
+    """
+    sync_tree(folder)
+    write_json_atomic(folder / MARKER, {"step": step, "files": _sizes(folder)})
