@@ -1,7 +1,6 @@
 """One run with a selection in its middle: the bits of the callback, through every kill."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from ila.search import one_run
 from ila.search.one_run import train_and_select
 from ila.search.selection import Selection
 from ila.training.config import TrainConfig
+from ila.training.loop import run
 from ila.training.train import arguments_of
 
 STEPS, SWITCH = 8, 3
@@ -57,7 +57,7 @@ def test_it_ends_with_the_bits_of_the_callback(make_llama, rows, tmp_path, close
     args = arguments_of(config(training_args=extra), tmp_path / "callback", keep=True)
     other = make_llama()
     trainer = Trainer(other, args, one_run.default_collator(other), rows[:8], callbacks=[chosen])
-    trainer.train()
+    run(trainer, None)  # with the lean head, as the one run
     assert mask.open == chosen.mask.open and mask.closed
     assert same(weights(model), weights(other))
     assert [loss for _, loss in metrics["losses"]] == [
@@ -77,20 +77,14 @@ def test_the_folder_holds_what_separate_commands_leave_and_no_more(make_llama, r
     assert LayerMask.load(tmp_path) == mask and len(mask.open) == 4
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    search, saved = (
-        metrics["selected"]["search"],
-        json.loads((tmp_path / "metrics.json").read_text()),
-    )
-    assert (
-        search["steps"] == SWITCH and 0 < search["seconds"] and 0 < metrics["selected"]["seconds"]
-    )
+    saved = json.loads((tmp_path / "metrics.json").read_text())
+    search = metrics["selected"]["search"]
+    assert search["steps"] == SWITCH
+    assert 0 < search["seconds"] and 0 < metrics["selected"]["seconds"]
     assert saved["selected"]["selection"]["step"] == SWITCH and saved["kept_modules"] == 10
     assert metrics["held_out_loss"] < metrics["held_out_loss_before"]
-    again = make_llama()
-    assert go(again, rows, tmp_path, Selection(Choice(top=0.3), at=0.4), resume=True) == (
-        saved,
-        mask,
-    )
+    again, selection = make_llama(), Selection(Choice(top=0.3), at=0.4)
+    assert go(again, rows, tmp_path, selection, resume=True) == (saved, mask)
     assert sum(layer.is_open("default") for layer in masked_layers(again, "default").values()) == 4
     with pytest.raises(ValueError, match=r"differs in selection\.closed"):
         other = Selection(Choice(top=0.3), at=0.4, closed="drop")
@@ -138,9 +132,8 @@ def test_broken_off_anywhere_and_resumed_it_ends_with_the_same_bits(
 
 
 def test_the_cache_begins_with_the_selection(make_llama, rows):
-    run = partial(go, rows=rows)
-    plain, _ = run(make_llama())
-    cached, _ = run(make_llama(), cache_prefix=True)
+    plain, _ = go(make_llama(), rows)
+    cached, _ = go(make_llama(), rows, cache_prefix=True)
     assert plain["prefix_cache"] is None and cached["prefix_cache"]["blocks"] == 1
     one, other = (torch.tensor([loss for _, loss in m["losses"]]) for m in (plain, cached))
     assert torch.equal(one[:SWITCH], other[:SWITCH])
