@@ -105,6 +105,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "loop",
             "trained",
             "adapter",
+            "switch",
             "train",
         ),
         "search": (
@@ -119,7 +120,9 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "stage1",
             "learn",
             "in_place",
+            "selection",
             "select_layers",
+            "one_run",
         ),
         "reports": ("texts", "tables", "figures", "pareto"),
         "__init__": (),

@@ -92,8 +92,14 @@ class MarkComplete(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.also is not None:
             self.also(folder)
-        sync_tree(
-            folder
-        )  # the files before the marker, so that a power failure keeps both or neither
-        said = {"files": _sizes(folder), "crc32": _checksums(folder)}
-        write_json_atomic(folder / MARKER, {"step": state.global_step, **said})
+        mark_complete(folder, state.global_step)
+
+
+def mark_complete(folder: Path, step: int) -> None:
+    """Write the marker of a checkpoint that is whole.
+
+    Its files reach the disk first, so that a power failure keeps both or neither.
+    """
+    sync_tree(folder)
+    marked = {"step": step, "files": _sizes(folder), "crc32": _checksums(folder)}
+    write_json_atomic(folder / MARKER, marked)
