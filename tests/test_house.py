@@ -55,7 +55,16 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "ila": {
         "boundary": (),
-        "runs": ("atomic", "records", "folder", "processes", "checkpoints", "meter", "metrics"),
+        "runs": (
+            "atomic",
+            "records",
+            "lock",
+            "folder",
+            "processes",
+            "checkpoints",
+            "meter",
+            "metrics",
+        ),
         "masks": ("checks", "names", "mask_file", "mask", "agreement"),
         "data": ("messages", "rows", "rendering", "encoding", "__init__"),
         "models": (
@@ -75,7 +84,16 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "prefix": ("state_file", "batches", "frozen_prefix", "cache"),
         "price": ("knapsack", "shapes", "costs", "speed", "budget", "calibration"),
-        "training": ("arguments", "config", "callbacks", "loop", "trained", "adapter", "train"),
+        "training": (
+            "arguments",
+            "config",
+            "callbacks",
+            "loop",
+            "trained",
+            "card",
+            "adapter",
+            "train",
+        ),
         "search": (
             "gate_gradients",
             "baselines",
@@ -138,6 +156,7 @@ PURE = {
     "ila/runs/atomic.py",
     "ila/boundary.py",
     "ila/runs/folder.py",
+    "ila/runs/lock.py",
     "ila/runs/records.py",
     "ila/data/messages.py",
     "ila/price/knapsack.py",
