@@ -64,8 +64,8 @@ def kill_at(monkeypatch):
         ({"hidden_act": "nonsense"}, "nonsense"),
         ({"architectures": 5}, None),
         ({"rope_parameters": {"rope_type": "nonsense"}}, "nonsense"),
-        ({"attention_dropout": 7}, None),
-        ({"quantization_config": {"quant_method": "nonsense"}}, "nonsense"),
+        ({"attention_dropout": 7}, "model"),
+        ({"quantization_config": {"quant_method": "nonsense"}}, None),
     ],
 )
 def test_a_damaged_configuration_is_one_clear_line(
