@@ -62,7 +62,16 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "ila": {
         "boundary": (),
-        "runs": ("atomic", "records", "folder", "processes", "checkpoints", "meter", "metrics"),
+        "runs": (
+            "atomic",
+            "records",
+            "lock",
+            "folder",
+            "processes",
+            "checkpoints",
+            "meter",
+            "metrics",
+        ),
         "masks": ("checks", "names", "mask_file", "mask", "agreement"),
         "data": (
             "turns",
@@ -104,6 +113,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "callbacks",
             "loop",
             "trained",
+            "card",
             "adapter",
             "switch",
             "train",
@@ -179,6 +189,7 @@ PURE = {
     "ila/runs/atomic.py",
     "ila/boundary.py",
     "ila/runs/folder.py",
+    "ila/runs/lock.py",
     "ila/runs/records.py",
     *(f"ila/data/{name}.py" for name in ("turns", "messages", "tables")),
     "ila/price/knapsack.py",

@@ -53,7 +53,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
         _check_config(run)
     if not merge:
         with write_folder_atomic(out) as folder:
-            for name in files:
+            for name in (*files, *_beside(run, full)):
                 shutil.copyfile(run / name, folder / name)
         return "Changed weights" if full else "Adapter"
     inputs = found["inputs"]
@@ -76,6 +76,14 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
     if full:
         return "Model with the changed weights"
     return f"Merged model (dense; trained over {packed})" if packed else "Merged model"
+
+
+def _beside(run: Path, full: bool) -> list[str]:
+    """The card and the tokenizer of an adapter: what lies in its folder and tells of no run."""
+    own = {"run.json", "train.json", "metrics.json", "before.json", "log.jsonl", *ADAPTER_FILES}
+    suffixes = {".json", ".jinja", ".md", ".model", ".txt"}
+    names = sorted(p.name for p in run.iterdir() if p.is_file() and p.suffix in suffixes)
+    return [] if full else [name for name in names if name not in own]
 
 
 def _check_config(run: Path) -> None:

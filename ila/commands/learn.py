@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from ila.masks.checks import thawed
 from ila.masks.mask import LayerMask
 from ila.models.open_weights import OpenLayers, open_layers
 from ila.reports.figures import heatmap
-from ila.runs.processes import processes
+from ila.runs.checkpoints import LOGS, keep_logs
+from ila.runs.processes import owning, processes
 from ila.search.learn import SearchConfig, learn_mask
 from ila.search.weight_updates import WeightUpdates
 from ila.training.batches import padding_note
@@ -38,6 +40,14 @@ def learn(
     config, inputs = replace(config, seed=inputs.seed), inputs.located()
     check_folder(out, inputs, resume, "learn")
     refuse_packed(full, inputs)
+    with owning(out):
+        return _learn_owned(inputs, config, out, full, resume, progress)
+
+
+def _learn_owned(
+    inputs: Inputs, config: SearchConfig, out: Path, full: bool, resume: bool, progress: bool
+) -> tuple[LayerMask, str]:
+    check_folder(out, inputs, resume, "learn")  # again: it may have had an owner until now
     prepared = prepare(inputs, progress=progress)
     padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
     note = f"{prepared.note}\n{padding}"
@@ -46,9 +56,10 @@ def learn(
     claim_folder(out, description, resume, "learn")
     if resume and (out / "mask.json").is_file():
         mask = LayerMask.load(out)
-        same = thawed(mask.provenance["search"]["config"]) == json.loads(
-            json.dumps(config.as_dict())
-        )
+        search = mask.provenance.get("search")
+        if not isinstance(search, Mapping) or not isinstance(search.get("config"), Mapping):
+            raise ValueError(f"{out / 'mask.json'} is damaged: it does not say how it was learned")
+        same = thawed(search["config"]) == json.loads(json.dumps(config.as_dict()))
         if same and mask.provenance.get("full", False) == full:
             return mask, note  # finished; with another config, learn_mask objects
     size, collator = config.batch_size, prepared.collator
@@ -72,6 +83,8 @@ def learn(
         title = f"{Path(inputs.model).name} on {Path(inputs.data).stem}: method {config.method}"
         heatmap(mask, out / "heatmap.png", title=title)
         mask.save(out / "mask.json")
+        for stage in ("stage1", "stage2"):
+            keep_logs(out / stage, out / LOGS / stage)
         for folder in ("stage1", "stage2", WeightUpdates.folder):
             shutil.rmtree(out / folder, ignore_errors=True)
     return mask, note

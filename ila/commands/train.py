@@ -13,6 +13,7 @@ from ila.commands.inputs import Inputs, check_folder, claim_folder, prepare, ref
 from ila.masks.mask import LayerMask
 from ila.models.edit import apply_mask
 from ila.models.open_weights import OpenLayers, open_layers
+from ila.runs.processes import owning
 from ila.training.batches import padding_note
 from ila.training.config import TrainConfig
 from ila.training.train import train
@@ -43,6 +44,20 @@ def train_selected(
     """
     config, inputs = replace(config, seed=inputs.seed), inputs.located()
     check_folder(out, inputs, resume, "train")
+    with owning(out):
+        return _train_owned(inputs, config, out, mask_file, full, resume, progress)
+
+
+def _train_owned(
+    inputs: Inputs,
+    config: TrainConfig,
+    out: Path,
+    mask_file: Path | None,
+    full: bool,
+    resume: bool,
+    progress: bool,
+) -> tuple[dict[str, Any], str]:
+    check_folder(out, inputs, resume, "train")  # again: it may have had an owner until now
     mask = None if mask_file is None else LayerMask.load(mask_file)
     refuse_packed(full, inputs)
     prepared = prepare(inputs, progress=progress)
@@ -68,6 +83,7 @@ def train_selected(
         resume=resume,
         progress=progress,
         name=out.name,
+        tokenizer=None if full else prepared.tokenizer,
     )
     return metrics, note
 

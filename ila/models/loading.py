@@ -189,8 +189,14 @@ def check_runs(
             f"model has embeddings, got {most}"
         )
     device = next(model.parameters()).device
-    with reading(source.name, "model"), torch.no_grad():
-        model(input_ids=torch.tensor([list(longest)], device=device), use_cache=False)
+    tokens = torch.tensor([list(longest)], device=device)
+    was_training = model.training
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with reading(source.name, "model"), torch.no_grad(), torch.random.fork_rng(devices):
+            model.train()(input_ids=tokens, use_cache=False)
+    finally:
+        model.train(was_training)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:

@@ -104,7 +104,7 @@ class PrefixCache:
         def ensure() -> dict[str, Any]:
             prefix = Prefix.of(model, autocast)
             rows = _tokens(dataset)
-            width, dtype = prefix.check_exact(rows[: min(2, batch_size)])
+            width, dtype = prefix.check_exact(_tried(rows))
             source = _source(prefix.blocks, prefix.depth, rows, dtype, batch_size)
             try:
                 opened.append(open_states(place, source))
@@ -149,6 +149,12 @@ def _tokens(dataset: Sequence[Mapping[str, Any]]) -> list[Tensor]:
     if empty is not None:
         raise ValueError(f"dataset rows must hold at least one token, row {empty} has none")
     return rows
+
+
+def _tried(rows: Sequence[Tensor]) -> list[Tensor]:
+    """The longest row and the shortest: what depends on a row's company differs most there."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    return [rows[order[-1]]] if len(rows) == 1 else [rows[order[-1]], rows[order[0]]]
 
 
 def _check_room(place: Path, rows, width: int, dtype: torch.dtype, limit_bytes: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 
+from ila.boundary import writing
 from ila.runs.atomic import write_folder_atomic, write_json_atomic
 from ila.runs.processes import on_main_process
 from ila.runs.records import COUNT, NUMBER, NUMBERS, RATE, TEXT, Field, is_number, read_record
@@ -122,7 +123,8 @@ def run_stage1(search: Search) -> dict[str, Any]:
 def _finish_stage1(
     search: Search, state: dict[str, Tensor], result: Mapping[str, Any], cost: Mapping[str, float]
 ) -> None:
-    with write_folder_atomic(search.folder / search.updates.folder, replace=True) as target:
+    place = search.folder / search.updates.folder
+    with write_folder_atomic(place, replace=True) as target, writing(place):
         search.updates.save(target, state)
     write_json_atomic(search.folder / "cost.json", cost)
     write_json_atomic(search.folder / "stage1.json", result)

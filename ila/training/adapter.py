@@ -19,6 +19,7 @@ from ila.models.edit import masked_layers, single_adapter
 from ila.models.layer import MaskedLoraLayer
 from ila.runs.metrics import LayerCounts
 from ila.runs.processes import whole
+from ila.training.card import write_card
 
 
 def whole_state(peft_model: PeftModel, adapter: str) -> dict[str, Tensor]:
@@ -46,6 +47,7 @@ def save_adapter(
         for path in (folder / adapter).iterdir():
             path.replace(folder / path.name)
         (folder / adapter).rmdir()
+    write_card(folder, peft_model, adapter)
 
 
 def load_adapter(peft_model: PeftModel, adapter: str, folder: Path) -> None:

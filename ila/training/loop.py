@@ -20,6 +20,7 @@ from transformers import (
     TrainerState,
 )
 
+from ila.boundary import writing
 from ila.data.encoding import Collator
 from ila.models.lean_head import leaning
 from ila.runs.checkpoints import is_finished, last_complete
@@ -65,6 +66,7 @@ def run(trainer: Trainer, resume_from: Path | None) -> None:
     checkpoint and its result would train one step too many: a finished checkpoint is only loaded.
     """
     trainer.remove_callback(PrinterCallback)
+    _name_what_cannot_be_written(trainer)
     if resume_from is not None and is_finished(resume_from):
         trainer._load_from_checkpoint(str(resume_from))
         trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
@@ -85,6 +87,17 @@ def run(trainer: Trainer, resume_from: Path | None) -> None:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressBar):
                 callback.close()
+
+
+def _name_what_cannot_be_written(trainer: Trainer) -> None:
+    """Let a checkpoint that cannot be saved name its folder, whichever library writes it."""
+    save = trainer._save_checkpoint
+
+    def named(*args: Any, **kwargs: Any) -> None:
+        with writing(trainer.args.output_dir):
+            save(*args, **kwargs)
+
+    trainer._save_checkpoint = named
 
 
 def _check_sharded(model: nn.Module) -> None:

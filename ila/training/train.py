@@ -12,20 +12,23 @@ from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from ila.boundary import writing
 from ila.data import token_count
 from ila.models.open_weights import OpenLayers
 from ila.prefix.cache import PrefixCache
 from ila.runs.atomic import move_in, write_json_atomic
+from ila.runs.checkpoints import LOGS, keep_logs
 from ila.runs.folder import RUN_MARKER, claim
 from ila.runs.meter import StepMeter
 from ila.runs.metrics import load_run
-from ila.runs.processes import on_main_process
+from ila.runs.processes import on_main_process, owning
 from ila.runs.records import NUMBER, or_null, read_record
 from ila.training.adapter import Adapter
 from ila.training.arguments import arguments
 from ila.training.callbacks import LogFile, stage_callbacks
+from ila.training.card import write_card
 from ila.training.config import TrainConfig
 from ila.training.loop import (
     check_dataset,
@@ -68,6 +71,7 @@ def train(
     progress: bool = True,
     name: str = "run",
     begun: Begun | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, Any]:
     """Train the open layers of a model and measure what that cost.
 
@@ -85,6 +89,7 @@ def train(
         progress: Show a progress bar on stderr.
         name: What the run is called in reports.
         begun: Where the run has begun in ``output_dir`` and goes on here; needs ``resume``.
+        tokenizer: Is saved beside an adapter; ``None`` saves none.
 
     Returns:
         The metrics: steps, losses, held-out loss before and after (nats per answer token), step
@@ -102,7 +107,11 @@ def train(
     collator = default_collator(model) if collator is None else collator
     if output_dir is None and resume:
         raise ValueError("resume=True needs the output_dir of the run to go on with")
-    with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
+    kept = None if output_dir is None else Path(output_dir)
+    with (
+        owning(kept),
+        tempfile.TemporaryDirectory() if kept is None else nullcontext(kept) as folder,
+    ):
         out = Path(folder)
         if output_dir is not None:
             names = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -146,7 +155,7 @@ def train(
             metrics = begun.finish(metrics, costs)
         if output_dir is not None:
             state = part.state()
-            on_main_process(lambda: _save(part, state, out, metrics))
+            on_main_process(lambda: _save(part, state, out, metrics, tokenizer))
     return metrics
 
 
@@ -217,7 +226,13 @@ def _prefix_cache(trainer: Trainer, config: TrainConfig, out: Path, progress: bo
     return cache
 
 
-def _save(part: Trained, state: dict[str, Tensor], out: Path, metrics: Mapping[str, Any]) -> None:
+def _save(
+    part: Trained,
+    state: dict[str, Tensor],
+    out: Path,
+    metrics: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
     """The weights, then the metrics, then the checkpoints go: each step leaves a usable folder.
 
     Each is on the disk before the next begins, so that this holds for a power failure too.
@@ -225,9 +240,15 @@ def _save(part: Trained, state: dict[str, Tensor], out: Path, metrics: Mapping[s
     for left_over in out.glob(".adapter-*"):  # of a run killed while it saved
         shutil.rmtree(left_over)
     with tempfile.TemporaryDirectory(dir=out, prefix=".adapter-") as folder:
-        part.save(Path(folder), state)
+        with writing(out):
+            part.save(Path(folder), state)
+            if isinstance(part, Adapter):
+                write_card(Path(folder), part.model, part.adapter, metrics)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
         move_in(folder, out)
     write_json_atomic(out / "metrics.json", metrics)
     (out / BEFORE_FILE).unlink(missing_ok=True)
+    keep_logs(out / "checkpoints", out / LOGS)
     for folder in ("checkpoints", PREFIX_FOLDER):
         shutil.rmtree(out / folder, ignore_errors=True)

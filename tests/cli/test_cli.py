@@ -108,9 +108,13 @@ def test_what_is_exported_computes_what_was_trained(ila, train, tmp_path, tiny_m
     assert train(run, "--learning-rate", "0.05").code == 0
     assert ila("export", run, "--out", tmp_path / "plain").code == 0
     assert {p.name for p in (tmp_path / "plain").iterdir()} == {
-        "adapter_model.safetensors",
-        "adapter_config.json",
+        *("adapter_model.safetensors", "adapter_config.json", "README.md"),
+        *("tokenizer.json", "tokenizer_config.json"),
     }
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "plain")("a b")["input_ids"]
+        == AutoTokenizer.from_pretrained(tiny_model_folder)("a b")["input_ids"]
+    )
     answer = ila("export", run, "--out", tmp_path / "merged", "--merge")
     assert answer.code == 0 and "Merged model" in answer.out
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
