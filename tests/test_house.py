@@ -59,6 +59,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "data": ("messages", "rows", "rendering", "encoding", "__init__"),
         "models": (
             "loading",
+            "recomputation",
             "layer",
             "quantized",
             "blocks",
@@ -67,6 +68,8 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "shared_input",
             "attention",
             "mlp",
+            "undo",
+            "targets",
             "edit",
             "open_weights",
             "explain",

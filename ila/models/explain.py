@@ -260,7 +260,7 @@ def _needs(layer: LoraLayer, x: bool) -> set[str]:
     """The gradients that a layer computes, by the names of ``ila_kernels.roofline``."""
     parts = {"lora_a": layer.lora_A, "lora_b": layer.lora_B}
     if isinstance(layer, MaskedLoraLayer):
-        parts["gate"] = layer.lora_score
+        parts["gate"] = layer.lora_S
     needs = {
         name
         for name, entries in parts.items()
