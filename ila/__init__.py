@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ila.models.explain import Explanation as Explanation
     from ila.models.explain import explain as explain
     from ila.models.layer import MaskedLoraLinear as MaskedLoraLinear
+    from ila.models.lean_head import lean_head as lean_head
     from ila.search.learn import SearchConfig as SearchConfig
     from ila.search.learn import learn_mask as learn_mask
     from ila_kernels._version import __version__ as __version__
@@ -37,6 +38,7 @@ _HOME = {
     "convert": "models.edit",
     "explain": "models.explain",
     "gradient_checkpointing": "models.checkpointing",
+    "lean_head": "models.lean_head",
     "learn_mask": "search.learn",
     "restore": "models.edit",
 }
@@ -53,6 +55,7 @@ __all__ = [
     "convert",
     "explain",
     "gradient_checkpointing",
+    "lean_head",
     "learn_mask",
     "restore",
 ]

@@ -51,3 +51,10 @@ def _target(index: int) -> str:
 def multiprocessors(index: int) -> int:
     """Count the multiprocessors of a GPU: the programs of a persistent launch."""
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def is_capturing() -> bool:
+    """Tell whether the current stream records a CUDA graph."""
+    # A build of PyTorch without GPUs, under which kernels are emulated, cannot be asked.
+    has_gpus = torch.version.cuda is not None or torch.version.hip is not None
+    return has_gpus and torch.cuda.is_current_stream_capturing()

@@ -24,6 +24,7 @@ from ila.masks.mask import LayerMask
 from ila.models.attention import fuse_qkv, unfuse_qkv
 from ila.models.checkpointing import make_prefix_aware, undo_prefix_aware
 from ila.models.layer import MaskedLoraLayer, MaskedLoraLinear
+from ila.models.lean_head import plain_head
 from ila.models.mlp import make_lean, make_plain
 from ila.models.targets import restore_targets, retarget, unmatched_targets
 from ila.models.undo import Snapshot
@@ -38,17 +39,19 @@ class ConversionReport:
 
     ``mlps`` names the SwiGLU blocks made lean, or plain again, and ``attentions`` the
     blocks whose q, k and v share their x where two of them are adapted, or no longer do; a block
-    that was left is in ``left``.
+    that was left is in ``left``. ``head`` tells whether a lean head was undone.
     """
 
     swapped: tuple[str, ...]
     left: Mapping[str, str] = field(default_factory=dict)
     mlps: tuple[str, ...] = ()
     attentions: tuple[str, ...] = ()
+    head: bool = False
 
     def __str__(self) -> str:
         blocks = f", {len(self.mlps)} SwiGLU blocks" if self.mlps else ""
         blocks += f", {len(self.attentions)} attention blocks" if self.attentions else ""
+        blocks += ", the head" if self.head else ""
         lines = [f"{len(self.swapped)} layers swapped{blocks}, {len(self.left)} left"]
         lines += [f"  left {name}: {reason}" for name, reason in self.left.items()]
         return "\n".join(lines)
@@ -131,6 +134,12 @@ def attach(
                 f"one plain nn.Linear, or 4-bit or int8 layer of bitsandbytes; the layers it "
                 f"matched became {', '.join(sorted(found))}"
             )
+        if unmatched:
+            warnings.warn(
+                f"lora_config.target_modules names {', '.join(map(repr, unmatched))}, and the "
+                "model has no such module; the other names are adapted",
+                stacklevel=2,
+            )
     except Exception:
         # PEFT replicates blocks, wraps modules one by one and checks each when its turn comes.
         before.restore()
@@ -139,12 +148,6 @@ def attach(
     make_lean(peft_model)
     fuse_qkv(peft_model)
     _keep_training_layout(peft_model)
-    if unmatched:
-        warnings.warn(
-            f"lora_config.target_modules names {', '.join(map(repr, unmatched))}, and the model "
-            "has no such module; the other names are adapted",
-            stacklevel=2,
-        )
     return peft_model
 
 
@@ -216,17 +219,19 @@ def _why_not_convertible(module: LoraLayer) -> str | None:
 
 
 def restore(model: nn.Module) -> ConversionReport:
-    """Undo ``attach``/``convert`` and ``apply_mask``: PEFT's own layers, every adapter open.
+    """Undo ``attach``/``convert``, ``apply_mask``, ``lean_head``: PEFT's own layers, all open.
 
     Returns:
         The names restored.
 
     Raises:
-        ValueError: If the model has none of this library's layers.
+        ValueError: If the model has neither a layer of this library nor a lean head.
     """
-    layers = _masked_layers(model)
+    layers, head = _masked_layers(model), plain_head(model)
+    if not layers and head:
+        return ConversionReport((), head=True)
     if not layers:
-        raise ValueError("model has no MaskedLoraLinear layer to restore")
+        raise ValueError("model has no MaskedLoraLinear layer to restore, and no lean head")
     for layer in layers.values():
         layer.strip()
         layer.__class__ = layer.peft_class
@@ -237,7 +242,7 @@ def restore(model: nn.Module) -> ConversionReport:
             config._custom_modules.pop(nn.Linear, None)
     undo_prefix_aware(model)
     _keep_training_layout(model, keep=False)
-    return ConversionReport(tuple(layers), {}, tuple(mlps), tuple(attentions))
+    return ConversionReport(tuple(layers), {}, tuple(mlps), tuple(attentions), head)
 
 
 def masked_layers(model: nn.Module, adapter: str) -> dict[str, MaskedLoraLayer]:

@@ -20,9 +20,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from ila.masks.names import STEPS
 from ila.models.attention import QKV, FusedQkv
-from ila.models.blocks import find_blocks, frozen_blocks, is_trained
+from ila.models.blocks import below_is_trained, find_blocks, frozen_blocks, is_trained
 from ila.models.class_swap import swapped
 from ila.models.layer import BARE, PEFT, SHARDED, MaskedLoraLayer
+from ila.models.lean_head import HeadRoute, head_route
 from ila.models.mlp import GATE_UP, LEAN, LeanMLP, MlpRoute, lean_mlps
 from ila.models.shared_input import partners, sharers
 from ila_kernels.config import resolve_impl
@@ -60,13 +61,15 @@ class Explanation:
     """The rows of ``explain`` for a number of tokens; printing it shows the table.
 
     ``mlps`` says of each SwiGLU block what it keeps for backward, ``together`` of each block which
-    of its layers compute as one op where they read one x (``ila.models.shared_input``).
+    of its layers compute as one op where they read one x (``ila.models.shared_input``). ``head``
+    says of a model with a lean head which code computes its loss, None without one.
     """
 
     rows: tuple[LayerRow, ...]
     tokens: int = 0
     mlps: Mapping[str, MlpRoute] = field(default_factory=dict)
     together: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    head: HeadRoute | None = None
 
     def __iter__(self) -> Iterator[LayerRow]:
         return iter(self.rows)
@@ -85,7 +88,9 @@ class Explanation:
     def as_dict(self) -> dict[str, object]:
         """The rows and their total, for JSON."""
         rows = [asdict(row) for row in self.rows]
-        return {"tokens": self.tokens, "layers": rows, "saved_bytes": self.saved_bytes()}
+        head = None if self.head is None else self.head._asdict()
+        total = self.saved_bytes()
+        return {"tokens": self.tokens, "layers": rows, "saved_bytes": total, "head": head}
 
     def table(self) -> Table:
         """The rows as a rich table, with a row of totals."""
@@ -115,6 +120,9 @@ class Explanation:
             counts = Counter(", ".join(names) for names in self.together.values())
             ops = "; ".join(f"{names} in {count} blocks" for names, count in counts.items())
             table.caption = f"{table.caption or ''}\nOne op for each x: {ops}".lstrip()
+        if self.head is not None:
+            text = f"Head and loss: {self.head.path} ({self.head.reason})"
+            table.caption = f"{table.caption or ''}\n{text}".lstrip()
         return table
 
     def _flags(self) -> Iterator[tuple[bool, bool]]:
@@ -172,7 +180,8 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
                 saved += tokens * layer.in_features * dtype.itemsize
             kept_x.add(group)
         rows.append(LayerRow(name, is_open, path, why, not needs, saved))
-    return Explanation(tuple(rows), tokens, mlps, _together(model, flows, tokens))
+    head = head_route(model, gathered=isinstance(model, FSDPModule))
+    return Explanation(tuple(rows), tokens, mlps, _together(model, flows, tokens), head)
 
 
 def _together(
@@ -233,7 +242,7 @@ def _inputs_that_require_grad(model: nn.Module, layers: dict[str, nn.Module]) ->
         return dict.fromkeys(layers, True)
     place = {id(m): at for at, block in enumerate(blocks.layers) for m in block.modules()}
     first = blocks.layers[depth] if depth < len(blocks.layers) else None
-    embedding = is_trained(blocks.decoder.get_input_embeddings())
+    embedding = below_is_trained(model, blocks)
     flows = {}
     for name, layer in layers.items():
         at = place.get(id(layer))

@@ -215,7 +215,7 @@ def test_a_cuda_graph_replays_forward_and_backward(function):
     wanted = list(i.wanted().values())
 
     def step() -> tuple[Tensor, ...]:
-        y = function(i, 0.3)
+        y = function(i, 0.0)
         return (y.detach(), *torch.autograd.grad(y, wanted, i.dy))
 
     side = torch.cuda.Stream()
@@ -224,13 +224,11 @@ def test_a_cuda_graph_replays_forward_and_backward(function):
         step()  # compiles, checks the device, fills the allocator
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    torch.manual_seed(7)
     with torch.cuda.graph(graph):
         captured = step()
     with torch.no_grad():
         i.x.copy_(i.x.flip(0))
     graph.replay()
-    torch.manual_seed(7)  # the seed is part of the graph: every replay has this mask
     for got, expected in zip(captured, step(), strict=True):
         assert_within_rounding(got, expected.double(), expected)
 
