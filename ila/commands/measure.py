@@ -7,7 +7,7 @@ from pathlib import Path
 from ila.commands.inputs import Inputs, attach_adapter
 from ila.models.loading import DTYPES, find_source, identity, load_model
 from ila.price.calibration import calibrate
-from ila.price.shapes import Shape
+from ila.price.shapes import Shape, check_counted
 from ila.price.speed import Speed
 from ila.runs.processes import processes
 
@@ -31,6 +31,7 @@ def measure(
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {inputs.dtype!r}")
     source = find_source(inputs.model, inputs.gguf_file, inputs.trust_remote_code)
     base = load_model(source, inputs.dtype, inputs.load_in, processes().device)
+    check_counted(base.config.to_dict(), "time")
     shape = Shape.of(
         base.config.to_dict(),
         rank=inputs.rank,

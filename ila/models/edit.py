@@ -26,7 +26,14 @@ from ila.models.checkpointing import make_prefix_aware, undo_prefix_aware
 from ila.models.layer import MaskedLoraLayer, MaskedLoraLinear
 from ila.models.lean_head import plain_head
 from ila.models.mlp import make_lean, make_plain
-from ila.models.targets import restore_targets, retarget, unmatched_targets
+from ila.models.targets import (
+    NOTHING_OUTSIDE,
+    Outside,
+    outside,
+    restore_targets,
+    retarget,
+    unmatched_targets,
+)
 from ila.models.undo import Snapshot
 
 # They move part of W into B A, so that W is not there once the adapter is gone.
@@ -59,15 +66,20 @@ class ConversionReport:
 
 @dataclass(frozen=True)
 class MaskReport:
-    """What ``apply_mask`` did: names of the layers now open and closed, for which adapter."""
+    """What ``apply_mask`` did: names of the layers now open and closed, for which adapter.
+
+    ``outside`` counts what is trained beside them, which no mask reaches.
+    """
 
     adapter: str
     open: tuple[str, ...]
     closed: tuple[str, ...]
+    outside: Outside = NOTHING_OUTSIDE
 
     def __str__(self) -> str:
         total = len(self.open) + len(self.closed)
-        return f"adapter {self.adapter!r}: {len(self.open)} of {total} layers open"
+        text = f"adapter {self.adapter!r}: {len(self.open)} of {total} layers open"
+        return f"{text}; {self.outside}" if self.outside.parameters else text
 
 
 def _dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any):
@@ -329,7 +341,8 @@ def apply_mask(
     if optimizer is not None:
         _forget(optimizer, dropped)
     retarget(peft_model, adapter, all_open=not mask.closed)
-    return MaskReport(adapter, tuple(mask.open), tuple(mask.closed))
+    beside = outside(peft_model, layers)
+    return MaskReport(adapter, tuple(mask.open), tuple(mask.closed), beside)
 
 
 def _check_mask(layers: Mapping[str, nn.Module], mask: LayerMask, adapter: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
@@ -48,6 +49,40 @@ def retarget(peft_model: PeftModel, adapter: str, all_open: bool) -> None:
     names = {name.removeprefix("base_model.model."): m for name, m in peft_model.named_modules()}
     held = {name for name, module in names.items() if _holds(module, adapter)}
     config.target_modules = {_short(name, held, names) for name in held}
+
+
+class Outside(NamedTuple):
+    """What is trained in a model beside the layers that a mask names.
+
+    Attributes:
+        parameters: How many.
+        kinds: The last names of the modules that hold them.
+    """
+
+    parameters: int
+    kinds: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.parameters:,} parameters are trained whatever a mask closes, in "
+            f"{', '.join(self.kinds)}: a mask chooses among linear layers"
+        )
+
+
+NOTHING_OUTSIDE = Outside(0, ())
+
+
+def outside(model: nn.Module, layers: Iterable[str]) -> Outside:
+    """Count what is trained beside the layers of a mask: experts, embeddings, modules_to_save."""
+    within = tuple(f"{name}." for name in layers)
+    count, kinds = 0, {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not name.startswith(within):
+            count += parameter.numel()
+            owner = re.split(r"\.(?:base_layer|lora_|modules_to_save|token_adapter)", name)[0]
+            owner = name.rpartition(".")[0] if owner == name else owner
+            kinds[owner.rpartition(".")[2]] = None
+    return Outside(count, tuple(kinds))
 
 
 def _holds(module: nn.Module, adapter: str) -> bool:

@@ -159,4 +159,10 @@ class PathGradient(LayerMean):
         # s = logit γ, so dL/dγ = dL/ds / (γ (1 − γ)).
         slope = self.gamma * (1.0 - self.gamma)
         scores = (layer.lora_S[self.adapter] for layer in self.layers.values())
-        return [score.grad.double().reshape(()) / -slope for score in scores]
+        return [
+            # A layer that the model never calls removes nothing of the loss.
+            torch.zeros((), device=self.device)
+            if score.grad is None
+            else score.grad.double().reshape(()) / -slope
+            for score in scores
+        ]

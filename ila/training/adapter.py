@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from ila.models.edit import masked_layers, single_adapter
 from ila.models.layer import MaskedLoraLayer
+from ila.models.targets import outside
 from ila.runs.metrics import LayerCounts
 from ila.runs.processes import whole
 
@@ -102,6 +103,7 @@ def _counts(peft_model: PeftModel, adapter: str) -> LayerCounts:
         for layer in layers.values()
     ]
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    beside = outside(peft_model, layers).parameters
     if trainable == 0:
         raise ValueError("peft_model must have parameters that require grad; none does")
     return {
@@ -109,4 +111,5 @@ def _counts(peft_model: PeftModel, adapter: str) -> LayerCounts:
         "total_modules": len(layers),
         "fraction_open": sum(is_open) / max(1, len(layers)),
         "trainable_parameters": trainable,
+        **({"outside_parameters": beside} if beside else {}),
     }
