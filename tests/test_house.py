@@ -75,6 +75,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "lean_families",
             "lean_head",
             "edit",
+            "merge",
             "open_weights",
             "explain",
         ),

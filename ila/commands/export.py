@@ -5,12 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from peft import PeftModel
-from safetensors import SafetensorError
-from transformers import PreTrainedModel
-
 from ila.commands.inputs import read_run
 from ila.models.loading import find_source, load_model, load_tokenizer
+from ila.models.merge import merged
 from ila.models.open_weights import CHANGED_FILE, load_changed
 from ila.runs.atomic import write_folder_atomic, write_json_atomic
 from ila.training.train import ADAPTER_FILES
@@ -51,7 +48,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
         if full:
             load_changed(model, run)
         else:
-            model = _merged(model, run)
+            model = merged(model, run)
         model.save_pretrained(folder)
         load_tokenizer(source).save_pretrained(folder)
         note = {"base": found["model"], "merged": True}
@@ -62,11 +59,3 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
     if full:
         return "Model with the changed weights"
     return f"Merged model (dense; trained over {packed})" if packed else "Merged model"
-
-
-def _merged(model: PreTrainedModel, run: Path) -> PreTrainedModel:
-    try:
-        adapted = PeftModel.from_pretrained(model, str(run))
-    except SafetensorError as error:
-        raise ValueError(f"the adapter in {run} is damaged: {error}") from error
-    return adapted.merge_and_unload(safe_merge=True)

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, LlamaForCausalLM, Trainer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    Trainer,
+)
 
 from ila.commands.select_share import select
 from ila.masks.mask import LayerMask
@@ -375,13 +381,16 @@ def test_a_mask_of_another_model_with_the_same_layers_is_refused(
     assert learn(tmp_path / "learned").code == 0
     assert ila("select", tmp_path / "learned", "--top", "0.5").code == 0
     mask = tmp_path / "learned" / "mask-top-0.5.json"
-    other = copy_of(tiny_model_folder, tmp_path / "other", rms_norm_eps=1e-3)
+    other = copy_of(tiny_model_folder, tmp_path / "other", intermediate_size=20)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(other)).save_pretrained(other)
     line = train(tmp_path / "run", "--mask", mask, "--model", other).error()
-    for part in (str(mask), str(tiny_model_folder), str(other), "is another"):
+    for part in (str(mask), str(tiny_model_folder), str(other), "other names or sizes"):
         assert part in line
     assert not (tmp_path / "run").exists()
-    # A chat model: its own weights and end-of-turn ids, the configuration of its base.
-    chat = copy_of(tiny_model_folder, tmp_path / "chat", eos_token_id=[2, 3], pad_token_id=2)
+    # A chat model: its own weights and end-of-turn ids, the layers of its base.
+    said = {"unsloth_fixed": True, "transformers.js_config": {"dtype": "q4"}, "rms_norm_eps": 1e-3}
+    said |= {"eos_token_id": [2, 3], "pad_token_id": 2, "initializer_range": 0.5}
+    chat = copy_of(tiny_model_folder, tmp_path / "chat", **said, architectures=["Own"])
     assert train(tmp_path / "run", "--mask", mask, "--model", chat).code == 0
     # A mask from Python names no model: only its layer names can be checked.
     LayerMask(LayerMask.load(mask).scores).save(tmp_path / "bare.json")

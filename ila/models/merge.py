@@ -1,0 +1,49 @@
+"""An adapter merged into its base, where layers may share a weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Merge the adapter in a folder into its base model, in place.
+
+    A weight that an adapted layer shares with another module, as an output layer does with the
+    embedding, becomes the layer's own first: merged into both, it would change both.
+
+    Returns:
+        The base model, without adapters; its configuration says so if it was untied.
+
+    Raises:
+        ValueError: If the adapter is damaged.
+    """
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except SafetensorError as error:
+        raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
+    if untie(adapted):
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+    return adapted.merge_and_unload(safe_merge=True)
+
+
+def untie(model: nn.Module) -> list[str]:
+    """Give every adapted layer a weight of its own; return the names of those that shared one."""
+    holders: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    found = []
+    for name, module in model.named_modules():
+        weight = getattr(module, "base_layer", module)._parameters.get("weight")
+        if isinstance(module, BaseTunerLayer) and holders.get(id(weight), 0) > 1:
+            holders[id(weight)] -= 1
+            own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            module.get_base_layer().weight = own
+            found.append(name)
+    return found
