@@ -5,18 +5,16 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel
-from peft.utils import get_peft_model_state_dict, load_peft_weights
-from transformers import PreTrainedModel
+from peft import PeftConfig
 
 from ila.boundary import reading, writing
 from ila.commands.inputs import read_run
 from ila.models.loading import find_source, load_model, load_tokenizer
+from ila.models.merge import merged
 from ila.models.open_weights import CHANGED_FILE, load_changed
 from ila.runs.atomic import write_folder_atomic, write_json_atomic
 from ila.runs.folder import RUN_MARKER
 from ila.runs.records import OBJECT, TEXT, Field, check_record, or_null
-from ila.training.adapter import check_same_tensors
 from ila.training.train import ADAPTER_FILES
 
 _INPUTS = {
@@ -64,7 +62,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
         if full:
             load_changed(model, run)
         else:
-            model = _merged(model, run)
+            model = merged(model, run)
         with writing(out):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -90,11 +88,3 @@ def _check_config(run: Path) -> None:
     """Refuse an adapter whose configuration cannot be read; a copy of it would be of no use."""
     with reading(run / "adapter_config.json", "adapter"):
         PeftConfig.from_pretrained(str(run))
-
-
-def _merged(model: PreTrainedModel, run: Path) -> PreTrainedModel:
-    with reading(f"{run} is damaged", "the adapter in"):
-        adapted = PeftModel.from_pretrained(model, str(run))
-        found = load_peft_weights(str(run), device="cpu")
-        check_same_tensors(found, get_peft_model_state_dict(adapted), run)
-        return adapted.merge_and_unload(safe_merge=True)

@@ -13,11 +13,11 @@ from typing import Any
 
 from ila.boundary import reading
 from ila.masks.mask import LayerMask
-from ila.models.loading import LOAD_IN, find_source
+from ila.models.loading import LOAD_IN, find_source, same_layers
 from ila.models.sizes import load_config
 from ila.price.budget import ADDITIVE, MEMORY, TIME, Budget, Spending, method_of
 from ila.price.knapsack import Point
-from ila.price.shapes import Shape
+from ila.price.shapes import Shape, check_counted
 from ila.price.speed import Speed
 from ila.reports.pareto import pareto
 from ila.runs.records import NUMBER, SIZE, TEXT, Field, check_record, or_null
@@ -122,7 +122,8 @@ def select_within(
     if wanted.kind != TIME and speed is not None:
         raise ValueError(f"--speed does nothing for a budget of {wanted.kind}")
     rates = _rates(speed, mask)
-    spending = Spending(mask, wanted, _shape(mask, step or StepSizes(), rates), rates)
+    shape = _shape(mask, step or StepSizes(), rates, wanted.kind)
+    spending = Spending(mask, wanted, shape, rates)
     point, plain = spending.chosen(), spending.plain_within()
     folder = run if run.is_dir() else run.parent
     out = folder / f"mask-{budget.replace('=', '-')}.json" if out is None else out
@@ -155,18 +156,18 @@ def _rates(speed: str | None, mask: LayerMask) -> Speed | str | None:
     if speed is None or not (speed.endswith(".json") or Path(speed).exists()):
         return speed
     rates = Speed.load(Path(speed))
-    ours = _of(mask, "model", "config_fingerprint")
-    model = rates.measured.get("model")
-    theirs = model.get("config_fingerprint") if isinstance(model, Mapping) else None
-    if ours and theirs and ours != theirs:
+    ours, theirs = _of(mask, "model"), rates.measured.get("model")
+    both = isinstance(ours, Mapping) and isinstance(theirs, Mapping)
+    if both and not same_layers(ours, theirs):
         raise ValueError(
-            f"{speed} was measured on model {model['source']!r}, and the mask "
-            f"was learned on {_of(mask, 'model', 'source')!r}, which has another configuration"
+            f"{speed} was measured on model {theirs['source']!r}, and the mask "
+            f"was learned on {_of(mask, 'model', 'source')!r}, whose layers have other names or "
+            "sizes"
         )
     return rates
 
 
-def _shape(mask: LayerMask, step: StepSizes, rates: Speed | str | None) -> Shape:
+def _shape(mask: LayerMask, step: StepSizes, rates: Speed | str | None, what: str) -> Shape:
     """Sizes from the mask's provenance, overridden by ``step``; a file of speeds fixes the step."""
     found = {
         "model": step.model or _of(mask, "inputs", "model"),
@@ -189,6 +190,7 @@ def _shape(mask: LayerMask, step: StepSizes, rates: Speed | str | None) -> Shape
     file = _of(mask, "inputs", "gguf_file")
     source = find_source(found.pop("model"), None if step.model else file)
     config = load_config(source.name, source.gguf_file, source.trust_remote_code)
+    check_counted(config.to_dict(), what)
     dtype = _of(mask, "model", "dtype") or str(config.dtype).removeprefix("torch.")
     if dtype not in _BYTES:
         raise ValueError(

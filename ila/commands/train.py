@@ -12,6 +12,7 @@ from peft import PeftModel
 from ila.commands.inputs import Inputs, check_folder, claim_folder, prepare, refuse_packed
 from ila.masks.mask import LayerMask
 from ila.models.edit import apply_mask
+from ila.models.loading import same_layers
 from ila.models.open_weights import OpenLayers, open_layers
 from ila.runs.processes import owning
 from ila.training.batches import padding_note
@@ -38,9 +39,9 @@ def train_selected(
         The metrics and what became of the rows, in words.
 
     Raises:
-        ValueError: If the mask was learned on a model of another configuration. Names of layers
-            are no proof: Llama-2-7B and Mistral-7B share all of theirs. A chat model has the
-            configuration of its base, so a mask goes from one to the other.
+        ValueError: If the mask was learned on a model whose layers have other sizes. Names of
+            layers are no proof: Llama-2-7B and Mistral-7B share all of theirs. A chat model has
+            the layers of its base, so a mask goes from one to the other.
     """
     config, inputs = replace(config, seed=inputs.seed), inputs.located()
     check_folder(out, inputs, resume, "train")
@@ -89,13 +90,12 @@ def _train_owned(
 
 
 def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, Any]) -> None:
-    """Compare the configurations' fingerprints; a mask that says nothing of its model passes."""
+    """Compare names and sizes of the layers; a mask that says nothing of its model passes."""
     learned_on = mask.provenance.get("model")
-    fingerprint = isinstance(learned_on, Mapping) and learned_on.get("config_fingerprint")
-    if fingerprint and fingerprint != model["config_fingerprint"]:
+    if isinstance(learned_on, Mapping) and not same_layers(learned_on, model):
         raise ValueError(
             f"mask {file} was learned on model {learned_on.get('source')!r} "
-            f"({learned_on.get('architecture')}), and the configuration of model "
-            f"{model['source']!r} ({model['architecture']}) is another; learn a mask on it. "
-            "ila.apply_mask, in Python, asks for the same layer names only"
+            f"({learned_on.get('architecture')}), and the layers of model "
+            f"{model['source']!r} ({model['architecture']}) have other names or sizes; learn a "
+            "mask on it. ila.apply_mask, in Python, asks for the same layer names only"
         )

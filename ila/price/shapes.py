@@ -1,4 +1,9 @@
-"""A model of Llama blocks and a training step on it, as numbers; no model is loaded for it."""
+"""A model of Llama blocks and a training step on it, as numbers; no model is loaded for it.
+
+Memory and time are counted for ``COUNTED`` alone, where the tests compare with what a step holds:
+another family's norms, activations and attention keep more, Qwen3 a quarter and Gemma-3 two fifths
+on a tiny model. The layers of ``SAME_LAYERS`` have the sizes of Llama's, so parameters are counted.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,38 @@ from ila.masks.names import KINDS
 from ila_kernels.roofline import Problem
 
 _BITS = {"8bit": 8.0, "4bit": 4.127}  # NF4: with its constants, which are quantised again
+
+
+COUNTED = ("llama", "mistral")
+SAME_LAYERS = (
+    *COUNTED,
+    *("qwen2", "qwen3", "olmo", "olmo2", "gemma", "gemma2", "gemma3_text", "smollm3", "granite"),
+    *("cohere", "ministral", "seed_oss"),
+)
+
+
+def check_counted(config: Mapping[str, Any], what: str) -> None:
+    """Raise unless the formulas hold for a model.
+
+    Args:
+        config: Its configuration.
+        what: ``"parameters"``, ``"memory"`` or ``"time"``.
+
+    Raises:
+        ValueError: If they do not; the message names what they hold for.
+    """
+    known = SAME_LAYERS if what == "parameters" else COUNTED
+    kind, act = config.get("model_type"), config.get("hidden_act")
+    if kind not in known:
+        others = "" if kind not in SAME_LAYERS else "; parameters=… counts it"
+        raise ValueError(
+            f"{what} of a step is counted for the model types {', '.join(known)}, and this model "
+            f"is {kind!r}, whose blocks keep something else{others}"
+        )
+    if what != "parameters" and act not in ("silu", "swish"):
+        raise ValueError(
+            f"{what} of a step is counted for hidden_act 'silu', and this model has {act!r}"
+        )
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,14 @@ def runs_markdown(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in safe) + f"\n\n{caption}\n"
 
 
+def _outside_text(run: Mapping[str, Any]) -> str:
+    """How much of what is trained no mask can close, where that is something."""
+    beside = run.get("outside_parameters")
+    if not isinstance(beside, int) or not beside:
+        return ""
+    return f", {beside / run['trainable_parameters']:.0%} outside the mask"
+
+
 def _runs_cells(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], str]:
     base = baseline_run(runs)
     ratio = ratio_text if len(runs) > 1 else lambda value, of: ""
@@ -84,7 +92,8 @@ def _runs_cells(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
                 f"{run['open_modules']} of {run['total_modules']} ({run['fraction_open']:.0%})"
                 + (f", {run['kept_modules']} kept" if run.get("kept_modules") else ""),
                 f"{run['trainable_parameters']:,}"
-                + ratio(run["trainable_parameters"], base["trainable_parameters"]),
+                + ratio(run["trainable_parameters"], base["trainable_parameters"])
+                + _outside_text(run),
                 f"{loss_text(run['held_out_loss_before'])} → {loss_text(run['held_out_loss'])}",
                 ms_text(time["median"])
                 + ratio(time["median"], base["step_time_ms"]["median"])

@@ -96,7 +96,7 @@ def path_scores(
             value.backward()
             path.gather(step)
             for layer in updates.layers.values():
-                layer.lora_score[updates.adapter].grad = None
+                layer.lora_S[updates.adapter].grad = None
     updates.model.train(training)
     return path.mean()
 
