@@ -379,6 +379,40 @@ def explain(
 
 
 @app.command()
+def tune(
+    model: Model,
+    tokens: Annotated[int, typer.Option(help="Tokens of a step: rows times length.")] = 8192,
+    rank: Rank = 16,
+    dtype: Dtype = "bfloat16",
+    dropout: Dropout = 0.0,
+    gguf_file: GgufFile = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure on this machine's GPU which code of the op is fastest, and let `auto` choose by it.
+
+    Takes seconds of GPU time, and once the time to compile the kernels. Verdicts are kept in the
+    user's cache folder.
+    """
+    import torch
+
+    from ila.commands.tune import tune as run
+
+    if not torch.cuda.is_available():
+        _complain("PyTorch sees no GPU here, so nothing was measured", led_by="error: ")
+        raise typer.Exit(1)
+    tuned = run(
+        model,
+        tokens=tokens,
+        rank=rank,
+        dtype=dtype,
+        dropout=dropout,
+        gguf_file=gguf_file,
+        trust_remote_code=trust_remote_code,
+    )
+    screen.print(str(tuned), highlight=False)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Two or more folders of `ila learn`.")],
     json_file: Annotated[

@@ -146,6 +146,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "select_share",
             "select_budget",
             "measure",
+            "tune",
             "learn",
             "train",
             "explain",
