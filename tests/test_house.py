@@ -55,7 +55,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "ila": {
         "runs": ("atomic", "folder", "processes", "checkpoints", "meter", "metrics"),
-        "masks": ("checks", "names", "mask_file", "mask", "agreement"),
+        "masks": ("checks", "names", "mask_file", "mask", "provenance", "agreement"),
         "data": ("messages", "rows", "rendering", "encoding", "__init__"),
         "models": (
             "loading",
