@@ -54,7 +54,16 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "__init__": (),
     },
     "ila": {
-        "runs": ("atomic", "folder", "processes", "checkpoints", "meter", "metrics"),
+        "runs": (
+            "atomic",
+            "folder",
+            "settings",
+            "progress",
+            "processes",
+            "checkpoints",
+            "metrics",
+            "meter",
+        ),
         "masks": ("checks", "names", "mask_file", "mask", "provenance", "agreement"),
         "data": ("messages", "rows", "rendering", "encoding", "__init__"),
         "models": (

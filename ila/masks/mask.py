@@ -227,7 +227,7 @@ class LayerMask:
             The mask.
 
         Raises:
-            ValueError: The file is missing, or is not a complete and valid mask of this version. The
+            ValueError: The file is missing, or is not a whole and valid mask of this version. The
                 message names the file and the fault.
         """
         file = file_of(path)

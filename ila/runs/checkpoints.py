@@ -1,8 +1,8 @@
-"""Checkpoints that survive being killed: the newest *complete* one is resumed.
+"""Checkpoints that survive a kill: a run resumes from the newest *complete* one.
 
-Trainer writes a checkpoint folder file by file. A marker written last names every file with its
-size; a folder without it, or with a file that has another size, was cut off by a kill or a power
-failure, and the one before it is used.
+Trainer writes a checkpoint folder file by file. A marker, written last, names every file with its
+size. A folder without a marker, or with a file of another size, was cut off by a kill or a power
+failure; the run then takes the checkpoint before it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ila.runs.atomic import sync_tree, write_json_atomic
 from ila.runs.processes import processes
@@ -22,17 +22,17 @@ _NUMBERED = re.compile(r"checkpoint-(\d+)")
 
 
 def last_complete(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest step in ``folder``, or None."""
-    found = []
+    """Return the complete checkpoint with the highest step in ``folder``, or None."""
+    numbered = []
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
         match = _NUMBERED.fullmatch(path.name)
         if match and _is_whole(path):
-            found.append((int(match[1]), path))
-    return max(found)[1] if found else None
+            numbered.append((int(match[1]), path))
+    return max(numbered)[1] if numbered else None
 
 
 def is_finished(checkpoint: Path) -> bool:
-    """Whether training had come to its end when this checkpoint was written."""
+    """Tell whether training was at its end when it wrote this checkpoint."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     control = state.get("stateful_callbacks", {}).get("TrainerControl", {})
     return bool(control.get("args", {}).get("should_training_stop", False))
@@ -47,29 +47,34 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Size in bytes of every file but the marker."""
+    """Return the size in bytes of every file except the marker."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 class MarkComplete(TrainerCallback):
-    """Writes the marker into each checkpoint once Trainer has written everything else.
+    """Write the marker into each checkpoint after all other files.
 
     Args:
-        also: Called with the checkpoint folder before the marker is written, to add files to it.
+        also: Adds files to the checkpoint folder, before the marker.
     """
 
     def __init__(self, also: Callable[[Path], object] | None = None):
         self.also = also
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         processes().wait_for_everyone()  # each process writes a random state of its own
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.also is not None:
             self.also(folder)
-        sync_tree(
-            folder
-        )  # the files before the marker, so that a power failure keeps both or neither
+        # The files before the marker: a power failure must not keep the marker alone.
+        sync_tree(folder)
         write_json_atomic(folder / MARKER, {"step": state.global_step, "files": _sizes(folder)})
