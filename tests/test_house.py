@@ -65,7 +65,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "meter",
         ),
         "masks": ("checks", "names", "mask_file", "mask", "provenance", "agreement"),
-        "data": ("messages", "rows", "rendering", "encoding", "__init__"),
+        "data": ("contracts", "messages", "rows", "rendering", "encoding", "__init__"),
         "models": (
             "loading",
             "layer",

@@ -28,7 +28,7 @@ def mask_of(scores: list[float]) -> LayerMask:
 
 def spending(text: str, mask: LayerMask) -> Spending:
     budget = Budget.parse(text)
-    return Spending(mask, budget, SHAPE, SPEED if budget.kind == TIME else None)
+    return Spending(mask, budget, SHAPE, SPEED if budget.resource == TIME else None)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ def parse_module_name(name: str) -> tuple[int, str] | None:
 # PEFT's prefix of the names of the base's modules.
 PEFT_PREFIX = "base_model.model."
 
-# The linear layers of a block in the order of the data; the layers of one step read the same x.
-STEPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-KINDS = tuple(kind for step in STEPS for kind in step)
+# The linear layers of a block in the order of the data; the layers of one group read the same x.
+QKV, OUTPUT = ("q_proj", "k_proj", "v_proj"), ("o_proj",)
+GATE_UP, DOWN = ("gate_proj", "up_proj"), ("down_proj",)
+GROUPS = (QKV, OUTPUT, GATE_UP, DOWN)
+KINDS = (*QKV, *OUTPUT, *GATE_UP, *DOWN)

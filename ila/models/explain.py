@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from ila.masks.names import STEPS
+from ila.masks.names import GROUPS
 from ila.models.attention import QKV, FusedQkv
 from ila.models.blocks import find_blocks, frozen_blocks, is_trained
 from ila.models.class_swap import swapped
@@ -29,7 +29,7 @@ from ila_kernels.config import resolve_impl
 from ila_kernels.device import call_of
 from ila_kernels.roofline import Problem, saved_bytes
 
-_STEP_OF = {name: step for step, names in enumerate(STEPS) for name in names}
+_STEP_OF = {name: step for step, names in enumerate(GROUPS) for name in names}
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,19 @@
-"""Metrics of runs as short texts, for tables and pictures."""
+"""Write metrics of runs as short texts, for tables and pictures."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from ila.runs.metrics import Metrics
 
 
-def baseline_run(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the run that others are compared with: the first with the most layers open."""
+def baseline_run(runs: Sequence[Metrics]) -> Metrics:
+    """Return the run to compare the others with: the first with the most layers open."""
     if not runs:
         raise ValueError("runs must hold at least one run, got none")
     return max(runs, key=lambda run: run["open_modules"])  # max returns the first of equals
 
 
 def ratio_text(value: float | None, base: float | None) -> str:
-    """Write ``(0.50x)``, or nothing where one of the two is not known."""
+    """Write ``(0.50x)``, or nothing where one of the two is unknown."""
     return "" if value is None or not base else f" ({value / base:.2f}x)"
 
 
