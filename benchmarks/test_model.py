@@ -44,7 +44,8 @@ def specs(options: Options) -> Iterator[Spec]:
         yield from (Spec(kind, share, position) for kind in kinds)
         if position == "top":  # scattered and bottom leave no frozen prefix to cache
             yield Spec("ours", share, position, cache=True)
-    under = opened(options) if options.size == "full" else [(0.3, "top")]
+    usual = [(0.3, "top"), *([(0.3, "learned")] if options.mask is not None else [])]
+    under = opened(options) if options.size == "full" else usual
     yield from (Spec(kind, checkpoints=True) for kind in ("PEFT", "ours"))
     for share, position in under:
         yield from (Spec(kind, share, position, checkpoints=True) for kind in ("PEFT", "ours"))

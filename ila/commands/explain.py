@@ -8,6 +8,7 @@ from ila.commands.inputs import Inputs, attach_adapter
 from ila.masks.mask import LayerMask
 from ila.models.edit import apply_mask
 from ila.models.explain import Explanation, explain
+from ila.models.lean_head import leaning
 from ila.models.loading import find_source, load_model
 from ila.runs.processes import processes
 
@@ -23,4 +24,5 @@ def explain_layers(inputs: Inputs, tokens: int, *, mask_file: Path | None = None
     model = attach_adapter(model, inputs)
     if mask is not None:
         apply_mask(model, mask)
-    return explain(model, tokens)
+    with leaning(model):  # as training does
+        return explain(model, tokens)

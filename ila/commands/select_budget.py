@@ -10,16 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig
-
+from ila.boundary import reading
 from ila.masks.mask import LayerMask
 from ila.masks.provenance import Provenance
-from ila.models.loading import find_source
+from ila.models.loading import LOAD_IN, find_source
+from ila.models.sizes import load_config
 from ila.price.budget import ADDITIVE, MEMORY, TIME, Budget, Spending
 from ila.price.knapsack import Point
 from ila.price.shapes import Shape
 from ila.price.speed import Speed
 from ila.reports.pareto import pareto
+from ila.runs.records import NUMBER, SIZE, TEXT, Field, check_record, or_null
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -113,6 +114,7 @@ def select_within(
             gives a size, or the file of speeds is of another model.
     """
     wanted, mask = Budget.parse(budget), LayerMask.load(run)
+    _check_provenance(mask, run)
     if wanted.resource == TIME and speed is None:
         raise ValueError(
             "budget time needs --speed: a file that `ila measure` wrote, or a GPU's name such as "
@@ -153,10 +155,11 @@ def _rates(speed: str | None, mask: LayerMask) -> Speed | str | None:
         return speed
     rates = Speed.load(Path(speed))
     said = Provenance(mask.provenance)
-    theirs = rates.measured.get("model", {}).get("config_fingerprint")
+    model = rates.measured.get("model")
+    theirs = model.get("config_fingerprint") if isinstance(model, Mapping) else None
     if said.model_fingerprint and theirs and said.model_fingerprint != theirs:
         raise ValueError(
-            f"{speed} was measured on model {rates.measured['model']['source']!r}, and the mask "
+            f"{speed} was measured on model {model['source']!r}, and the mask "
             f"was learned on {said.model_source!r}, which has another configuration"
         )
     return rates
@@ -173,9 +176,11 @@ def _shape(mask: LayerMask, step: StepSizes, rates: Speed | str | None) -> Shape
     model = step.model or said.model
     _check_known({"model": model, "rank": rank, "rows": rows, "length": length})
     source = find_source(model, None if step.model else said.gguf_file)
-    config = AutoConfig.from_pretrained(source.name, **source.options())
+    config = load_config(source.name, source.gguf_file, source.trust_remote_code)
+    with reading(source.name, "model"):
+        sizes = config.to_dict()
     return Shape.of(
-        config.to_dict(),
+        sizes,
         rank=rank,
         rows=rows,
         length=length,
@@ -209,3 +214,28 @@ def _bytes_of(dtype: str) -> int:
             "neither the mask nor the model's configuration says which"
         )
     return _BYTES[dtype]
+
+
+# Fields of a mask's provenance that a budget reads; the user may give an absent one.
+_INPUTS = {
+    "model": or_null(TEXT),
+    "gguf_file": or_null(TEXT),
+    "rank": or_null(SIZE),
+    "max_length": or_null(SIZE),
+    "dropout": or_null(NUMBER),
+    "load_in": Field(f"one of {LOAD_IN} or null", lambda value: value in (None, *LOAD_IN)),
+}
+_MODEL = dict.fromkeys(("source", "config_fingerprint", "dtype"), or_null(TEXT))
+_CONFIG = {"batch_size": or_null(SIZE), "method": or_null(TEXT)}
+
+
+def _check_provenance(mask: LayerMask, run: Path) -> None:
+    """Raise unless the fields that a budget reads have the types that a search writes."""
+    said = Provenance(mask.provenance)
+    for fields, place, record in (
+        (_INPUTS, "inputs", said.inputs),
+        (_MODEL, "model", said.model_record),
+        (_CONFIG, "search.config", said.config),
+    ):
+        values = {name: record.get(name) for name in fields}
+        check_record(values, fields, f"mask {run}, {place} of its provenance")

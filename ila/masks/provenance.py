@@ -117,10 +117,23 @@ class Provenance:
         return bool(self._at("full"))
 
     @property
+    def inputs(self) -> Mapping[str, object]:
+        """Options of the command that learned the mask; empty if the mask has none."""
+        return self._record("inputs")
+
+    @property
+    def model_record(self) -> Mapping[str, object]:
+        """Identity of the model; empty if the mask has none."""
+        return self._record("model")
+
+    @property
     def config(self) -> Mapping[str, object]:
         """Configuration of the search; empty if the mask has none."""
-        config = self._at("search", "config") or self._at("config")
-        return config if isinstance(config, Mapping) else {}
+        return self._record("search", "config") or self._record("config")
+
+    def _record(self, *keys: str) -> Mapping[str, object]:
+        record = self._at(*keys)
+        return record if isinstance(record, Mapping) else {}
 
     def _search(self, kind: type[T], *keys: str) -> T | None:
         nested = self._read(kind, "search", *keys)

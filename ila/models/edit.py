@@ -22,7 +22,10 @@ from ila.masks.mask import LayerMask
 from ila.models.attention import fuse_qkv, unfuse_qkv
 from ila.models.checkpointing import make_prefix_aware, undo_prefix_aware
 from ila.models.layer import MaskedLoraLayer, MaskedLoraLinear
+from ila.models.lean_head import plain_head
 from ila.models.mlp import make_lean, make_plain
+
+CLOSINGS = ("drop", "keep")
 
 # They move part of W into B A, so that W is not there once the adapter is gone.
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -34,17 +37,19 @@ class ConversionReport:
 
     ``mlps`` names the SwiGLU blocks made lean, or plain again, and ``attentions`` the
     blocks whose q, k and v share their x where two of them are adapted, or no longer do; a block
-    that was left is in ``left``.
+    that was left is in ``left``. ``head`` tells whether a lean head was undone.
     """
 
     swapped: tuple[str, ...]
     left: Mapping[str, str] = field(default_factory=dict)
     mlps: tuple[str, ...] = ()
     attentions: tuple[str, ...] = ()
+    head: bool = False
 
     def __str__(self) -> str:
         blocks = f", {len(self.mlps)} SwiGLU blocks" if self.mlps else ""
         blocks += f", {len(self.attentions)} attention blocks" if self.attentions else ""
+        blocks += ", the head" if self.head else ""
         lines = [f"{len(self.swapped)} layers swapped{blocks}, {len(self.left)} left"]
         lines += [f"  left {name}: {reason}" for name, reason in self.left.items()]
         return "\n".join(lines)
@@ -52,15 +57,20 @@ class ConversionReport:
 
 @dataclass(frozen=True)
 class MaskReport:
-    """What ``apply_mask`` did: names of the layers now open and closed, for which adapter."""
+    """What ``apply_mask`` did: names of the layers now open and closed, for which adapter.
+
+    ``closing`` says whether closed layers dropped their adapters or keep them frozen.
+    """
 
     adapter: str
     open: tuple[str, ...]
     closed: tuple[str, ...]
+    closing: str = "drop"
 
     def __str__(self) -> str:
         total = len(self.open) + len(self.closed)
-        return f"adapter {self.adapter!r}: {len(self.open)} of {total} layers open"
+        kept = ", the others keep what they learned" if self.closing == "keep" else ""
+        return f"adapter {self.adapter!r}: {len(self.open)} of {total} layers open{kept}"
 
 
 def _dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any):
@@ -206,17 +216,19 @@ def _why_not_convertible(module: LoraLayer) -> str | None:
 
 
 def restore(model: nn.Module) -> ConversionReport:
-    """Undo ``attach``/``convert`` and ``apply_mask``: PEFT's own layers, every adapter open.
+    """Undo ``attach``/``convert``, ``apply_mask``, ``lean_head``: PEFT's own layers, all open.
 
     Returns:
         The names restored.
 
     Raises:
-        ValueError: If the model has none of this library's layers.
+        ValueError: If the model has neither a layer of this library nor a lean head.
     """
-    layers = _masked_layers(model)
+    layers, head = _masked_layers(model), plain_head(model)
+    if not layers and head:
+        return ConversionReport((), head=True)
     if not layers:
-        raise ValueError("model has no MaskedLoraLinear layer to restore")
+        raise ValueError("model has no MaskedLoraLinear layer to restore, and no lean head")
     for layer in layers.values():
         layer.strip()
         layer.__class__ = layer.peft_class
@@ -227,7 +239,7 @@ def restore(model: nn.Module) -> ConversionReport:
             config._custom_modules.pop(nn.Linear, None)
     undo_prefix_aware(model)
     _keep_training_layout(model, keep=False)
-    return ConversionReport(tuple(layers), {}, tuple(mlps), tuple(attentions))
+    return ConversionReport(tuple(layers), {}, tuple(mlps), tuple(attentions), head)
 
 
 def masked_layers(model: nn.Module, adapter: str) -> dict[str, MaskedLoraLayer]:
@@ -267,19 +279,25 @@ def apply_mask(
     peft_model: PeftModel,
     mask: LayerMask,
     *,
+    closed: str = "drop",
     adapter_name: str | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> MaskReport:
     """Close the layers that the mask closes and open the others.
 
-    A closed layer computes its base layer and nothing else; its adapter weights are set aside
-    (``restore``, or a mask that opens it, brings them back) and are not part of what
-    ``save_pretrained`` writes. The adapter's ``target_modules`` name the open layers only, so the
-    saved adapter loads in plain PEFT.
+    With ``closed="drop"`` a closed layer computes its base layer and nothing else; its adapter
+    weights are set aside (``restore``, or a mask that opens it, brings them back) and are not part
+    of what ``save_pretrained`` writes. The adapter's ``target_modules`` name the open layers only,
+    so the saved adapter loads in plain PEFT.
+
+    With ``closed="keep"`` a closed layer keeps its update and learns no more: the update stays in
+    the model and in the saved adapter, and has no gradient, no optimiser state and no dropout.
+    Blocks below the lowest open layer are a frozen prefix like any other.
 
     Args:
         peft_model: A model from ``attach``, or converted by ``convert``.
         mask: A mask whose names are those of this model's ``MaskedLoraLinear`` layers.
+        closed: ``"drop"`` or ``"keep"``; it holds for every layer that the mask closes.
         adapter_name: The adapter to mask; ``None`` means the active one.
         optimizer: If given, the parameters and state of closed layers are removed from it.
 
@@ -289,17 +307,20 @@ def apply_mask(
     Raises:
         ValueError: If the mask is for another model (names unknown or missing), if it opens a
             layer whose parameters the given ``optimizer`` does not hold, or if it closes a layer
-            and the adapter's configuration changes base weights or trains base biases.
+            and the adapter's configuration trains base biases, or changes base weights and the
+            closed layers are dropped. If ``closed`` is another word.
         RuntimeError: If the adapter is merged.
     """
+    if closed not in CLOSINGS:
+        raise ValueError(f"closed must be one of {CLOSINGS}, got {closed!r}")
     adapter = single_adapter(peft_model, adapter_name)
     layers = masked_layers(peft_model, adapter)
     _check_mask(layers, mask, adapter)
     if mask.closed:
-        _check_base_untouched(peft_model.peft_config[adapter])
+        _check_closable(peft_model.peft_config[adapter], closed)
     if any(adapter in layer.merged_adapters for layer in layers.values()):
         raise RuntimeError(f"adapter {adapter!r} is merged; unmerge it before applying a mask")
-    opening = [layers[name] for name in mask.open if layers[name].is_closed(adapter)]
+    opening = [layers[name] for name in mask.open if not layers[name].is_open(adapter)]
     if optimizer is not None and opening:
         raise ValueError(
             f"optimizer does not hold the parameters of {len(opening)} layers that the mask opens; "
@@ -310,11 +331,11 @@ def apply_mask(
     dropped = set()
     for name in mask.closed:
         dropped |= _adapter_parameters(layers[name], adapter)
-        layers[name].close(adapter)
+        layers[name].keep(adapter) if closed == "keep" else layers[name].close(adapter)
     if optimizer is not None:
         _forget(optimizer, dropped)
-    _retarget(peft_model, adapter, all_open=not mask.closed)
-    return MaskReport(adapter, tuple(mask.open), tuple(mask.closed))
+    _retarget(peft_model, adapter, all_there=closed == "keep" or not mask.closed)
+    return MaskReport(adapter, tuple(mask.open), tuple(mask.closed), closed)
 
 
 def _check_mask(layers: Mapping[str, nn.Module], mask: LayerMask, adapter: str) -> None:
@@ -335,13 +356,15 @@ def _check_mask(layers: Mapping[str, nn.Module], mask: LayerMask, adapter: str) 
         )
 
 
-def _check_base_untouched(config: Any) -> None:
-    """Raise unless a layer without this adapter is the pretrained layer, here and once reloaded."""
+def _check_closable(config: Any, closed: str) -> None:
+    """Raise unless a closed layer learns nothing and is, if dropped, the pretrained layer."""
     if config.bias != "none":
         raise ValueError(
             f"bias must be 'none' to close layers, got {config.bias!r}: it trains the base bias of "
             "closed layers too, which plain PEFT does not load without an adapter beside it"
         )
+    if closed == "keep":
+        return
     init = str(config.init_lora_weights).lower()
     if init.startswith(_INITS_THAT_CHANGE_THE_BASE) or config.kasa_config is not None:
         raise ValueError(
@@ -367,11 +390,11 @@ def _forget(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter]) -> 
         optimizer.state.pop(parameter, None)
 
 
-def _retarget(peft_model: PeftModel, adapter: str, all_open: bool) -> None:
+def _retarget(peft_model: PeftModel, adapter: str, all_there: bool) -> None:
     """Let the adapter's configuration name exactly the layers that hold it."""
     config = peft_model.peft_config[adapter]
     _restore_targets(config)
-    if all_open:
+    if all_there:
         return
     config._ila_target_modules = config.target_modules
     prefix = "base_model.model."

@@ -1,7 +1,8 @@
 """``explain``: which code computes each LoRA layer of a model, why, and what it keeps for backward.
 
 A layer is *in the prefix* if backward never comes to it: everything below the lowest open layer.
-Above it a closed layer is crossed, which costs its dx and keeps nothing.
+Above it a closed layer is crossed, which costs its dx and keeps nothing, whether its adapter was
+dropped or stays in place.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ila.models.attention import QKV, FusedQkv
 from ila.models.blocks import find_blocks, frozen_blocks, is_trained
 from ila.models.class_swap import swapped
 from ila.models.layer import BARE, PEFT, SHARDED, MaskedLoraLayer
+from ila.models.lean_head import HeadRoute, head_route
 from ila.models.mlp import GATE_UP, LEAN, LeanMLP, MlpRoute, lean_mlps
 from ila.models.shared_input import partners, sharers
 from ila_kernels.config import resolve_impl
@@ -38,7 +40,7 @@ class LayerRow:
 
     Attributes:
         module: Its name.
-        open: Whether an adapter is open in it.
+        open: Whether an adapter learns in it.
         path: Which code computes it.
         why: The reason.
         in_prefix: Whether backward never comes to it.
@@ -60,13 +62,15 @@ class Explanation:
     """The rows of ``explain`` for a number of tokens; printing it shows the table.
 
     ``mlps`` says of each SwiGLU block what it keeps for backward, ``together`` of each block which
-    of its layers compute as one op where they read one x (``ila.models.shared_input``).
+    of its layers compute as one op where they read one x (``ila.models.shared_input``). ``head``
+    says of a model with a lean head which code computes its loss, None without one.
     """
 
     rows: tuple[LayerRow, ...]
     tokens: int = 0
     mlps: Mapping[str, MlpRoute] = field(default_factory=dict)
     together: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    head: HeadRoute | None = None
 
     def __iter__(self) -> Iterator[LayerRow]:
         return iter(self.rows)
@@ -85,7 +89,9 @@ class Explanation:
     def as_dict(self) -> dict[str, object]:
         """The rows and their total, for JSON."""
         rows = [asdict(row) for row in self.rows]
-        return {"tokens": self.tokens, "layers": rows, "saved_bytes": self.saved_bytes()}
+        head = None if self.head is None else self.head._asdict()
+        total = self.saved_bytes()
+        return {"tokens": self.tokens, "layers": rows, "saved_bytes": total, "head": head}
 
     def table(self) -> Table:
         """The rows as a rich table, with a row of totals."""
@@ -115,6 +121,9 @@ class Explanation:
             counts = Counter(", ".join(names) for names in self.together.values())
             ops = "; ".join(f"{names} in {count} blocks" for names, count in counts.items())
             table.caption = f"{table.caption or ''}\nOne op for each x: {ops}".lstrip()
+        if self.head is not None:
+            text = f"Head and loss: {self.head.path} ({self.head.reason})"
+            table.caption = f"{table.caption or ''}\n{text}".lstrip()
         return table
 
     def _flags(self) -> Iterator[tuple[bool, bool]]:
@@ -172,7 +181,8 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
                 saved += tokens * layer.in_features * dtype.itemsize
             kept_x.add(group)
         rows.append(LayerRow(name, is_open, path, why, not needs, saved))
-    return Explanation(tuple(rows), tokens, mlps, _together(model, flows, tokens))
+    head = head_route(model, gathered=isinstance(model, FSDPModule))
+    return Explanation(tuple(rows), tokens, mlps, _together(model, flows, tokens), head)
 
 
 def _together(
@@ -217,13 +227,17 @@ def _masked_row(layer: MaskedLoraLayer, gathered: bool) -> tuple[bool, str, str]
         closed = [a for a in layer.active_adapters if layer.is_closed(a)]
         return False, BARE, "closed by a mask" if closed else reason
     if adapter is not None:
+        is_open = not all(layer.is_kept(a) for a in layer.active_adapters)
+        reason = reason if is_open else f"kept by a mask: its adapter learns no more; {reason}"
         weight = layer.base_layer.weight
         if not weight.is_floating_point():
-            return True, "eager", f"{reason}; W is packed: bitsandbytes' products"
-        call = call_of(weight, weight.shape[0], None, weight.dtype)
+            return is_open, "eager", f"{reason}; W is packed: bitsandbytes' products"
+        name = adapter if isinstance(adapter, str) else adapter[0]
+        lora_a, dropout_p = layer.lora_A[name].weight, getattr(layer.lora_dropout[name], "p", 0.0)
+        call = call_of([weight], [lora_a], None, weight.dtype, dropout_p)
         impl, why = resolve_impl("auto", weight.device.type, call)
-        return True, impl, f"{reason}; {why}"
-    return any(a in layer.lora_A for a in layer.active_adapters), path, reason
+        return is_open, impl, f"{reason}; {why}"
+    return any(layer.is_open(a) for a in layer.active_adapters), path, reason
 
 
 def _inputs_that_require_grad(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, bool]:

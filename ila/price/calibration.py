@@ -20,6 +20,7 @@ from torch import nn
 from ila.masks.mask import LayerMask
 from ila.masks.names import DOWN, GATE_UP, QKV
 from ila.models.edit import apply_mask, masked_layers, single_adapter
+from ila.models.lean_head import leaning
 from ila.price.shapes import Shape
 from ila.price.speed import Speed, fit, works
 from ila.runs.progress import bar
@@ -141,9 +142,10 @@ def calibrate(
     names = _layer_names(model)
     sets, others = designed(names), dict(unseen or {})
     amounts = works(shape, names, [*sets.values(), *others.values()])
-    steps = StepTimer(model, sets | others, batch_of(model, shape.rows, shape.length))
-    times = steps.measured(rounds, progress=progress)
-    steps.take(ALL)
+    timer = StepTimer(model, sets | others, batch_of(model, shape.rows, shape.length))
+    with leaning(model):  # as training does
+        times = timer.measured(rounds, progress=progress)
+        timer.take(ALL)
     speed = fit(amounts[: len(sets)], [times[name] for name in sets])
     rows = {
         name: {

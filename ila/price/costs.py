@@ -76,13 +76,15 @@ def memory_table(shape: Shape, names: Iterable[str]) -> CostTable:
 
     The sum holds the frozen weights, all adapters (also of closed layers, which ``apply_mask`` sets
     aside), gradient and both AdamW moments of the open adapters, and the tensors that autograd
-    keeps for backward, with the log-softmax of the logits. It leaves out the short-lived buffers of
-    kernels, loss and allocator.
+    keeps for backward, with the gradient that a lean head makes in forward. It leaves out the
+    buffers of kernels, a chunk of logits (``ila.models.lean_loss.CHUNK_BYTES``, and half of it in
+    16 bits), and the short-lived memory of the allocator.
     """
     names, m, e = list(names), shape.tokens, shape.base_bytes
     norm = 4 * m * (shape.hidden + 1)
     attention = 4 * m * shape.attention * e + 4 * m * shape.heads + shape.rows * shape.length**2 * e
-    fixed = shape.weight_bytes() + norm + 4 * m * shape.vocabulary + 8 * m + 4
+    fixed = shape.weight_bytes() + norm
+    fixed += m * shape.hidden * e + 9  # of a lean head: dh, the count of labels, whether it is 0
     fixed += 2 * shape.length * shape.head_dim * e  # cos and sin, one pair for all blocks
     fixed += sum(4 * shape.adapter_parameters(_place(shape, name)[1]) for name in names)
     reached = {QKV: attention, GATE_UP: 2 * m * shape.mlp * e}

@@ -83,7 +83,8 @@ def _runs_cells(runs: Sequence[Metrics]) -> tuple[list[str], list[list[str]], st
         body.append(
             [
                 run["name"],
-                f"{run['open_modules']} of {run['total_modules']} ({run['fraction_open']:.0%})",
+                f"{run['open_modules']} of {run['total_modules']} ({run['fraction_open']:.0%})"
+                + (f", {run['kept_modules']} kept" if run.get("kept_modules") else ""),
                 f"{run['trainable_parameters']:,}"
                 + ratio(run["trainable_parameters"], base["trainable_parameters"]),
                 f"{loss_text(run['held_out_loss_before'])} → {loss_text(run['held_out_loss'])}",

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from ila.data.encoding import Collator
+from ila.models.lean_head import leaning
 from ila.runs.checkpoints import is_finished, last_complete
 from ila.runs.processes import on_main_process, processes, sum_over_processes
 from ila.training.callbacks import ProgressBar
@@ -75,7 +76,8 @@ def run(trainer: Trainer, resume_from: Path | None) -> None:
     attributes = vars(trainer.model)
     before = {name: attributes[name] for name in _PREPARED if name in attributes}
     try:
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        with leaning(trainer.model):
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         for name in _PREPARED:
             attributes.pop(name, None)
@@ -119,7 +121,7 @@ def held_out_loss(
     ranks = processes()
     starts = range(0, len(dataset), batch_size)
     total, count = 0.0, 0
-    with torch.no_grad():
+    with torch.no_grad(), leaning(model):
         # All run the model equally often: where it is sharded, each forward is a joint one.
         for turn in range(0, len(starts), ranks.num_processes):
             mine = turn + ranks.process_index
