@@ -1,6 +1,6 @@
-"""Options that several commands take, each with its help.
+"""Options that several commands share, each with its help.
 
-Imports typer alone: ``ila --help`` loads neither torch nor transformers.
+This file imports typer alone: ``ila --help`` loads neither torch nor transformers.
 """
 
 from __future__ import annotations

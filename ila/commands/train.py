@@ -1,18 +1,18 @@
-"""What ``ila train`` does."""
+"""``ila train``: train the layers that a mask opens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 
 from ila.commands.inputs import Inputs, check_folder, claim_folder, prepare, refuse_packed
 from ila.masks.mask import LayerMask
+from ila.masks.provenance import Provenance
 from ila.models.edit import apply_mask
 from ila.models.open_weights import OpenLayers, open_layers
+from ila.runs.metrics import Metrics
 from ila.training.config import TrainConfig
 from ila.training.train import train
 
@@ -26,19 +26,19 @@ def train_selected(
     full: bool = False,
     resume: bool = False,
     progress: bool = True,
-) -> tuple[dict[str, Any], str]:
-    """Train the layers a mask opens (all without one) into ``out``.
+) -> tuple[Metrics, str]:
+    """Train the layers that a mask opens, or all layers without a mask, into ``out``.
 
-    The result is a plain PEFT adapter; with ``full``, the changed weights of the layers themselves
-    in ``changed.safetensors``.
+    The result is a plain PEFT adapter; with ``full``, the changed weights of the layers in
+    ``changed.safetensors``.
 
     Returns:
-        The metrics and what became of the rows, in words.
+        The metrics, and a note on the rows.
 
     Raises:
         ValueError: If the mask was learned on a model of another configuration. Names of layers
-            are no proof: Llama-2-7B and Mistral-7B share all of theirs. A chat model has the
-            configuration of its base, so a mask goes from one to the other.
+            prove nothing: Llama-2-7B and Mistral-7B have the same names. A chat model has the
+            configuration of its base, so a mask fits both.
     """
     config, inputs = replace(config, seed=inputs.seed), inputs.located()
     check_folder(out, inputs, resume, "train")
@@ -69,14 +69,14 @@ def train_selected(
     return metrics, prepared.note
 
 
-def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, Any]) -> None:
-    """Compare the configurations' fingerprints; a mask that says nothing of its model passes."""
-    learned_on = mask.provenance.get("model")
-    fingerprint = isinstance(learned_on, Mapping) and learned_on.get("config_fingerprint")
+def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, str]) -> None:
+    """Compare the fingerprints of the configurations; a mask without one passes."""
+    said = Provenance(mask.provenance)
+    fingerprint = said.model_fingerprint
     if fingerprint and fingerprint != model["config_fingerprint"]:
         raise ValueError(
-            f"mask {file} was learned on model {learned_on.get('source')!r} "
-            f"({learned_on.get('architecture')}), and the configuration of model "
+            f"mask {file} was learned on model {said.model_source!r} "
+            f"({said.architecture}), and the configuration of model "
             f"{model['source']!r} ({model['architecture']}) is another; learn a mask on it. "
             "ila.apply_mask, in Python, asks for the same layer names only"
         )

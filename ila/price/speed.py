@@ -28,8 +28,12 @@ from ila_kernels.roofline import CEILINGS
 FORMAT, VERSION = "ila.speed", 1
 _RATES = ("per_flop_ms", "per_byte_ms", "per_layer_ms")
 _FIELDS = {
-    **{"format": TEXT, "version": COUNT, "fixed_ms": RATE, **dict.fromkeys(_RATES, RATE)},
-    **{"worst_error": RATE, "measured": OBJECT},
+    "format": TEXT,
+    "version": COUNT,
+    "fixed_ms": RATE,
+    **dict.fromkeys(_RATES, RATE),
+    "worst_error": RATE,
+    "measured": OBJECT,
 }
 _MEASURED = {"device": TEXT, "rows": SIZE, "length": SIZE, "rank": SIZE}
 _PICOSECONDS = 1e9  # in a millisecond; costs are integers

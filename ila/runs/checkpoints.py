@@ -51,7 +51,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Every file but the marker."""
+    """Yield name and path of every file except the marker."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MARKER:
             yield path.relative_to(folder).as_posix(), path

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ila.data.contracts import Collate, Dataset
 from ila.runs.folder import RUN_MARKER, claim
@@ -122,6 +122,23 @@ def train_stage(search: Search, trainer_class: type[SignalTrainer], **options: A
     return EndedStage(ready.trainer, seconds)
 
 
+def _arguments(
+    search: Search, stage: str, steps: int, keep_settings: bool, settings: Mapping[str, Any]
+) -> TrainingArguments:
+    extra = search.config.training_args
+    if keep_settings:
+        extra = {name: value for name, value in extra.items() if name not in settings}
+    return arguments(
+        search.folder / stage,
+        steps=steps,
+        save_every=search.save_every(),
+        extra=extra,
+        per_device_train_batch_size=search.config.batch_size,
+        seed=search.config.seed,
+        **settings,
+    )
+
+
 class ReadyStage(NamedTuple):
     """A stage before its first step.
 
@@ -161,18 +178,7 @@ def make_trainer(
         keep_settings: Whether ``settings`` win over the ``training_args`` of the search.
         **settings: Further ``TrainingArguments`` by name.
     """
-    extra = search.config.training_args
-    if keep_settings:
-        extra = {name: value for name, value in extra.items() if name not in settings}
-    args = arguments(
-        search.folder / stage,
-        steps=steps,
-        save_every=search.save_every(),
-        extra=extra,
-        per_device_train_batch_size=search.config.batch_size,
-        seed=search.config.seed,
-        **settings,
-    )
+    args = _arguments(search, stage, steps, keep_settings, settings)
     meter = StepMeter(args.device)
     kept = [meter] if signal is None else [meter, signal]
     own = stage_callbacks(
