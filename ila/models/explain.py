@@ -19,8 +19,8 @@ from rich.table import Table
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from ila.masks.names import GROUPS
-from ila.models.attention import QKV, FusedQkv
+from ila.masks.names import GROUPS, QKV
+from ila.models.attention import FusedQkv
 from ila.models.blocks import find_blocks, frozen_blocks, is_trained
 from ila.models.class_swap import swapped
 from ila.models.layer import BARE, PEFT, SHARDED, MaskedLoraLayer

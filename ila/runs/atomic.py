@@ -39,7 +39,7 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     if target.is_dir():
         raise IsADirectoryError(f"path must be a file, got the folder {target}")
     temporary = _temporary_name(target)
-    # Not tempfile: its files are readable by their owner only, whatever the umask.
+    # Not tempfile: only the owner can read its files, under any umask.
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -12,7 +12,7 @@ class LayerCounts(TypedDict, total=False):
 
     Attributes:
         open_modules: Layers that train.
-        kept_modules: Closed layers that keep what they learned; absent where there are none.
+        kept_modules: Closed layers that keep their updates; absent if there is no such layer.
         total_modules: Layers that could.
         fraction_open: The share of the two, in [0, 1].
         trainable_parameters: Parameters that require grad.

@@ -99,7 +99,7 @@ class LayerMean(TrainerCallback):
         return {name: getattr(self, name).tolist() for name in self.SUMS}
 
     def set_sums(self, sums: Mapping[str, list]) -> None:
-        """Go on from what ``sums`` returned."""
+        """Continue from the result of ``sums``."""
         for name in self.SUMS:
             getattr(self, name).copy_(torch.tensor(sums[name], dtype=torch.float64))
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer
 
+from ila.masks.names import PEFT_PREFIX
 from ila.models.open_weights import (
     CHANGED_FILE,
-    PEFT_PREFIX,
     OpenLayers,
     OpenLinear,
     OpenTrainer,
