@@ -133,7 +133,7 @@ def write_folder_atomic(path: str | os.PathLike[str], *, replace: bool = False) 
         yield temporary
         sync_tree(temporary)
         _check_free(target, replace)  # again: the block may have run for hours
-        _swap_in(temporary, target)
+        _put_in_place(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -176,7 +176,7 @@ def move_in(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> N
     _sync_folder(Path(folder))
 
 
-def _swap_in(temporary: Path, target: Path) -> None:
+def _put_in_place(temporary: Path, target: Path) -> None:
     if not target.exists():
         os.rename(temporary, target)
         _sync_folder(target.parent)
