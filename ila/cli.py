@@ -50,6 +50,7 @@ def learn(
     target_modules: options.Targets = "all-linear",
     batch_size: options.BatchSize = 8,
     gradient_accumulation: options.Accumulate = 1,
+    group_by_length: options.ByLength = False,
     learning_rate: options.LearningRate = None,
     seed: options.Seed = 0,
     save_every: options.SaveEvery = 50,
@@ -92,7 +93,7 @@ def learn(
         score_learning_rate=score_learning_rate,
         batch_size=batch_size,
         save_every=save_every or None,
-        training_args=_accumulation(gradient_accumulation),
+        training_args=_trainer(gradient_accumulation, group_by_length),
     )
     mask, data_note = run(inputs, config, out, full=full, resume=resume)
     screen.print(data_note, highlight=False)
@@ -207,6 +208,7 @@ def train(
     target_modules: options.Targets = "all-linear",
     batch_size: options.BatchSize = 8,
     gradient_accumulation: options.Accumulate = 1,
+    group_by_length: options.ByLength = False,
     learning_rate: options.LearningRate = None,
     seed: options.Seed = 0,
     save_every: options.SaveEvery = 50,
@@ -247,7 +249,7 @@ def train(
         save_every=save_every or None,
         cache_prefix=cache_prefix if cache_folder is None else str(cache_folder),
         cache_limit_gib=cache_limit_gib,
-        training_args=_accumulation(gradient_accumulation),
+        training_args=_trainer(gradient_accumulation, group_by_length),
     )
     metrics, data_note = train_selected(
         inputs, config, out, mask_file=mask, full=full, resume=resume
@@ -382,10 +384,14 @@ def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} does nothing here: {why}")
 
 
-def _accumulation(steps: int) -> dict[str, int]:
+def _trainer(steps: int, group_by_length: bool) -> dict[str, str | int | bool]:
+    """Return the options that ``TrainingArguments`` take."""
+    from ila.training.batches import by_length
+
     if steps < 1:
         raise ValueError(f"gradient_accumulation must be ≥ 1, got {steps}")
-    return {} if steps == 1 else {"gradient_accumulation_steps": steps}
+    accumulation = {} if steps == 1 else {"gradient_accumulation_steps": steps}
+    return accumulation | (by_length() if group_by_length else {})
 
 
 def _distinct_names(runs: list[Path]) -> list[str]:

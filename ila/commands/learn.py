@@ -25,6 +25,7 @@ from ila.reports.figures import heatmap
 from ila.runs.processes import processes
 from ila.search.learn import SearchConfig, learn_mask
 from ila.search.weight_updates import WeightUpdates
+from ila.training.batches import padding_note
 from ila.training.loop import held_out_loss
 
 
@@ -49,11 +50,13 @@ def learn(
     check_folder(out, inputs, resume, "learn")
     refuse_packed(full, inputs)
     prepared = prepare(inputs, progress=progress)
+    padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
+    note = f"{prepared.note}\n{padding}"
     model = open_layers(prepared.model) if full else prepared.model
     description = {**prepared.description, "full": True} if full else prepared.description
     claim_folder(out, description, resume, "learn")
     if resume and (finished := _finished(out, config, full)) is not None:
-        return finished, prepared.note
+        return finished, note
     bare = model.model if isinstance(model, OpenLayers) else model
     before = _held_out_loss(bare, prepared, config)
     mask = learn_mask(
@@ -75,7 +78,7 @@ def learn(
         mask.save(out / "mask.json")
         for folder in ("stage1", "stage2", WeightUpdates.folder):
             shutil.rmtree(out / folder, ignore_errors=True)
-    return mask, prepared.note
+    return mask, note
 
 
 def _finished(out: Path, config: SearchConfig, full: bool) -> LayerMask | None:

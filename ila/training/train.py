@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from ila.data import token_count
 from ila.models.open_weights import OpenLayers
 from ila.prefix.cache import PrefixCache
 from ila.runs.atomic import move_in, write_json_atomic
@@ -152,7 +153,7 @@ def _dtype_text(model: nn.Module) -> str:
 def _tokens_per_step(dataset: Sequence[Mapping[str, Any]], args: TrainingArguments) -> float:
     """Tokens of an optimiser step on average, padding left out, over all devices."""
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return rows * sum(len(row["input_ids"]) for row in dataset) / len(dataset)
+    return rows * sum(token_count(row) for row in dataset) / len(dataset)
 
 
 def _held_out(trainer, held_out, collator, config, out: Path) -> float | None:

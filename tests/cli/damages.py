@@ -20,7 +20,9 @@ ENCODINGS = ("utf-16", "utf-32", "utf-8-sig", "cp037")
 @st.composite
 def byte_damages(draw: st.DrawFn) -> Damage:
     """Cut, flip, insert, overwrite, repeat, or encode otherwise."""
-    kind = draw(st.sampled_from(("cut", "flip", "insert", "overwrite", "drop", "garbage", "encode")))
+    kind = draw(
+        st.sampled_from(("cut", "flip", "insert", "overwrite", "drop", "garbage", "encode"))
+    )
     place = draw(st.floats(0, 1))
     some = draw(st.binary(min_size=1, max_size=40))
     bit = draw(st.integers(0, 7))

@@ -16,9 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from safetensors.torch import load_file
-from transformers import Trainer
 
-from ila.masks.mask import LayerMask
 from tests.cli.conftest import write_rows
 from tests.cli.damages import byte_damages, json_damages
 
@@ -109,7 +107,7 @@ def test_damaged_bytes(file, ila, whole):
         check(ila, whole, file, FILES[file], damage)
 
     damaged()
-    
+
 
 @pytest.mark.parametrize("file", [name for name in FILES if ".json" in name])
 def test_damaged_values(file, ila, whole):

@@ -138,6 +138,20 @@ def test_every_shape_is_measured_at_every_number_of_rows():
     assert seen[3][2] == "64 → 32 + 16 + 16 at 2048 rows"
 
 
+def test_an_interrupted_run_keeps_what_it_has():
+    calls = []
+
+    def clock(step):
+        calls.append(step)
+        if len(calls) > 4 * 7:
+            raise KeyboardInterrupt
+        return 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        tune([(64, 32), (64, 16)], rows=[2048], device="cuda", timer=clock)
+    assert [v.cell.ns for v in use_verdicts(device="cuda")] == [(32,)]
+
+
 # --- what cannot run
 
 
