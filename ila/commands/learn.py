@@ -73,12 +73,17 @@ def learn(
     provenance = {**description, "search": mask.provenance, "held_out_loss": held_out}
     mask = LayerMask(mask.scores, provenance=provenance)
     if processes().is_main_process:
-        title = f"{Path(inputs.model).name} on {Path(inputs.data).stem}: method {config.method}"
-        heatmap(mask, out / "heatmap.png", title=title)
-        mask.save(out / "mask.json")
-        for folder in ("stage1", "stage2", WeightUpdates.folder):
-            shutil.rmtree(out / folder, ignore_errors=True)
+        _write(mask, out, inputs, config)
     return mask, note
+
+
+def _write(mask: LayerMask, out: Path, inputs: Inputs, config: SearchConfig) -> None:
+    """Write the mask and its picture, then remove the checkpoints."""
+    title = f"{Path(inputs.model).name} on {Path(inputs.data).stem}: method {config.method}"
+    heatmap(mask, out / "heatmap.png", title=title)
+    mask.save(out / "mask.json")
+    for folder in ("stage1", "stage2", WeightUpdates.folder):
+        shutil.rmtree(out / folder, ignore_errors=True)
 
 
 def _finished(out: Path, config: SearchConfig, full: bool) -> LayerMask | None:
