@@ -5,18 +5,16 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel
-from peft.utils import get_peft_model_state_dict, load_peft_weights
-from transformers import PreTrainedModel
+from peft import PeftConfig
 
 from ila.boundary import reading, writing
 from ila.commands.inputs import read_run
 from ila.models.loading import find_source, load_model, load_tokenizer
+from ila.models.merge import merged
 from ila.models.open_weights import CHANGED_FILE, load_changed
 from ila.runs.atomic import write_folder_atomic, write_json_atomic
 from ila.runs.folder import RUN_MARKER
 from ila.runs.records import OBJECT, TEXT, Field, check_record, or_null
-from ila.training.adapter import check_same_tensors
 from ila.training.train import ADAPTER_FILES
 
 _INPUTS = {
@@ -56,7 +54,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
         _check_config(run)
     if not merge:
         with write_folder_atomic(out) as folder:
-            for name in files:
+            for name in (*files, *_beside(run, full)):
                 shutil.copyfile(run / name, folder / name)
         return "Changed weights" if full else "Adapter"
     inputs = description["inputs"]
@@ -67,7 +65,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
         if full:
             load_changed(model, run)
         else:
-            model = _merged(model, run)
+            model = merged(model, run)
         with writing(out):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -81,15 +79,15 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
     return f"Merged model (dense; trained over {packed})" if packed else "Merged model"
 
 
+def _beside(run: Path, full: bool) -> list[str]:
+    """The card and the tokenizer of an adapter: what lies in its folder and tells of no run."""
+    own = {"run.json", "train.json", "metrics.json", "before.json", "log.jsonl", *ADAPTER_FILES}
+    suffixes = {".json", ".jinja", ".md", ".model", ".txt"}
+    names = sorted(p.name for p in run.iterdir() if p.is_file() and p.suffix in suffixes)
+    return [] if full else [name for name in names if name not in own]
+
+
 def _check_config(run: Path) -> None:
     """Refuse an adapter with an unreadable configuration: a copy of it would be useless."""
     with reading(run / "adapter_config.json", "adapter"):
         PeftConfig.from_pretrained(str(run))
-
-
-def _merged(model: PreTrainedModel, run: Path) -> PreTrainedModel:
-    with reading(f"{run} is damaged", "the adapter in"):
-        adapted = PeftModel.from_pretrained(model, str(run))
-        saved = load_peft_weights(str(run), device="cpu")
-        check_same_tensors(saved, get_peft_model_state_dict(adapted), run)
-        return adapted.merge_and_unload(safe_merge=True)

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ila.boundary import InputError, reading
 from ila.data.contracts import Row
 from ila.data.encoding import Collator, DataSummary, encode, pad_token_id
 from ila.data.rows import fingerprint, load_rows, split_indices
-from ila.models.edit import attach
+from ila.models.edit import attach, masked_layers, single_adapter
 from ila.models.loading import (
     LOAD_IN,
     check_runs,
@@ -31,6 +32,7 @@ from ila.models.loading import (
     load_model,
     load_tokenizer,
 )
+from ila.models.targets import Outside, outside, unmatched_targets
 from ila.runs.folder import RUN_MARKER, check, claim, read
 from ila.runs.processes import on_main_process, processes
 from ila_kernels._version import __version__
@@ -105,12 +107,14 @@ class Prepared:
     held_out_summary: DataSummary | None
     collator: Collator
     description: dict[str, object]
+    outside: Outside
 
     @property
     def note(self) -> str:
-        """Count the kept and dropped rows, in a sentence for each part."""
+        """Count the kept and dropped rows, a sentence for each part, and parameters of no mask."""
         aside = "nothing." if self.held_out_summary is None else str(self.held_out_summary)
-        return f"To train on: {self.summary}\nHeld out: {aside}"
+        beside = f"\n{self.outside}." if self.outside.parameters else ""
+        return f"To train on: {self.summary}\nHeld out: {aside}{beside}"
 
 
 def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
@@ -151,8 +155,9 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
         "seed": inputs.seed,
     }
     set_seed(inputs.seed)
+    adapted = attach_adapter(model, inputs)
     return Prepared(
-        attach_adapter(model, inputs),
+        adapted,
         tokenizer,
         dataset,
         held_out,
@@ -160,16 +165,24 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
         held_out_summary,
         Collator(pad_token_id(tokenizer)),
         description,
+        outside(adapted, masked_layers(adapted, single_adapter(adapted, None))),
     )
 
 
 def attach_adapter(model: PreTrainedModel, inputs: Inputs) -> PeftModel:
     """Attach the adapter that ``inputs`` describe."""
+    targets = read_targets(inputs.target_modules)
+    unmatched = unmatched_targets(model, targets if targets != "all-linear" else None)
+    if unmatched:
+        raise ValueError(
+            f"target_modules names {', '.join(map(repr, unmatched))}, and the model has no such "
+            f"module; its linear layers are {', '.join(_linear_names(model))}"
+        )
     config = LoraConfig(
         r=inputs.rank,
         lora_alpha=inputs.alpha,
         lora_dropout=inputs.dropout,
-        target_modules=read_targets(inputs.target_modules),
+        target_modules=targets,
         task_type="CAUSAL_LM",
     )
     with reading(
@@ -200,6 +213,12 @@ def read_targets(text: str) -> str | list[str]:
             f"{text!r}: {error}"
         ) from error
     return text
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """The last names of the layers that an adapter may go to, in the order of the model."""
+    names = (n for n, m in model.named_modules() if hasattr(m, "in_features"))
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
 def _encode(

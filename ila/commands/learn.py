@@ -22,7 +22,8 @@ from ila.masks.mask import LayerMask
 from ila.masks.provenance import Provenance
 from ila.models.open_weights import OpenLayers, open_layers
 from ila.reports.figures import heatmap
-from ila.runs.processes import processes
+from ila.runs.checkpoints import LOGS, keep_logs
+from ila.runs.processes import owning, processes
 from ila.search.learn import SearchConfig, learn_mask
 from ila.search.weight_updates import WeightUpdates
 from ila.training.batches import padding_note
@@ -49,6 +50,14 @@ def learn(
     config, inputs = replace(config, seed=inputs.seed), inputs.located()
     check_folder(out, inputs, resume, "learn")
     refuse_packed(full, inputs)
+    with owning(out):
+        return _learn_owned(inputs, config, out, full, resume, progress)
+
+
+def _learn_owned(
+    inputs: Inputs, config: SearchConfig, out: Path, full: bool, resume: bool, progress: bool
+) -> tuple[LayerMask, str]:
+    check_folder(out, inputs, resume, "learn")  # again: it may have had an owner until now
     prepared = prepare(inputs, progress=progress)
     padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
     note = f"{prepared.note}\n{padding}"
@@ -78,10 +87,12 @@ def learn(
 
 
 def _write(mask: LayerMask, out: Path, inputs: Inputs, config: SearchConfig) -> None:
-    """Write the mask and its picture, then remove the checkpoints."""
+    """Write the mask and its picture, then keep the logs and remove the checkpoints."""
     title = f"{Path(inputs.model).name} on {Path(inputs.data).stem}: method {config.method}"
     heatmap(mask, out / "heatmap.png", title=title)
     mask.save(out / "mask.json")
+    for stage in ("stage1", "stage2"):
+        keep_logs(out / stage, out / LOGS / stage)
     for folder in ("stage1", "stage2", WeightUpdates.folder):
         shutil.rmtree(out / folder, ignore_errors=True)
 
@@ -92,6 +103,8 @@ def _finished(out: Path, config: SearchConfig, full: bool) -> LayerMask | None:
         return None
     mask = LayerMask.load(out)
     said = Provenance(mask.provenance)
+    if not said.config:
+        raise ValueError(f"{out / 'mask.json'} is damaged: it does not say how it was learned")
     mine = json.loads(json.dumps(config.as_dict()))
     return mask if thawed(said.config) == mine and said.full == full else None
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from ila.boundary import reading
 from ila.masks.mask import LayerMask
 from ila.masks.provenance import Provenance
-from ila.models.loading import LOAD_IN, find_source
+from ila.models.loading import LOAD_IN, find_source, same_layers
 from ila.models.sizes import load_config
 from ila.price.budget import ADDITIVE, MEMORY, TIME, Budget, Spending
 from ila.price.knapsack import Point
-from ila.price.shapes import Shape
+from ila.price.shapes import Shape, check_counted
 from ila.price.speed import Speed
 from ila.reports.pareto import pareto
 from ila.runs.records import NUMBER, SIZE, TEXT, Field, check_record, or_null
@@ -123,7 +123,8 @@ def select_within(
     if wanted.resource != TIME and speed is not None:
         raise ValueError(f"--speed does nothing for a budget of {wanted.resource}")
     rates = _rates(speed, mask)
-    spending = Spending(mask, wanted, _shape(mask, step or StepSizes(), rates), rates)
+    shape = _shape(mask, step or StepSizes(), rates, wanted.resource)
+    spending = Spending(mask, wanted, shape, rates)
     point, plain = spending.chosen(), spending.plain_within()
     folder = run if run.is_dir() else run.parent
     out = folder / f"mask-{budget.replace('=', '-')}.json" if out is None else out
@@ -154,18 +155,17 @@ def _rates(speed: str | None, mask: LayerMask) -> Speed | str | None:
     if speed is None or not (speed.endswith(".json") or Path(speed).exists()):
         return speed
     rates = Speed.load(Path(speed))
-    said = Provenance(mask.provenance)
-    model = rates.measured.get("model")
-    theirs = model.get("config_fingerprint") if isinstance(model, Mapping) else None
-    if said.model_fingerprint and theirs and said.model_fingerprint != theirs:
+    said, theirs = Provenance(mask.provenance), rates.measured.get("model")
+    is_known = bool(said.model_record) and isinstance(theirs, Mapping)
+    if is_known and not same_layers(said.model_record, theirs):
         raise ValueError(
-            f"{speed} was measured on model {model['source']!r}, and the mask "
-            f"was learned on {said.model_source!r}, which has another configuration"
+            f"{speed} was measured on model {theirs['source']!r}, and the mask "
+            f"was learned on {said.model_source!r}, whose layers have other names or sizes"
         )
     return rates
 
 
-def _shape(mask: LayerMask, step: StepSizes, rates: Speed | str | None) -> Shape:
+def _shape(mask: LayerMask, step: StepSizes, rates: Speed | str | None, resource: str) -> Shape:
     """Take sizes from the mask, overridden by ``step``; a file of speeds fixes the step."""
     said = Provenance(mask.provenance)
     rank = said.rank
@@ -179,6 +179,7 @@ def _shape(mask: LayerMask, step: StepSizes, rates: Speed | str | None) -> Shape
     config = load_config(source.name, source.gguf_file, source.trust_remote_code)
     with reading(source.name, "model"):
         sizes = config.to_dict()
+    check_counted(sizes, resource)
     return Shape.of(
         sizes,
         rank=rank,

@@ -11,8 +11,10 @@ from ila.commands.inputs import Inputs, check_folder, claim_folder, prepare, ref
 from ila.masks.mask import LayerMask
 from ila.masks.provenance import Provenance
 from ila.models.edit import apply_mask
+from ila.models.loading import same_layers
 from ila.models.open_weights import OpenLayers, open_layers
 from ila.runs.metrics import Metrics
+from ila.runs.processes import owning
 from ila.training.batches import padding_note
 from ila.training.config import TrainConfig
 from ila.training.train import train
@@ -37,12 +39,26 @@ def train_selected(
         The metrics, and a note on the rows.
 
     Raises:
-        ValueError: If the mask was learned on a model of another configuration. Names of layers
-            prove nothing: Llama-2-7B and Mistral-7B have the same names. A chat model has the
-            configuration of its base, so a mask fits both.
+        ValueError: If the mask was learned on a model whose layers have other sizes. Names of
+            layers prove nothing: Llama-2-7B and Mistral-7B have the same names. A chat model has
+            the layers of its base, so a mask fits both.
     """
     config, inputs = replace(config, seed=inputs.seed), inputs.located()
     check_folder(out, inputs, resume, "train")
+    with owning(out):
+        return _train_owned(inputs, config, out, mask_file, full, resume, progress)
+
+
+def _train_owned(
+    inputs: Inputs,
+    config: TrainConfig,
+    out: Path,
+    mask_file: Path | None,
+    full: bool,
+    resume: bool,
+    progress: bool,
+) -> tuple[Metrics, str]:
+    check_folder(out, inputs, resume, "train")  # again: it may have had an owner until now
     mask = None if mask_file is None else LayerMask.load(mask_file)
     refuse_packed(full, inputs)
     prepared = prepare(inputs, progress=progress)
@@ -68,18 +84,18 @@ def train_selected(
         resume=resume,
         progress=progress,
         name=out.name,
+        tokenizer=None if full else prepared.tokenizer,
     )
     return metrics, note
 
 
-def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, str]) -> None:
-    """Compare the fingerprints of the configurations; a mask without one passes."""
+def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, object]) -> None:
+    """Compare names and sizes of the layers; a mask without a model passes."""
     said = Provenance(mask.provenance)
-    fingerprint = said.model_fingerprint
-    if fingerprint and fingerprint != model["config_fingerprint"]:
+    if said.model_record and not same_layers(said.model_record, model):
         raise ValueError(
             f"mask {file} was learned on model {said.model_source!r} "
-            f"({said.architecture}), and the configuration of model "
-            f"{model['source']!r} ({model['architecture']}) is another; learn a mask on it. "
-            "ila.apply_mask, in Python, asks for the same layer names only"
+            f"({said.architecture}), and the layers of model "
+            f"{model['source']!r} ({model['architecture']}) have other names or sizes; learn a "
+            "mask on it. ila.apply_mask, in Python, asks for the same layer names only"
         )

@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ila.models.blocks import AFTER_BLOCKS
-from ila.models.layer import has_hooks
 from ila.models.lean_families import family_of, logit_map, output_class
 from ila.models.lean_loss import IGNORED
 from ila.models.lean_paths import cross_entropy_sum, path_here
+from ila.models.recomputation import has_hooks
 
 PLAIN = "plain"
 

@@ -151,7 +151,7 @@ class _Builder:
         """Make the folder hold the states; return their source."""
         prefix = Prefix.of(self.model, self.autocast)
         rows = _tokens(dataset)
-        width, dtype = prefix.check_exact(rows[: min(2, self.batch_size)])
+        width, dtype = prefix.check_exact(_tried(rows))
         source = _source(prefix.blocks, prefix.depth, rows, dtype, self.batch_size)
         try:
             self.opened = open_states(self.place, source)
@@ -170,6 +170,12 @@ def _tokens(dataset: Dataset) -> list[Tensor]:
     if empty is not None:
         raise ValueError(f"dataset rows must hold at least one token, row {empty} has none")
     return rows
+
+
+def _tried(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Return the longest and the shortest row: their states depend most on a row's company."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    return [rows[order[-1]]] if len(rows) == 1 else [rows[order[-1]], rows[order[0]]]
 
 
 def _check_room(

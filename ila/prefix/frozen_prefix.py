@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ila.boundary import reading
 from ila.models.blocks import Blocks, find_blocks, frozen_blocks, is_trained
 from ila.models.layer import FUSED, MaskedLoraLayer
 from ila.runs.progress import bar
@@ -64,6 +66,7 @@ class Prefix:
                 "cache_prefix needs a model that is not sharded yet: one process computes the "
                 "states, and a sharded model runs on all; load it again"
             )
+        _refuse_positions_of_a_batch(blocks)
         _refuse_random(blocks, depth)
         _refuse_company(blocks, depth)
         return cls(model, blocks, depth, autocast)
@@ -102,28 +105,66 @@ class Prefix:
         """Compute rows in full and from their states; return the states' width and dtype.
 
         Raises:
-            ValueError: If the prefix is random, or the logits are not the same bits.
+            ValueError: If the prefix is random or looks at the other rows of a batch, the model
+                cannot be cut at the prefix, or the logits are not the same bits.
         """
         with self._same_random_numbers():
-            states, batch = self.states(rows)
+            states, batch = self._first_states(rows)
             again, _ = self.states(rows)
         if not torch.equal(states, again):
             raise ValueError(
                 "cache_prefix would not be exact: the frozen prefix computes at random"
             )
+        self._check_alone(rows, states)
         mask = batch["attention_mask"].bool()
         embeds = states.masked_fill(~mask[..., None], 0.0)
         # As training computes them, LoRA's dropout included: int8 layers quantise otherwise.
         with self._same_random_numbers():
             full = self._logits(**batch)
-        with self._same_random_numbers(), skipping(self.blocks, self.depth):
-            rest = self._logits(inputs_embeds=embeds, attention_mask=mask.long())
-        if not torch.equal(full[mask], rest[mask]):
+        if not torch.equal(full[mask], self._rest(embeds, mask)[mask]):
             raise ValueError(
                 "cache_prefix would not be exact: the blocks of this model "
                 f"({type(self.blocks.decoder).__name__}) need more than hidden states"
             )
         return states.shape[-1], states.dtype
+
+    def _first_states(self, rows: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the states of the first rows; a model that does not give them is refused."""
+        name = type(self.blocks.decoder).__name__
+        with reading(name, f"cache_prefix cannot stop before block {self.depth} of"):
+            states, batch = self.states(rows)
+        if not isinstance(states, Tensor) or states.shape[:2] != batch["input_ids"].shape:
+            raise ValueError(
+                f"cache_prefix needs hidden states (rows, length, width) before block {self.depth} "
+                f"of {name}, which gives {getattr(states, 'shape', type(states).__name__)}"
+            )
+        return states, batch
+
+    def _rest(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """Logits from states; a model whose blocks cannot be run without the prefix is refused."""
+        name = type(self.blocks.decoder).__name__
+        why = f"cache_prefix cannot run the blocks after block {self.depth} alone in"
+        with self._same_random_numbers(), skipping(self.blocks, self.depth), reading(name, why):
+            return self._logits(inputs_embeds=embeds, attention_mask=mask.long())
+
+    def _check_alone(self, rows: Sequence[Tensor], states: Tensor) -> None:
+        """Refuse states that differ by more than rounding when a row is alone in its batch.
+
+        Rounding is at the end of the digits of a dtype, and rows that look at each other differ at
+        their beginning; √eps is the middle.
+        """
+        if len(rows) < 2:
+            return
+        for row, together in zip(rows, states, strict=True):
+            with self._same_random_numbers():
+                alone, _ = self.states([row])
+            one, other = (values[: len(row)].double() for values in (alone[0], together))
+            error = float((one - other).norm() / one.norm().clamp_min(1e-30))
+            if error > math.sqrt(torch.finfo(states.dtype).eps):
+                raise ValueError(
+                    "cache_prefix would not be exact: the states of a row depend on the other rows "
+                    f"of its batch; alone they differ by {error:.2g} of their norm"
+                )
 
     def _same_random_numbers(self) -> AbstractContextManager[None]:
         device = next(self.model.parameters()).device
@@ -147,6 +188,19 @@ class Prefix:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+def _refuse_positions_of_a_batch(blocks: Blocks) -> None:
+    """Refuse rotary embeddings whose frequencies follow the longest row of a batch."""
+    for name, module in blocks.decoder.named_modules():
+        types = getattr(module, "rope_type", None)
+        for kind in types.values() if isinstance(types, Mapping) else (types,):
+            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+                raise ValueError(
+                    f"cache_prefix would not be exact: rope_type {kind!r} ({name}) turns positions "
+                    "by the longest row of a batch, so that the states of a row depend on its "
+                    "company; train without the cache"
+                )
 
 
 def _refuse_random(blocks: Blocks, depth: int) -> None:

@@ -1,4 +1,10 @@
-"""Sizes of a model of Llama blocks and of a training step on it; reads no weights."""
+"""Sizes of a model of Llama blocks and of a training step on it; reads no weights.
+
+Memory and time are counted for the families of ``COUNTED`` alone, which the tests compare with a
+real step. Norms, activations and attention of other families keep more: Qwen3 a quarter and Gemma-3
+two fifths, on a tiny model. Parameters are counted for ``SAME_LAYERS`` too, whose layers have the
+sizes of Llama's.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +23,38 @@ _NEEDED = (
     "vocab_size",
 )
 _BITS = {"8bit": 8.0, "4bit": 4.127}  # NF4: with its constants, which are quantised again
+
+
+COUNTED = ("llama", "mistral")
+SAME_LAYERS = (
+    *COUNTED,
+    *("qwen2", "qwen3", "olmo", "olmo2", "gemma", "gemma2", "gemma3_text", "smollm3", "granite"),
+    *("cohere", "ministral", "seed_oss"),
+)
+
+
+def check_counted(config: Mapping[str, Any], what: str) -> None:
+    """Raise unless the formulas hold for a model.
+
+    Args:
+        config: Its configuration.
+        what: ``"parameters"``, ``"memory"`` or ``"time"``.
+
+    Raises:
+        ValueError: If they do not; the message names what they hold for.
+    """
+    known = SAME_LAYERS if what == "parameters" else COUNTED
+    kind, act = config.get("model_type"), config.get("hidden_act")
+    if kind not in known:
+        others = "" if kind not in SAME_LAYERS else "; parameters=… counts it"
+        raise ValueError(
+            f"{what} of a step is counted for the model types {', '.join(known)}, and this model "
+            f"is {kind!r}, whose blocks keep something else{others}"
+        )
+    if what != "parameters" and act not in ("silu", "swish"):
+        raise ValueError(
+            f"{what} of a step is counted for hidden_act 'silu', and this model has {act!r}"
+        )
 
 
 @dataclass(frozen=True)

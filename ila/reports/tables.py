@@ -74,6 +74,14 @@ def runs_markdown(runs: Sequence[Metrics]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in safe) + f"\n\n{caption}\n"
 
 
+def _outside_text(run: Metrics) -> str:
+    """Write the share of trained parameters that no mask can close, if there are any."""
+    outside = run.get("outside_parameters")
+    if not isinstance(outside, int) or not outside:
+        return ""
+    return f", {outside / run['trainable_parameters']:.0%} outside the mask"
+
+
 def _runs_cells(runs: Sequence[Metrics]) -> tuple[list[str], list[list[str]], str]:
     base = baseline_run(runs)
     ratio = ratio_text if len(runs) > 1 else lambda value, of: ""
@@ -86,7 +94,8 @@ def _runs_cells(runs: Sequence[Metrics]) -> tuple[list[str], list[list[str]], st
                 f"{run['open_modules']} of {run['total_modules']} ({run['fraction_open']:.0%})"
                 + (f", {run['kept_modules']} kept" if run.get("kept_modules") else ""),
                 f"{run['trainable_parameters']:,}"
-                + ratio(run["trainable_parameters"], base["trainable_parameters"]),
+                + ratio(run["trainable_parameters"], base["trainable_parameters"])
+                + _outside_text(run),
                 f"{loss_text(run['held_out_loss_before'])} → {loss_text(run['held_out_loss'])}",
                 ms_text(time["median"])
                 + ratio(time["median"], base["step_time_ms"]["median"])

@@ -19,6 +19,7 @@ from ila.runs.atomic import sync_tree, write_json_atomic
 from ila.runs.processes import processes
 
 MARKER = "complete.json"
+LOGS = "logs"  # of other libraries, in the folder of a run
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
 
 
@@ -30,6 +31,20 @@ def last_complete(folder: Path) -> Path | None:
         if match and _is_whole(path):
             numbered.append((int(match[1]), path))
     return max(numbered)[1] if numbered else None
+
+
+def keep_logs(folder: Path, target: Path) -> None:
+    """Move what is no checkpoint out of a folder of checkpoints, before that is removed.
+
+    Args:
+        folder: Where Trainer wrote; the reports of other libraries go below it.
+        target: Where they are kept.
+    """
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        name = path.relative_to(folder)
+        if path.is_file() and not _NUMBERED.fullmatch(name.parts[0]):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target / name)
 
 
 def is_finished(checkpoint: Path) -> bool:
@@ -98,11 +113,14 @@ class MarkComplete(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.also is not None:
             self.also(folder)
-        # The files before the marker: a power failure must not keep the marker alone.
-        sync_tree(folder)
-        marker = {
-            "step": state.global_step,
-            "files": _sizes(folder),
-            "crc32": _checksums(folder),
-        }
-        write_json_atomic(folder / MARKER, marker)
+        mark_complete(folder, state.global_step)
+
+
+def mark_complete(folder: Path, step: int) -> None:
+    """Write the marker of a whole checkpoint.
+
+    Its files reach the disk first: a power failure must not keep the marker alone.
+    """
+    sync_tree(folder)
+    marker = {"step": step, "files": _sizes(folder), "crc32": _checksums(folder)}
+    write_json_atomic(folder / MARKER, marker)

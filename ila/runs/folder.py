@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ila.runs.atomic import write_json_atomic
+from ila.runs.lock import LEFT_OVER, LOCK_FILE
 
 RUN_MARKER = "run.json"  # a command writes it; a search or a training adds its own marker
-_LEFT_OVER = ".ila-tmp-"  # a killed writer leaves these names; see ``ila.runs.atomic``
 
 
 def check(
@@ -59,7 +59,8 @@ def check(
         return True
     if folder.exists():
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-        if any(name not in beside and not name.startswith(_LEFT_OVER) for name in names):
+        ours = {LOCK_FILE, *beside}
+        if any(name not in ours and not LEFT_OVER.fullmatch(name) for name in names):
             raise ValueError(
                 f"folder {folder} is not the folder of a run and was left alone; {remedy}"
             )

@@ -16,6 +16,7 @@ class LayerCounts(TypedDict, total=False):
         total_modules: Layers that could.
         fraction_open: The share of the two, in [0, 1].
         trainable_parameters: Parameters that require grad.
+        outside_parameters: Those of them in no layer that a mask names; absent if there are none.
         full: True if the layers' own weights train; absent for adapters.
     """
 
@@ -24,6 +25,7 @@ class LayerCounts(TypedDict, total=False):
     total_modules: int
     fraction_open: float
     trainable_parameters: int
+    outside_parameters: int
     full: bool
 
 

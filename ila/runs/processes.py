@@ -5,7 +5,9 @@ Except for ``processes``, all processes must call a function here at the same po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -15,6 +17,8 @@ from accelerate.utils import broadcast_object_list, get_int_from_env, parse_flag
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from ila.runs.lock import owned
 
 T = TypeVar("T")
 
@@ -61,6 +65,22 @@ def on_main_process(action: Callable[[], T]) -> T:
             failure.raised_by_main_process = True
         raise failure
     return value
+
+
+@contextmanager
+def owning(folder: Path | None) -> Iterator[None]:
+    """Let the main process own an output folder while the block runs; see ``ila.runs.lock``.
+
+    Args:
+        folder: Output folder, if the run has one.
+
+    Raises:
+        ValueError: Another process owns it.
+    """
+    with ExitStack() as stack:
+        if folder is not None:
+            on_main_process(lambda: stack.enter_context(owned(folder)))
+        yield
 
 
 def leave_the_screen_to_the_main_process() -> bool:

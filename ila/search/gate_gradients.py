@@ -181,11 +181,17 @@ class PathGradient(LayerMean):
         score = torch.logit(torch.tensor(self.gamma, dtype=torch.float64)).item()
         with torch.no_grad():
             for layer in self.layers.values():
-                layer.lora_score[self.adapter].fill_(score)
+                layer.lora_S[self.adapter].fill_(score)
 
     def values(self) -> list[torch.Tensor]:
         """Return −dL/dγ of each layer."""
         # s = logit γ, so dL/dγ = dL/ds / (γ (1 − γ)).
         slope = self.gamma * (1.0 - self.gamma)
-        scores = (layer.lora_score[self.adapter] for layer in self.layers.values())
-        return [score.grad.double().reshape(()) / -slope for score in scores]
+        scores = (layer.lora_S[self.adapter] for layer in self.layers.values())
+        return [
+            # A layer that the model never calls removes nothing of the loss.
+            torch.zeros((), device=self.device)
+            if score.grad is None
+            else score.grad.double().reshape(()) / -slope
+            for score in scores
+        ]

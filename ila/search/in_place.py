@@ -81,19 +81,22 @@ def path_scores(
             "choose method gate_gradient, or give a loss"
         )
     path = PathGradient(updates.layers, updates.adapter, PATH_POINTS)
-    device = path.device
+    device, training = path.device, updates.model.training
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.enable_grad(),
         updates.scored(0.0),
     ):
+        torch.manual_seed(0)  # dropout: a resumed run scores as one that was not broken off
+        updates.model.train()
         for step, batch in enumerate(batches):
             path.set_gates(step)
             value = updates.model(**batch).loss if loss is None else loss(updates.model, batch)
             value.backward()
             path.gather(step)
             for layer in updates.layers.values():
-                layer.lora_score[updates.adapter].grad = None
+                layer.lora_S[updates.adapter].grad = None
+    updates.model.train(training)
     return path.mean()
 
 

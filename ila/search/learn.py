@@ -20,7 +20,7 @@ from peft import PeftModel
 from ila.data.contracts import Collate, Dataset
 from ila.masks.mask import LayerMask, spread_of
 from ila.models.open_weights import OpenLayers
-from ila.runs.processes import on_main_process
+from ila.runs.processes import on_main_process, owning
 from ila.search.adapter_updates import AdapterUpdates
 from ila.search.baselines import POSITIONS
 from ila.search.config import METHODS, SEARCHES, SearchConfig
@@ -73,7 +73,11 @@ def learn_mask(
     """
     if output_dir is None and resume:
         raise ValueError("resume=True needs the output_dir of the search to go on with")
-    with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
+    kept = None if output_dir is None else Path(output_dir)
+    with (
+        owning(kept),
+        tempfile.TemporaryDirectory() if kept is None else nullcontext(kept) as folder,
+    ):
         search = begin(
             peft_model,
             dataset,

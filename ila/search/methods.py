@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice, repeat
 from typing import Any
@@ -143,7 +143,15 @@ def _trained_scores(search: Search) -> Scored:
     rate = search.config.score_learning_rate
     done = _train_scores(search, stage2.ScoreTrainer, callbacks=[spread], learning_rate=rate)
     scores = stage2.read_scores(search.updates.layers, search.updates.adapter)
-    return Scored(scores, done.steps, done.seconds)
+    return Scored(_unmoved_last(scores, search.config.score_init), done.steps, done.seconds)
+
+
+def _unmoved_last(scores: Mapping[str, float], start: float) -> dict[str, float]:
+    """Rank last what no gradient has moved from the start: a layer that the model never calls."""
+    start = torch.tensor(start).item()  # as the parameter holds it
+    moved = [score for score in scores.values() if score != start]
+    lowest = min(moved, default=start)
+    return {name: lowest if score == start else score for name, score in scores.items()}
 
 
 def _train_scores(

@@ -12,10 +12,8 @@ fits the optimiser that Trainer makes for the whole model when it resumes.
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
@@ -23,34 +21,13 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ila.data.contracts import Batch
+from ila.masks.checks import thawed
 from ila.masks.mask import LayerMask
-from ila.models.edit import CLOSINGS, apply_mask
+from ila.models.edit import apply_mask
 from ila.price.choice import Choice
 from ila.search.adapter_updates import AdapterUpdates
 from ila.search.gate_gradients import GateGradient
-from ila.search.in_place import path_scores, shape_of
-
-SCORINGS = ("gate_gradient", "path")
-
-
-def switch_step(at: float | int, steps: int) -> int:
-    """Return the number of steps in which all layers train.
-
-    Args:
-        at: A share of the steps in (0, 1), or their number.
-        steps: Steps of the whole run.
-
-    Raises:
-        ValueError: If no step is left for either part.
-
-    >>> switch_step(0.25, 80), switch_step(20, 80)
-    (20, 20)
-    """
-    step = max(1, round(at * steps)) if isinstance(at, float) else at
-    if not 1 <= step < steps:
-        raise ValueError(f"at must leave steps before and after the switch, got {at} of {steps}")
-    return step
+from ila.search.selection import Selection, drawn_batches
 
 
 class SelectLayers(TrainerCallback, ExportableState):
@@ -71,9 +48,9 @@ class SelectLayers(TrainerCallback, ExportableState):
         budget: Most that the open layers may cost.
         blocks: Number of last blocks that stay open.
         speed: Rates for a budget of time.
-        closed: ``"keep"`` freezes closed layers in place, ``"drop"`` takes their updates away.
-        method: ``"gate_gradient"``, for free, or ``"path"`` on ``batches`` of the run's own data.
-        batches: Number of batches for ``path``.
+        **how: ``closed``, ``method`` and ``batches`` of ``ila.search.selection.Selection``: the way
+            to close layers (``"keep"`` or ``"drop"``), the scores (``"gate_gradient"`` or
+            ``"path"``), and the number of batches for ``path``.
 
     Attributes:
         mask: Selected mask; None before the switch.
@@ -93,27 +70,18 @@ class SelectLayers(TrainerCallback, ExportableState):
         budget: str | None = None,
         blocks: int | str | None = None,
         speed: str | None = None,
-        closed: str = "keep",
-        method: str = "gate_gradient",
-        batches: int = 12,
+        **how: Any,
     ):
-        self.choice = Choice(top, freeze, budget, blocks, speed)
-        if isinstance(at, bool) or not (0 < at < 1 if isinstance(at, float) else at >= 1):
-            raise ValueError(f"at must be a share in (0, 1) or a number of steps ≥ 1, got {at!r}")
-        for name, value, words in (("closed", closed, CLOSINGS), ("method", method, SCORINGS)):
-            if value not in words:
-                raise ValueError(f"{name} must be one of {words}, got {value!r}")
-        self.at, self.closed, self.method, self.batches = at, closed, method, batches
+        self.selection = Selection(Choice(top, freeze, budget, blocks, speed), at, **how)
         self.mask: LayerMask | None = None
         self.signal: GateGradient | None = None
 
     def state(self) -> dict[str, Any]:
         """Return the content for a checkpoint: arguments, then running sums or the mask."""
-        names = ("at", "closed", "method", "batches")
-        arguments = {**self.choice.as_dict(), **{name: getattr(self, name) for name in names}}
-        kept: dict[str, Any] = {"args": arguments, "attributes": {}}
+        kept: dict[str, Any] = {"args": self.selection.as_dict(), "attributes": {}}
         if self.mask is not None:
-            _, (scores, gates, provenance) = self.mask.__reduce__()
+            provenance = thawed(self.mask.provenance)
+            scores, gates = dict(self.mask.scores), dict(self.mask.gates)
             kept["mask"] = {"scores": scores, "gates": gates, "provenance": provenance}
         elif self.signal is not None:
             kept["signal"] = self.signal.sums()
@@ -130,11 +98,12 @@ class SelectLayers(TrainerCallback, ExportableState):
     ) -> None:
         """Start to gather, or apply the mask of the checkpoint."""
         _check_alone(args, model)
-        self.step, self.mask = switch_step(self.at, state.max_steps), None
+        self.step, self.mask = self.selection.step(state.max_steps), None
+        mine = self.selection.as_dict()
         saved = state.stateful_callbacks.setdefault("SelectLayers", {})
         if state.global_step == 0 or not saved:
-            saved = {"args": self.state()["args"]}
-        if not isinstance(saved, dict) or saved["args"] != self.state()["args"]:
+            saved = {"args": mine}
+        if not isinstance(saved, dict) or saved["args"] != mine:
             raise ValueError("the checkpoint was written with another SelectLayers; give that one")
         if "mask" in saved:
             self._apply(LayerMask(**saved["mask"]), model, optimizer)
@@ -176,24 +145,19 @@ class SelectLayers(TrainerCallback, ExportableState):
         """Score, choose and close at the step of the switch."""
         if self.mask is not None or state.global_step != self.step:
             return
-        updates, shape, scores = AdapterUpdates(model), None, self.signal.mean()
-        if self.method == "path" or self.choice.budget is not None:
-            batches = _own_batches(train_dataloader, args, self.batches)
-            shape = shape_of(updates, batches[0]) if self.choice.budget is not None else None
-            scores = path_scores(updates, batches) if self.method == "path" else scores
-        provenance = {
-            "search": {"config": {"method": self.method}},
-            "selection": self.choice.as_dict(),
-            "closed": self.closed,
-            "step": self.step,
-            "folds": self.signal.folds() if self.method == "gate_gradient" else [],
-        }
-        mask = self.choice.cut(scores, shape).with_provenance(**provenance)
+        own = drawn_batches(
+            train_dataloader.dataset,
+            train_dataloader.collate_fn,
+            args.train_batch_size,
+            args.seed,
+            args.device,
+        )
+        mask = self.selection.choose(AdapterUpdates(model), self.signal, own, self.step)
         self._apply(mask, model, optimizer)
 
     def _apply(self, mask: LayerMask, model: PeftModel, optimizer: Optimizer) -> None:
         before = {p for p in model.parameters() if p.requires_grad}
-        apply_mask(model, mask, closed=self.closed)
+        apply_mask(model, mask, closed=self.selection.closed)
         for parameter in before - {p for p in model.parameters() if p.requires_grad}:
             optimizer.state.pop(parameter, None)
         self.mask, self.signal = mask, None
@@ -208,15 +172,3 @@ def _check_alone(args: TrainingArguments, model: object) -> None:
             "SelectLayers closes layers of one process: DDP, FSDP and DeepSpeed have made their "
             "buckets and shards by then; use `ila train --select-at`, which starts them again"
         )
-
-
-def _own_batches(loader: DataLoader, args: TrainingArguments, count: int) -> list[Batch]:
-    """Draw rows by a seed of their own: the order of the training does not change."""
-    dataset, draw = loader.dataset, random.Random(args.seed)
-    size = args.train_batch_size
-    batches = []
-    for _ in range(count):
-        rows = [dataset[draw.randrange(len(dataset))] for _ in range(size)]
-        batch = loader.collate_fn(rows)
-        batches.append({k: v.to(args.device) for k, v in batch.items() if torch.is_tensor(v)})
-    return batches

@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from ila.boundary import writing
 from ila.masks.provenance import Course
 from ila.runs.atomic import write_folder_atomic, write_json_atomic
 from ila.runs.processes import on_main_process
@@ -156,7 +157,8 @@ def run_stage1(search: Search) -> Stage1:
 def _keep(search: Search, state: dict[str, Tensor], result: Stage1) -> None:
     """Write the trained tensors and the result; ``stage1.json`` last, as the mark of the end."""
     course = {name: value for name, value in result.items() if name != "seconds"}
-    with write_folder_atomic(search.folder / search.updates.folder, replace=True) as target:
+    place = search.folder / search.updates.folder
+    with write_folder_atomic(place, replace=True) as target, writing(place):
         search.updates.save(target, state)
     write_json_atomic(search.folder / "cost.json", {"seconds": result["seconds"]})
     write_json_atomic(search.folder / "stage1.json", course)

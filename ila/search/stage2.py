@@ -44,26 +44,26 @@ def scored(
         weight = layer.weight
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         start = torch.full((1,), score_init, dtype=wide, device=weight.device)
-        layer.lora_score[adapter] = nn.Parameter(start)
+        layer.lora_S[adapter] = nn.Parameter(start)
     freeze_all_but_scores(peft_model)
     try:
         yield
     finally:
         for layer in layers.values():
-            del layer.lora_score[adapter]
+            del layer.lora_S[adapter]
         for name, parameter in peft_model.named_parameters():
             parameter.requires_grad_(required[name])
 
 
 def freeze_all_but_scores(model: nn.Module) -> None:
-    """Let only the parameters in a layer's ``lora_score`` require grad."""
+    """Let only the parameters in a layer's ``lora_S`` require grad."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_score." in f".{name}.")
+        parameter.requires_grad_(".lora_S." in f".{name}.")
 
 
 def read_scores(layers: Mapping[str, MaskedLoraLayer], adapter: str) -> dict[str, float]:
     """Return module name -> s."""
-    values = torch.cat([layer.lora_score[adapter].detach() for layer in layers.values()])
+    values = torch.cat([layer.lora_S[adapter].detach() for layer in layers.values()])
     return dict(zip(layers, values.to("cpu", torch.float64).tolist(), strict=True))
 
 
@@ -78,7 +78,7 @@ class ScoreTrainer(SignalTrainer):
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled:
             named = self.model.named_modules()
-            scores = [module for name, module in named if name.endswith(".lora_score")]
+            scores = [module for name, module in named if name.endswith(".lora_S")]
             self.accelerator.state.fsdp_plugin.ignored_modules = scores
 
     def finish_gradients(self) -> None:

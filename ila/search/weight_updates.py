@@ -42,7 +42,7 @@ class GatedLinear(OpenLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W_γᵀ + b_γ."""
-        gate = torch.sigmoid(self.lora_score[_SCORE])
+        gate = torch.sigmoid(self.lora_S[_SCORE])
         weight = self._gated("weight", gate, x.dtype)
         return F.linear(x, weight, self._gated("bias", gate, x.dtype))
 
@@ -103,13 +103,13 @@ class WeightUpdates:
         """Give every layer a gate and freeze all else; undo both on leaving."""
         for name, layer in self.layers.items():
             layer.__class__ = GatedLinear
-            layer.start, layer.lora_score = self.start[name], nn.ParameterDict()
+            layer.start, layer.lora_S = self.start[name], nn.ParameterDict()
         try:
             with stage2.scored(self.model, self.layers, _SCORE, score_init):
                 yield
         finally:
             for layer in self.layers.values():
-                del layer.start, layer.lora_score
+                del layer.start, layer.lora_S
                 layer.__class__ = OpenLinear
 
     def state(self) -> dict[str, Tensor]:

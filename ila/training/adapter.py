@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from peft import PeftModel
@@ -17,8 +16,11 @@ from transformers import Trainer
 from ila.boundary import reading
 from ila.models.edit import masked_layers, single_adapter
 from ila.models.layer import MaskedLoraLayer
+from ila.models.merge import check_same_tensors
+from ila.models.targets import outside
 from ila.runs.metrics import LayerCounts
 from ila.runs.processes import whole
+from ila.training.card import write_card
 
 
 def whole_state(peft_model: PeftModel, adapter: str) -> dict[str, Tensor]:
@@ -46,6 +48,7 @@ def save_adapter(
         for path in (folder / adapter).iterdir():
             path.replace(folder / path.name)
         (folder / adapter).rmdir()
+    write_card(folder, peft_model, adapter)
 
 
 def load_adapter(peft_model: PeftModel, adapter: str, folder: Path) -> None:
@@ -59,19 +62,6 @@ def load_adapter(peft_model: PeftModel, adapter: str, folder: Path) -> None:
         own = get_peft_model_state_dict(peft_model, adapter_name=adapter)
         check_same_tensors(weights, own, folder)
         set_peft_model_state_dict(peft_model, weights, adapter_name=adapter)
-
-
-def check_same_tensors(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path
-) -> None:
-    """Refuse an adapter that lacks tensors of the model: PEFT would leave those as they are."""
-    for name, tensor in expected.items():
-        if name not in found or found[name].shape != tensor.shape:
-            has = tuple(found[name].shape) if name in found else "nothing"
-            raise ValueError(
-                f"the adapter in {folder} is damaged, or of another model: {name} must have shape "
-                f"{tuple(tensor.shape)}, got {has}"
-            )
 
 
 class Adapter:
@@ -115,6 +105,7 @@ def _counts(peft_model: PeftModel, adapter: str) -> LayerCounts:
     is_open = [layer not in ours or layer.is_open(adapter) for layer in layers.values()]
     kept = sum(layer.is_kept(adapter) for layer in ours)
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    beside = outside(peft_model, layers).parameters
     if trainable == 0:
         raise ValueError("peft_model must have parameters that require grad; none does")
     counts: LayerCounts = {
@@ -122,5 +113,6 @@ def _counts(peft_model: PeftModel, adapter: str) -> LayerCounts:
         "total_modules": len(layers),
         "fraction_open": sum(is_open) / max(1, len(layers)),
         "trainable_parameters": trainable,
+        **({"outside_parameters": beside} if beside else {}),
     }
     return counts | {"kept_modules": kept} if kept else counts

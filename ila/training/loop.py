@@ -6,7 +6,8 @@ not decided here can be given as ``training_args``, by the names of ``TrainingAr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
     TrainerState,
 )
 
+from ila.boundary import writing
 from ila.data.encoding import Collator
 from ila.models.lean_head import leaning
 from ila.runs.checkpoints import is_finished, last_complete
@@ -65,6 +67,7 @@ def run(trainer: Trainer, resume_from: Path | None) -> None:
     checkpoint and its result would train one step too many: a finished checkpoint is only loaded.
     """
     trainer.remove_callback(PrinterCallback)
+    _name_what_cannot_be_written(trainer)
     if resume_from is not None and is_finished(resume_from):
         trainer._load_from_checkpoint(str(resume_from))
         trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
@@ -73,18 +76,37 @@ def run(trainer: Trainer, resume_from: Path | None) -> None:
         _check_sharded(trainer.model)
         # Accelerate would look again for the classes to shard, by names that sharding has changed.
         trainer.accelerator.state.fsdp_plugin.auto_wrap_policy = None
-    attributes = vars(trainer.model)
+    try:
+        with _unprepared_after(trainer.model), leaning(trainer.model):
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressBar):
+                callback.close()
+
+
+@contextmanager
+def _unprepared_after(model: nn.Module) -> Iterator[None]:
+    """Take off a model again what accelerate puts on it inside."""
+    attributes = vars(model)
     before = {name: attributes[name] for name in _PREPARED if name in attributes}
     try:
-        with leaning(trainer.model):
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        yield
     finally:
         for name in _PREPARED:
             attributes.pop(name, None)
         attributes.update(before)
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, ProgressBar):
-                callback.close()
+
+
+def _name_what_cannot_be_written(trainer: Trainer) -> None:
+    """Let a checkpoint that cannot be saved name its folder, whichever library writes it."""
+    save = trainer._save_checkpoint
+
+    def named(*args: Any, **kwargs: Any) -> None:
+        with writing(trainer.args.output_dir):
+            save(*args, **kwargs)
+
+    trainer._save_checkpoint = named
 
 
 def _check_sharded(model: nn.Module) -> None:

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from ila.boundary import writing
 from ila.data import token_count
 from ila.models.open_weights import OpenLayers
 from ila.prefix.cache import PrefixCache
 from ila.runs.atomic import move_in, write_json_atomic
+from ila.runs.checkpoints import LOGS, keep_logs
 from ila.runs.folder import RUN_MARKER, claim
 from ila.runs.meter import StepMeter
 from ila.runs.metrics import load_run
-from ila.runs.processes import on_main_process
+from ila.runs.processes import on_main_process, owning
 from ila.runs.records import NUMBER, or_null, read_record
 from ila.training.adapter import Adapter
 from ila.training.arguments import arguments
 from ila.training.callbacks import LogFile, stage_callbacks
+from ila.training.card import write_card
 from ila.training.config import TrainConfig
 from ila.training.loop import (
     check_dataset,
@@ -38,7 +42,21 @@ from ila.training.trained import Trained
 
 _BEFORE = {"held_out_loss_before": or_null(NUMBER)}
 PREFIX_FOLDER = "prefix-cache"
+BEFORE_FILE = "before.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a training finds in its folder where it goes on with a run that has begun there.
+
+    Attributes:
+        files: Names of what is in the folder.
+        finish: Adds to the metrics what the run knows, given those of this part and its meter.
+    """
+
+    files: tuple[str, ...]
+    finish: Callable[[dict[str, Any], StepMeter], dict[str, Any]]
 
 
 def train(
@@ -52,6 +70,8 @@ def train(
     resume: bool = False,
     progress: bool = True,
     name: str = "run",
+    begun: Begun | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, Any]:
     """Train the open layers of a model and measure what that cost.
 
@@ -68,6 +88,8 @@ def train(
         resume: Go on from what ``output_dir`` holds of the same run. A finished run is returned.
         progress: Show a progress bar on stderr.
         name: What the run is called in reports.
+        begun: Where the run has begun in ``output_dir`` and goes on here; needs ``resume``.
+        tokenizer: Is saved beside an adapter; ``None`` saves none.
 
     Returns:
         The metrics: steps, losses, held-out loss before and after (nats per answer token), step
@@ -85,17 +107,22 @@ def train(
     collator = default_collator(model) if collator is None else collator
     if output_dir is None and resume:
         raise ValueError("resume=True needs the output_dir of the run to go on with")
-    with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
+    kept = None if output_dir is None else Path(output_dir)
+    with (
+        owning(kept),
+        tempfile.TemporaryDirectory() if kept is None else nullcontext(kept) as folder,
+    ):
         out = Path(folder)
         if output_dir is not None:
             names = [n for n, p in model.named_parameters() if p.requires_grad]
             mine = {"config": config.as_dict(), **counts, "rows": len(dataset), "trained": names}
-            where = {"marker": "train.json", "beside": (RUN_MARKER,)}
+            beside = (RUN_MARKER, *(() if begun is None else begun.files))
+            where = {"marker": "train.json", "beside": beside}
             on_main_process(lambda: claim(out, mine, resume=resume, **where))
             if resume and on_main_process((out / "metrics.json").exists):
                 part.load(out)
                 return load_run(out)
-        args = _arguments(config, out, keep=output_dir is not None)
+        args = arguments_of(config, out / "checkpoints", keep=output_dir is not None)
         costs = StepMeter(args.device)
         log = LogFile(out / "log.jsonl", "train") if output_dir is not None else None
         own = stage_callbacks(f"Training {name}", log, progress=progress, also_save=costs.save)
@@ -124,15 +151,18 @@ def train(
             "dtype": _dtype_text(model),
             "config": config.as_dict(),
         }
+        if begun is not None:
+            metrics = begun.finish(metrics, costs)
         if output_dir is not None:
             state = part.state()
-            on_main_process(lambda: _save(part, state, out, metrics))
+            on_main_process(lambda: _save(part, state, out, metrics, tokenizer))
     return metrics
 
 
-def _arguments(config: TrainConfig, out: Path, *, keep: bool) -> TrainingArguments:
+def arguments_of(config: TrainConfig, folder: Path, *, keep: bool) -> TrainingArguments:
+    """Return Trainer's arguments for a configuration; checkpoints go into ``folder``."""
     return arguments(
-        out / "checkpoints",
+        folder,
         steps=config.steps,
         save_every=config.save_every if keep else None,
         extra=config.training_args,
@@ -158,7 +188,7 @@ def _tokens_per_step(dataset: Sequence[Mapping[str, Any]], args: TrainingArgumen
 
 def _held_out(trainer, held_out, collator, config, out: Path) -> float | None:
     """Loss before training; a resumed run reads what the first start measured."""
-    file = out / "before.json"
+    file = out / BEFORE_FILE
     known = on_main_process(lambda: read_record(file, _BEFORE) if file.exists() else None)
     if known is not None:
         return known["held_out_loss_before"]
@@ -196,7 +226,13 @@ def _prefix_cache(trainer: Trainer, config: TrainConfig, out: Path, progress: bo
     return cache
 
 
-def _save(part: Trained, state: dict[str, Tensor], out: Path, metrics: Mapping[str, Any]) -> None:
+def _save(
+    part: Trained,
+    state: dict[str, Tensor],
+    out: Path,
+    metrics: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
     """The weights, then the metrics, then the checkpoints go: each step leaves a usable folder.
 
     Each is on the disk before the next begins, so that this holds for a power failure too.
@@ -204,9 +240,15 @@ def _save(part: Trained, state: dict[str, Tensor], out: Path, metrics: Mapping[s
     for left_over in out.glob(".adapter-*"):  # of a run killed while it saved
         shutil.rmtree(left_over)
     with tempfile.TemporaryDirectory(dir=out, prefix=".adapter-") as folder:
-        part.save(Path(folder), state)
+        with writing(out):
+            part.save(Path(folder), state)
+            if isinstance(part, Adapter):
+                write_card(Path(folder), part.model, part.adapter, metrics)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
         move_in(folder, out)
     write_json_atomic(out / "metrics.json", metrics)
-    (out / "before.json").unlink(missing_ok=True)
+    (out / BEFORE_FILE).unlink(missing_ok=True)
+    keep_logs(out / "checkpoints", out / LOGS)
     for folder in ("checkpoints", PREFIX_FOLDER):
         shutil.rmtree(out / folder, ignore_errors=True)

@@ -77,7 +77,7 @@ def test_the_gradient_of_a_gate_is_that_of_the_interpolated_weights(moved, gamma
         loss = updates.model(**gates.batch)["loss"]
         loss.backward()
         found = {
-            name: layer.lora_score["full"].grad.item() / (gamma * (1 - gamma))
+            name: layer.lora_S["full"].grad.item() / (gamma * (1 - gamma))
             for name, layer in updates.layers.items()
         }
     assert loss.item() == pytest.approx(gates.loss(dict.fromkeys(updates.layers, gamma)), rel=1e-12)
