@@ -80,7 +80,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
 
 
 def _beside(run: Path, full: bool) -> list[str]:
-    """The card and the tokenizer of an adapter: what lies in its folder and tells of no run."""
+    """Name the card and the tokenizer beside an adapter: all files that describe no run."""
     own = {"run.json", "train.json", "metrics.json", "before.json", "log.jsonl", *ADAPTER_FILES}
     suffixes = {".json", ".jinja", ".md", ".model", ".txt"}
     names = sorted(p.name for p in run.iterdir() if p.is_file() and p.suffix in suffixes)

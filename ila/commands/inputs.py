@@ -141,32 +141,39 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
         held_out, held_out_summary = _encode(rows, aside, tokenizer, inputs, "held out", progress)
     model = load_model(source, inputs.dtype, inputs.load_in, processes().device)
     check_runs(model, source, [*dataset, *held_out])
-    description = {
-        "model": identity(model, source),
-        "data": {
-            "source": inputs.data,
-            "split": inputs.split,
-            "fingerprint": fingerprint(rows),
-            **summary.as_dict(),
-            "held_out": None if held_out_summary is None else held_out_summary.as_dict(),
-        },
+    data = {
+        "source": inputs.data,
+        "split": inputs.split,
+        "fingerprint": fingerprint(rows),
+        **summary.as_dict(),
+        "held_out": None if held_out_summary is None else held_out_summary.as_dict(),
+    }
+    description = _description(identity(model, source), data, inputs)
+    set_seed(inputs.seed)
+    adapted = attach_adapter(model, inputs)
+    return Prepared(
+        model=adapted,
+        tokenizer=tokenizer,
+        dataset=dataset,
+        held_out=held_out,
+        summary=summary,
+        held_out_summary=held_out_summary,
+        collator=Collator(pad_token_id(tokenizer)),
+        description=description,
+        outside=outside(adapted, masked_layers(adapted, single_adapter(adapted, None))),
+    )
+
+
+def _description(
+    model: Mapping[str, object], data: Mapping[str, object], inputs: Inputs
+) -> dict[str, object]:
+    return {
+        "model": model,
+        "data": data,
         "inputs": asdict(inputs),
         "versions": versions(),
         "seed": inputs.seed,
     }
-    set_seed(inputs.seed)
-    adapted = attach_adapter(model, inputs)
-    return Prepared(
-        adapted,
-        tokenizer,
-        dataset,
-        held_out,
-        summary,
-        held_out_summary,
-        Collator(pad_token_id(tokenizer)),
-        description,
-        outside(adapted, masked_layers(adapted, single_adapter(adapted, None))),
-    )
 
 
 def attach_adapter(model: PreTrainedModel, inputs: Inputs) -> PeftModel:
@@ -216,7 +223,7 @@ def read_targets(text: str) -> str | list[str]:
 
 
 def _linear_names(model: nn.Module) -> list[str]:
-    """The last names of the layers that an adapter may go to, in the order of the model."""
+    """Name the kinds of layers that can take an adapter, in the order of the model."""
     names = (n for n, m in model.named_modules() if hasattr(m, "in_features"))
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 

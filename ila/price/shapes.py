@@ -28,32 +28,32 @@ _BITS = {"8bit": 8.0, "4bit": 4.127}  # NF4: with its constants, which are quant
 COUNTED = ("llama", "mistral")
 SAME_LAYERS = (
     *COUNTED,
-    *("qwen2", "qwen3", "olmo", "olmo2", "gemma", "gemma2", "gemma3_text", "smollm3", "granite"),
-    *("cohere", "ministral", "seed_oss"),
+    *"qwen2 qwen3 olmo olmo2 gemma gemma2 gemma3_text smollm3 granite".split(),
+    *"cohere ministral seed_oss".split(),
 )
 
 
-def check_counted(config: Mapping[str, Any], what: str) -> None:
+def check_counted(config: Mapping[str, Any], resource: str) -> None:
     """Raise unless the formulas hold for a model.
 
     Args:
-        config: Its configuration.
-        what: ``"parameters"``, ``"memory"`` or ``"time"``.
+        config: Configuration of the model.
+        resource: ``"parameters"``, ``"memory"`` or ``"time"``.
 
     Raises:
-        ValueError: If they do not; the message names what they hold for.
+        ValueError: If they do not; the message names the counted families.
     """
-    known = SAME_LAYERS if what == "parameters" else COUNTED
+    known = SAME_LAYERS if resource == "parameters" else COUNTED
     kind, act = config.get("model_type"), config.get("hidden_act")
     if kind not in known:
         others = "" if kind not in SAME_LAYERS else "; parameters=… counts it"
         raise ValueError(
-            f"{what} of a step is counted for the model types {', '.join(known)}, and this model "
+            f"{resource} of a step is counted for the model types {', '.join(known)}, and this model "
             f"is {kind!r}, whose blocks keep something else{others}"
         )
-    if what != "parameters" and act not in ("silu", "swish"):
+    if resource != "parameters" and act not in ("silu", "swish"):
         raise ValueError(
-            f"{what} of a step is counted for hidden_act 'silu', and this model has {act!r}"
+            f"{resource} of a step is counted for hidden_act 'silu', and this model has {act!r}"
         )
 
 

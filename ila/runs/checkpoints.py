@@ -34,11 +34,11 @@ def last_complete(folder: Path) -> Path | None:
 
 
 def keep_logs(folder: Path, target: Path) -> None:
-    """Move what is no checkpoint out of a folder of checkpoints, before that is removed.
+    """Move all files except checkpoints out of a folder before its removal.
 
     Args:
-        folder: Where Trainer wrote; the reports of other libraries go below it.
-        target: Where they are kept.
+        folder: Folder of Trainer; other libraries put their reports below it.
+        target: New folder of the reports.
     """
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
         name = path.relative_to(folder)

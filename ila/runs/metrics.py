@@ -16,7 +16,7 @@ class LayerCounts(TypedDict, total=False):
         total_modules: Layers that could.
         fraction_open: The share of the two, in [0, 1].
         trainable_parameters: Parameters that require grad.
-        outside_parameters: Those of them in no layer that a mask names; absent if there are none.
+        outside_parameters: Trained parameters outside all layers of a mask; absent without any.
         full: True if the layers' own weights train; absent for adapters.
     """
 

@@ -147,7 +147,7 @@ def _trained_scores(search: Search) -> Scored:
 
 
 def _unmoved_last(scores: Mapping[str, float], start: float) -> dict[str, float]:
-    """Rank last what no gradient has moved from the start: a layer that the model never calls."""
+    """Rank a layer last whose score never moved from the start: the model never calls it."""
     start = torch.tensor(start).item()  # as the parameter holds it
     moved = [score for score in scores.values() if score != start]
     lowest = min(moved, default=start)
