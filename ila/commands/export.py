@@ -1,4 +1,4 @@
-"""What ``ila export`` does."""
+"""``ila export``: copy a trained adapter, or merge it into its model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from ila.runs.records import OBJECT, TEXT, Field, check_record, or_null
 from ila.training.train import ADAPTER_FILES
 
 _INPUTS = {
-    **{"model": TEXT, "dtype": TEXT, "gguf_file": or_null(TEXT), "load_in": or_null(TEXT)},
+    "model": TEXT,
+    "dtype": TEXT,
+    "gguf_file": or_null(TEXT),
+    "load_in": or_null(TEXT),
     "trust_remote_code": Field("true or false", lambda value: isinstance(value, bool)),
 }
 
@@ -26,20 +29,20 @@ _INPUTS = {
 def export(run: Path, out: Path, *, merge: bool = False) -> str:
     """Write a trained adapter, or changed weights, elsewhere: alone or in their base model.
 
-    An adapter trained over a packed base is merged into the dense one: packing again would round
-    it away, and the result is a model like any other.
+    An adapter trained over a packed base merges into the dense base: packing again would round
+    it away.
 
     Returns:
-        What was written, in words.
+        Name of the result, for the screen.
 
     Raises:
         FileNotFoundError: If ``run`` holds no finished adapter or changed weights.
         FileExistsError: If ``out`` exists.
         ValueError: If the weights are damaged.
     """
-    found = read_run(run, "train")
-    check_record(found, {"inputs": OBJECT, "model": OBJECT}, run / RUN_MARKER)
-    full = bool(found.get("full", False))
+    description = read_run(run, "train")
+    check_record(description, {"inputs": OBJECT, "model": OBJECT}, run / RUN_MARKER)
+    full = bool(description.get("full", False))
     files = (CHANGED_FILE, "run.json") if full else ADAPTER_FILES
     missing = [name for name in files if not (run / name).is_file()]
     if missing:
@@ -54,7 +57,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
             for name in (*files, *_beside(run, full)):
                 shutil.copyfile(run / name, folder / name)
         return "Changed weights" if full else "Adapter"
-    inputs = found["inputs"]
+    inputs = description["inputs"]
     check_record(inputs, _INPUTS, f"{run / RUN_MARKER}, inputs")
     source = find_source(inputs["model"], inputs["gguf_file"], inputs["trust_remote_code"])
     with write_folder_atomic(out) as folder:
@@ -66,7 +69,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
         with writing(out):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        note = {"base": found["model"], "merged": True}
+        note = {"base": description["model"], "merged": True}
         packed = inputs.get("load_in")
         if packed:
             note["trained_over"] = packed
@@ -77,7 +80,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
 
 
 def _beside(run: Path, full: bool) -> list[str]:
-    """The card and the tokenizer of an adapter: what lies in its folder and tells of no run."""
+    """Name the card and the tokenizer beside an adapter: all files that describe no run."""
     own = {"run.json", "train.json", "metrics.json", "before.json", "log.jsonl", *ADAPTER_FILES}
     suffixes = {".json", ".jinja", ".md", ".model", ".txt"}
     names = sorted(p.name for p in run.iterdir() if p.is_file() and p.suffix in suffixes)
@@ -85,6 +88,6 @@ def _beside(run: Path, full: bool) -> list[str]:
 
 
 def _check_config(run: Path) -> None:
-    """Refuse an adapter whose configuration cannot be read; a copy of it would be of no use."""
+    """Refuse an adapter with an unreadable configuration: a copy of it would be useless."""
     with reading(run / "adapter_config.json", "adapter"):
         PeftConfig.from_pretrained(str(run))

@@ -1,4 +1,4 @@
-"""What ``ila measure`` does."""
+"""``ila measure``: time steps on this machine and write rates for budgets of time."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def measure(
     """Time steps of a dozen masks on this machine and write the rates that fit them.
 
     Args:
-        inputs: Of these, the model and its adapter; a row has ``max_length`` tokens. No data.
+        inputs: Model and adapter; a row has ``max_length`` tokens. The function reads no data.
         out: File to write.
         rows: Rows of a step.
-        rounds: Steps of each mask, after one that is not counted.
-        progress: Show a progress bar.
+        rounds: Steps of each mask, after one warm-up step.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If ``rows`` or ``rounds`` is below 1, or the model is none of Llama blocks.
+        ValueError: If ``rows`` or ``rounds`` is below 1, or the model has no Llama blocks.
     """
     if inputs.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {inputs.dtype!r}")
@@ -42,8 +42,8 @@ def measure(
         dropout=inputs.dropout > 0,
         load_in=inputs.load_in,
     )
-    what = identity(base, source)
+    model = identity(base, source)
     speed = calibrate(attach_adapter(base, inputs), shape, rounds=rounds, progress=progress)
-    speed.measured["model"] = what
+    speed.measured["model"] = model
     speed.save(out)
     return speed

@@ -1,19 +1,19 @@
-"""What ``ila train`` does."""
+"""``ila train``: train the layers that a mask opens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 
 from ila.commands.inputs import Inputs, check_folder, claim_folder, prepare, refuse_packed
 from ila.masks.mask import LayerMask
+from ila.masks.provenance import Provenance
 from ila.models.edit import apply_mask
 from ila.models.loading import same_layers
 from ila.models.open_weights import OpenLayers, open_layers
+from ila.runs.metrics import Metrics
 from ila.runs.processes import owning
 from ila.training.batches import padding_note
 from ila.training.config import TrainConfig
@@ -29,19 +29,19 @@ def train_selected(
     full: bool = False,
     resume: bool = False,
     progress: bool = True,
-) -> tuple[dict[str, Any], str]:
-    """Train the layers a mask opens (all without one) into ``out``.
+) -> tuple[Metrics, str]:
+    """Train the layers that a mask opens, or all layers without a mask, into ``out``.
 
-    The result is a plain PEFT adapter; with ``full``, the changed weights of the layers themselves
-    in ``changed.safetensors``.
+    The result is a plain PEFT adapter; with ``full``, the changed weights of the layers in
+    ``changed.safetensors``.
 
     Returns:
-        The metrics and what became of the rows, in words.
+        The metrics, and a note on the rows.
 
     Raises:
         ValueError: If the mask was learned on a model whose layers have other sizes. Names of
-            layers are no proof: Llama-2-7B and Mistral-7B share all of theirs. A chat model has
-            the layers of its base, so a mask goes from one to the other.
+            layers prove nothing: Llama-2-7B and Mistral-7B have the same names. A chat model has
+            the layers of its base, so a mask fits both.
     """
     config, inputs = replace(config, seed=inputs.seed), inputs.located()
     check_folder(out, inputs, resume, "train")
@@ -57,7 +57,7 @@ def _train_owned(
     full: bool,
     resume: bool,
     progress: bool,
-) -> tuple[dict[str, Any], str]:
+) -> tuple[Metrics, str]:
     check_folder(out, inputs, resume, "train")  # again: it may have had an owner until now
     mask = None if mask_file is None else LayerMask.load(mask_file)
     refuse_packed(full, inputs)
@@ -89,13 +89,13 @@ def _train_owned(
     return metrics, note
 
 
-def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, Any]) -> None:
-    """Compare names and sizes of the layers; a mask that says nothing of its model passes."""
-    learned_on = mask.provenance.get("model")
-    if isinstance(learned_on, Mapping) and not same_layers(learned_on, model):
+def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, object]) -> None:
+    """Compare names and sizes of the layers; a mask without a model passes."""
+    said = Provenance(mask.provenance)
+    if said.model_record and not same_layers(said.model_record, model):
         raise ValueError(
-            f"mask {file} was learned on model {learned_on.get('source')!r} "
-            f"({learned_on.get('architecture')}), and the layers of model "
+            f"mask {file} was learned on model {said.model_source!r} "
+            f"({said.architecture}), and the layers of model "
             f"{model['source']!r} ({model['architecture']}) have other names or sizes; learn a "
             "mask on it. ila.apply_mask, in Python, asks for the same layer names only"
         )

@@ -19,8 +19,8 @@ from rich.table import Table
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from ila.masks.names import STEPS
-from ila.models.attention import QKV, FusedQkv
+from ila.masks.names import GROUPS, QKV
+from ila.models.attention import FusedQkv
 from ila.models.blocks import below_is_trained, find_blocks, frozen_blocks, is_trained
 from ila.models.class_swap import swapped
 from ila.models.layer import BARE, PEFT, SHARDED, MaskedLoraLayer
@@ -31,7 +31,7 @@ from ila_kernels.config import resolve_impl
 from ila_kernels.device import call_of
 from ila_kernels.roofline import Problem, saved_bytes
 
-_STEP_OF = {name: step for step, names in enumerate(STEPS) for name in names}
+_STEP_OF = {name: step for step, names in enumerate(GROUPS) for name in names}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""An adapter as training keeps it: counted, gathered, written, read."""
+"""Count, gather, write and read the adapter that a training keeps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ila.training.card import write_card
 def whole_state(peft_model: PeftModel, adapter: str) -> dict[str, Tensor]:
     """Return the model's state dict, one adapter's tensors gathered; all processes call this."""
     state = peft_model.state_dict()
-    # What PEFT would save of it, by PEFT's own rules; they change names but not the tensors.
+    # The tensors that PEFT saves; its rules change names but not the tensors.
     saved = get_peft_model_state_dict(peft_model, state_dict=dict(state), adapter_name=adapter)
     wanted = {id(tensor) for tensor in saved.values()}
     return {name: whole(t) if id(t) in wanted else t for name, t in state.items()}
@@ -38,10 +38,10 @@ def save_adapter(
     """Write one adapter into ``folder`` itself; PEFT gives all but "default" a subfolder.
 
     Args:
-        peft_model: The model.
+        peft_model: Model with the adapter.
         adapter: Name of the adapter.
         folder: An empty folder.
-        state: From ``whole_state``; needed where the model is sharded.
+        state: Result of ``whole_state``; a sharded model needs it.
     """
     peft_model.save_pretrained(folder, selected_adapters=[adapter], state_dict=state)
     if adapter != "default":
@@ -52,7 +52,7 @@ def save_adapter(
 
 
 def load_adapter(peft_model: PeftModel, adapter: str, folder: Path) -> None:
-    """Read what ``save_adapter`` wrote into a model that has this adapter.
+    """Read a folder that ``save_adapter`` wrote into a model that has this adapter.
 
     Raises:
         ValueError: If the weights are damaged.
@@ -65,7 +65,7 @@ def load_adapter(peft_model: PeftModel, adapter: str, folder: Path) -> None:
 
 
 class Adapter:
-    """The one active adapter of a model, as something that is ``Trained``."""
+    """The one active adapter of a model; it is ``Trained``."""
 
     def __init__(self, model: PeftModel):
         self.model, self.adapter = model, single_adapter(model, None)
@@ -74,7 +74,7 @@ class Adapter:
         """Return how many layers are open and how many parameters are trained.
 
         Raises:
-            ValueError: If nothing requires grad.
+            ValueError: If no parameter requires grad.
         """
         return _counts(self.model, self.adapter)
 
@@ -87,17 +87,17 @@ class Adapter:
         return whole_state(self.model, self.adapter)
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Write what ``state`` returned."""
+        """Write the result of ``state``."""
         save_adapter(self.model, self.adapter, folder, state)
 
     def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote."""
+        """Read a folder that ``save`` wrote."""
         load_adapter(self.model, self.adapter, folder)
 
 
 def _counts(peft_model: PeftModel, adapter: str) -> LayerCounts:
     layers = masked_layers(peft_model, adapter)
-    if not layers:  # PEFT's own layers: count those that hold the adapter
+    if not layers:  # PEFT's own layers: count the holders of the adapter
         layers = {
             n: m for n, m in peft_model.named_modules() if adapter in getattr(m, "lora_A", ())
         }
