@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from ila.models.lean_head import leaning
 from ila.runs.processes import on_main_process, sum_over_processes
 from ila.search import stage2
 from ila.search.baselines import (
@@ -100,7 +101,7 @@ def _forward_scores(search: Search) -> Scored:
     bar = {"description": f"Stage 2: {search.config.method}", "disable": not search.progress}
     batches = islice(chain.from_iterable(repeat(loader)), search.config.stage2_steps)
     began = time.perf_counter()
-    with torch.no_grad(), seen.listening(), trainer.accelerator.autocast():
+    with torch.no_grad(), seen.listening(), leaning(model), trainer.accelerator.autocast():
         screen = Console(stderr=True)
         for batch in track(batches, total=search.config.stage2_steps, console=screen, **bar):
             everything = torch.ones_like(batch["labels"])
