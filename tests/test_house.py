@@ -105,6 +105,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "lean_loss",
             "lean_paths",
             "lean_families",
+            "lean_forward",
             "lean_head",
             "edit",
             "merge",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from peft import PeftModel
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ila.data.contracts import Batch
 from ila.masks.mask import LayerMask
 from ila.models.edit import apply_mask
+from ila.models.lean_head import leaning
 from ila.price.choice import Choice
 from ila.price.shapes import Shape
 from ila.search.adapter_updates import AdapterUpdates
@@ -86,6 +88,7 @@ def path_scores(
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.enable_grad(),
         updates.scored(0.0),
+        leaning(updates.model) if loss is None else nullcontext(),
     ):
         torch.manual_seed(0)  # dropout: a resumed run scores as one that was not broken off
         updates.model.train()

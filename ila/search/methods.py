@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ila.models.lean_head import leaning
 from ila.runs.processes import on_main_process, sum_over_processes
 from ila.runs.progress import bar
 from ila.search import stage2
@@ -102,7 +103,7 @@ def _forward_scores(search: Search) -> Scored:
     batches = islice(chain.from_iterable(repeat(loader)), steps)
     shown = bar(batches, f"Stage 2: {search.config.method}", total=steps, show=search.progress)
     began = time.perf_counter()
-    with torch.no_grad(), seen.listening(), trainer.accelerator.autocast():
+    with torch.no_grad(), seen.listening(), leaning(model), trainer.accelerator.autocast():
         for step, batch in enumerate(shown):
             everything = torch.ones_like(batch["labels"])
             seen.begin(batch.get("attention_mask", everything), step)
