@@ -138,7 +138,7 @@ class Verdict:
         return f"{text}: {share:.2f} of eager's time, {self._wins(impl)}"
 
     def __str__(self) -> str:
-        """Write the medians, what they pick, and what could not run."""
+        """Write the medians, the choice, and the candidates that could not run."""
         chosen = self.pick()
         times = ", ".join(f"{name} {self.median(name):.3g}" for name in self.ms)
         wins = "" if chosen == "eager" else f" ({self._wins(chosen)})"
