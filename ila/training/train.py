@@ -161,7 +161,13 @@ def _dtype_text(model: nn.Module) -> str:
 def _tokens_per_step(dataset: Sequence[Mapping[str, Any]], args: TrainingArguments) -> float:
     """Tokens of an optimiser step on average, padding left out, over all devices."""
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return rows * sum(len(row["input_ids"]) for row in dataset) / len(dataset)
+    return rows * sum(map(_tokens_of, dataset)) / len(dataset)
+
+
+def _tokens_of(row: Mapping[str, Any]) -> int:
+    """Tokens of a row that its own attention mask does not hide."""
+    mask = row.get("attention_mask")
+    return len(row["input_ids"]) if mask is None else sum(int(value) != 0 for value in mask)
 
 
 def _held_out(trainer, held_out, collator, config, out: Path) -> float | None:
