@@ -79,6 +79,17 @@ def prefer(*, auto: str | None = None, gemm: str | None = None) -> None:
     _preference = Preference(auto, gemm)
 
 
+@contextmanager
+def nothing_preferred() -> Iterator[None]:
+    """Set aside what ``prefer`` was given, so that every implementation is itself."""
+    global _preference
+    before, _preference = _preference, Preference()
+    try:
+        yield
+    finally:
+        _preference = before
+
+
 def preferred() -> Preference:
     """Return the arguments of the last call of ``prefer``; compilers can trace this."""
     return _preference

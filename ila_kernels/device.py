@@ -32,12 +32,23 @@ def call_of(
     """
     if not weights[0].is_cuda:
         return None
-    adapted = [(w, a) for w, a in zip(weights, lora_as, strict=True) if a is not None]
     if torch.compiler.is_compiling():
         # Folded into the graph; a function with a cache would be a warning there.
-        m, gpu = None, torch.cuda.get_device_properties(weights[0].device).name
-    else:
-        gpu = gpu_name(weights[0].device.index or 0)
+        gpu = torch.cuda.get_device_properties(weights[0].device).name
+        return call_on(gpu, weights, lora_as, None, dtype, dropout_p)
+    return call_on(gpu_name(weights[0].device.index or 0), weights, lora_as, m, dtype, dropout_p)
+
+
+def call_on(
+    gpu: str,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor | None],
+    m: int | None,
+    dtype: torch.dtype,
+    dropout_p: float,
+) -> Call:
+    """Describe a call as ``call_of`` does, on a GPU of this name."""
+    adapted = [(w, a) for w, a in zip(weights, lora_as, strict=True) if a is not None]
     return Call(
         m,
         weights[0].shape[1],

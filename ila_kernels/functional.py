@@ -228,10 +228,9 @@ _FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
 def _is_plain_and_short(x, weight, lora_a, lora_b, scale) -> bool:
-    """Tell whether ``short_forward`` may run at once; after False the full checks follow.
+    """Tell whether ``short_forward`` may run at once, in 2 µs; after False the checks follow.
 
-    The full checks and the choice take 8 µs, a tenth of forward and backward at one token; this
-    takes 2.
+    They and the choice take 8 µs, a tenth of forward and backward at one token.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
@@ -292,8 +291,7 @@ def _group_seeds(
 ) -> list[Tensor | None]:
     """Return the seed of each member; a closed one draws none.
 
-    The masks of the others then do not depend on whether it takes part: it does not where nothing
-    wants gradients, as in the first forward of a reentrant checkpoint.
+    It takes no part where nothing wants gradients, and the others' masks must be the same there.
     """
     check_dropout(dropout_p, seed, len(is_open))
     if dropout_p == 0.0:

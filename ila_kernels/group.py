@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ila_kernels import eager
 from ila_kernels.eager import Grads, Needs
+from ila_kernels.products import add_product, folded
 from ila_kernels.quant import PackedWeight, input_grad, linear
 
 NO_NEEDS = Needs(x=False, weight=False, lora_a=False, lora_b=False, gate=False, bias=False)
@@ -107,7 +108,7 @@ def shared_input_grad(
         return dx
     if dropout_p > 0.0:
         return dx.add_(_lowrank_dx(adapted, dropout_p))
-    return eager.add_product(dx, *stacked(adapted), 1.0, None)
+    return add_product(dx, *stacked(adapted), 1.0, None)
 
 
 def add_base_grads(dx: Tensor | None, used: Sequence[tuple[Tensor, Member]]) -> Tensor:
@@ -125,8 +126,8 @@ def add_base_grads(dx: Tensor | None, used: Sequence[tuple[Tensor, Member]]) -> 
 
 def stacked(adapted: Sequence[tuple[Tensor, Member]]) -> tuple[Tensor, Tensor]:
     """Put every u (M, ΣR) and every γα A (ΣR, K) of the group beside each other."""
-    folded = [eager.folded(m.lora_a, m.scale, m.gate, u.dtype) for u, m in adapted]
-    return torch.cat([u for u, _ in adapted], dim=1), torch.cat(folded)
+    adapters = [folded(m.lora_a, m.scale, m.gate, u.dtype) for u, m in adapted]
+    return torch.cat([u for u, _ in adapted], dim=1), torch.cat(adapters)
 
 
 def _lowrank_dx(adapted: Sequence[tuple[Tensor, Member]], dropout_p: float) -> Tensor:
@@ -155,7 +156,7 @@ def shared_grad_a(
 
 
 def _scaled(part: Tensor, m: Member) -> Tensor:
-    da = eager.folded(part, m.scale, m.gate, m.lora_a.dtype)
+    da = folded(part, m.scale, m.gate, m.lora_a.dtype)
     return da.clone() if da is part else da  # a gradient holds no memory but its own
 
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ila_kernels.eager import Grads, Needs, update_first
+from ila_kernels.eager import Grads, Needs
 from ila_kernels.group import Member
 from ila_kernels.kernels.launch import seed_number
 from ila_kernels.kernels.linear import check_dtype, parameter_grads
 from ila_kernels.kernels.lowrank_gemm import lowrank_gemm
 from ila_kernels.kernels.shrink import shrink
+from ila_kernels.products import update_first
 
 
 def forward(

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ila_kernels.eager import Grads, update_first
+from ila_kernels.eager import Grads
 from ila_kernels.group import NO_GRADS, Member, add_base_grads, shared_grad_a, stacked
 from ila_kernels.hybrid import masked_update
 from ila_kernels.kernels.group import shrink_all
 from ila_kernels.kernels.linear import check_dtype, parameter_grads
+from ila_kernels.products import update_first
 
 
 def forward(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 
 from ila_kernels import store
-from ila_kernels.choice import set_verdicts, verdicts_in_use
+from ila_kernels.choice import nothing_preferred, set_verdicts, verdicts_in_use
 from ila_kernels.device import dtype_name, is_capturing, machine_of
 from ila_kernels.measuring import CudaTimer, Timer, measure
 from ila_kernels.verdict import Cell, Machine, Verdict, Verdicts
@@ -95,25 +95,30 @@ def tune(
         raise RuntimeError("tune cannot run under torch.compile or while a CUDA graph is captured")
     if rounds < 7:
         raise ValueError(f"rounds must be at least 7, got {rounds}")
-    device = torch.device("cuda" if device is None else device)
+    device = _gpu(device)
     kind = (rank, dtype_name(dtype), dtype_name(adapter_dtype), dropout_p > 0.0)
     cells = [_cell(shape, m, kind) for shape in shapes for m in rows]
 
     def measured() -> tuple[Machine, Tuned]:
         clock = CudaTimer(device) if timer is None else timer
-        verdicts, skipped = [], {}
-        for done, cell in enumerate(cells):
-            if progress is not None:
-                progress(done, len(cells), str(cell))
-            try:
-                verdicts.append(measure(cell, dropout_p, device, clock, rounds))
-            except RuntimeError as error:
-                skipped[str(cell)] = str(error).splitlines()[0]
-        return machine_of(device), _kept(Tuned(tuple(verdicts), skipped))
 
-    machine, tuned = on_main_process(measured)
+        def one(cell: Cell) -> Verdict:
+            return measure(cell, dropout_p, device, clock, rounds)
+
+        return machine_of(device), _measure_and_keep(cells, one, progress)
+
+    with nothing_preferred():
+        machine, tuned = on_main_process(measured)
     _use(machine, [*verdicts_in_use().all, *tuned.verdicts], device)
     return tuned
+
+
+def _gpu(device: torch.device | str | None) -> torch.device:
+    """Name a GPU with its index, as tensors on it do."""
+    device = torch.device("cuda" if device is None else device)
+    if device.index is None and torch.cuda.is_available():
+        return torch.device(device.type, torch.cuda.current_device())
+    return device
 
 
 def _cell(shape: Shape, m: int, kind: tuple[int, str, str, bool]) -> Cell:
@@ -124,12 +129,27 @@ def _cell(shape: Shape, m: int, kind: tuple[int, str, str, bool]) -> Cell:
     return Cell(m, k, ns, *kind)
 
 
-def _kept(tuned: Tuned) -> Tuned:
-    """Write the verdicts; a folder that cannot be written to leaves them in memory."""
-    try:
-        return replace(tuned, folder=store.save(tuned.verdicts))
-    except OSError as error:
-        return replace(tuned, not_kept=str(error))
+def _measure_and_keep(
+    cells: Sequence[Cell], measure_one: Callable[[Cell], Verdict], progress: Progress | None
+) -> Tuned:
+    """Measure each cell and write its verdict at once, so that an interrupted run keeps the rest.
+
+    If a file cannot be written, the verdicts stay in memory only.
+    """
+    verdicts: list[Verdict] = []
+    skipped: dict[str, str] = {}
+    folder, not_kept = None, ""
+    for done, cell in enumerate(cells):
+        if progress is not None:
+            progress(done, len(cells), str(cell))
+        try:
+            verdicts.append(measure_one(cell))
+            folder = store.save(verdicts[-1:]) if not not_kept else None
+        except RuntimeError as error:
+            skipped[str(cell)] = str(error).splitlines()[0]
+        except OSError as error:
+            folder, not_kept = None, str(error)
+    return Tuned(tuple(verdicts), skipped, folder, not_kept)
 
 
 def use_verdicts(
@@ -161,7 +181,7 @@ def use_verdicts(
     elif device is None and not torch.cuda.is_available():
         set_verdicts(Verdicts())
     else:
-        on = torch.device("cuda" if device is None else device)
+        on = _gpu(device)
 
         def read() -> tuple[Machine, list[Verdict]]:
             machine = machine_of(on)

@@ -31,6 +31,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "dropout": (),
         "reference": (),
         "swiglu": (),
+        "products": (),
         "eager": (),
         "group": (),
         "kernels": (
@@ -60,10 +61,23 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "__init__": (),
     },
     "ila": {
-        "runs": ("atomic", "folder", "processes", "checkpoints", "meter", "metrics"),
+        "boundary": (),
+        "runs": ("atomic", "records", "folder", "processes", "checkpoints", "meter", "metrics"),
         "masks": ("checks", "names", "mask_file", "mask", "agreement"),
-        "data": ("messages", "rows", "rendering", "encoding", "__init__"),
+        "data": (
+            "turns",
+            "messages",
+            "tables",
+            "rows",
+            "rendering",
+            "pieces",
+            "row_encoder",
+            "columns",
+            "encoding",
+            "__init__",
+        ),
         "models": (
+            "sizes",
             "loading",
             "layer",
             "quantized",
@@ -85,6 +99,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "price": ("knapsack", "shapes", "costs", "speed", "budget", "choice", "calibration"),
         "training": (
             "arguments",
+            "batches",
             "config",
             "callbacks",
             "loop",
@@ -146,6 +161,7 @@ INNER_ROOMS = {
     "validate",
     "dropout",
     "swiglu",
+    "products",
     "eager",
     "group",
     "kernels",
@@ -161,8 +177,10 @@ INNER_ROOMS = {
 # Importable in a millisecond, wherever a mask or a row is read.
 PURE = {
     "ila/runs/atomic.py",
+    "ila/boundary.py",
     "ila/runs/folder.py",
-    "ila/data/messages.py",
+    "ila/runs/records.py",
+    *(f"ila/data/{name}.py" for name in ("turns", "messages", "tables")),
     "ila/price/knapsack.py",
     "ila/commands/options.py",
     "ila/commands/select_share.py",

@@ -128,8 +128,9 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
     parts = [
         f"One row of tokens, rank {result['options']['rank']} on all seven kinds of linear layer, "
         "AdamW. The whole step runs on tensors that have shapes and no data, and every tensor that "
-        "is alive is counted: logits and loss (in fp32, as transformers computes them), states in "
-        "the dtypes that AdamW gives them, NF4 with its scales and tables. *Kept* is what is there "
+        "is alive is counted: logits and loss (in fp32, as transformers computes them; with ours "
+        "and with *fused loss* a chunk at a time, every token being a label), states in the "
+        "dtypes that AdamW gives them, NF4 with its scales and tables. *Kept* is what is there "
         "between forward and backward; *peak* is the most at any moment of a step, with gradients "
         "standing all the time as they do where they are accumulated "
         "(`python -m benchmarks.memory --json FILE`). The adapters are in fp32, PEFT's default, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import PeftModel
@@ -10,10 +11,10 @@ from peft.utils import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer
 
+from ila.boundary import reading
 from ila.models.edit import masked_layers, single_adapter
 from ila.models.layer import MaskedLoraLayer
 from ila.runs.metrics import LayerCounts
@@ -53,11 +54,24 @@ def load_adapter(peft_model: PeftModel, adapter: str, folder: Path) -> None:
     Raises:
         ValueError: If the weights are damaged.
     """
-    try:
+    with reading(f"{folder} is damaged", "the adapter in"):
         weights = load_peft_weights(str(folder), device="cpu")
-    except SafetensorError as error:
-        raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
-    set_peft_model_state_dict(peft_model, weights, adapter_name=adapter)
+        own = get_peft_model_state_dict(peft_model, adapter_name=adapter)
+        check_same_tensors(weights, own, folder)
+        set_peft_model_state_dict(peft_model, weights, adapter_name=adapter)
+
+
+def check_same_tensors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path
+) -> None:
+    """Refuse an adapter that lacks tensors of the model: PEFT would leave those as they are."""
+    for name, tensor in expected.items():
+        if name not in found or found[name].shape != tensor.shape:
+            has = tuple(found[name].shape) if name in found else "nothing"
+            raise ValueError(
+                f"the adapter in {folder} is damaged, or of another model: {name} must have shape "
+                f"{tuple(tensor.shape)}, got {has}"
+            )
 
 
 class Adapter:

@@ -25,10 +25,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # A plugin that lets the update of the eager path be a tenth too large, as a wrong kernel might.
 BREAKAGE = """
 from ila_kernels import eager
-right = eager.add_product
-def wrong(out, p, q, factor, gate):
-    return right(out, p, q, 1.1 * factor, gate)
-eager.add_product = wrong
+right = eager.update_first
+def wrong(p, q, u, v, factor, gate, bias=None):
+    return right(p, q, u, v, 1.1 * factor, gate, bias)
+eager.update_first = wrong
+right_sum = eager.add_product
+def wrong_sum(out, p, q, factor, gate):
+    return right_sum(out, p, q, 1.1 * factor, gate)
+eager.add_product = wrong_sum
 """
 
 

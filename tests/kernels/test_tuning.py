@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ila_kernels
-from ila_kernels import choice, device, measuring, paths, store, tune, tuning, use_verdicts
+from ila_kernels import choice, device, measuring, paths, prefer, store, tune, tuning, use_verdicts
 from ila_kernels.choice import Call, gpu_impl
 from ila_kernels.verdict import CANDIDATES, Cell, Machine, Verdict
 
@@ -98,6 +98,22 @@ def test_a_tie_stays_with_eager(hybrid):
     assert "-> eager" in str(tuned(timer=Clock(hybrid=hybrid)))
 
 
+def test_a_preference_is_set_aside_while_measuring():
+    seen = []
+
+    def clock(step):
+        seen.append(choice.preference())
+        return 1.0
+
+    prefer(auto="eager", gemm="persistent")
+    try:
+        tuned(timer=clock)
+        assert set(seen) == {choice.Preference()}
+        assert choice.preference() == choice.Preference("eager", "persistent")
+    finally:
+        prefer()
+
+
 def test_rounds_are_interleaved_and_rotate():
     clock = Clock()
     tuned(timer=clock)
@@ -120,6 +136,20 @@ def test_every_shape_is_measured_at_every_number_of_rows():
     assert [v.cell.rows for v in result.verdicts] == [256, 2048] * 2
     assert [row[:2] for row in seen] == [(i, 4) for i in range(4)]
     assert seen[3][2] == "64 → 32 + 16 + 16 at 2048 rows"
+
+
+def test_an_interrupted_run_keeps_what_it_has():
+    calls = []
+
+    def clock(step):
+        calls.append(step)
+        if len(calls) > 4 * 7:
+            raise KeyboardInterrupt
+        return 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        tune([(64, 32), (64, 16)], rows=[2048], device="cuda", timer=clock)
+    assert [v.cell.ns for v in use_verdicts(device="cuda")] == [(32,)]
 
 
 # --- what cannot run

@@ -9,7 +9,7 @@ import torch
 from ila_kernels import choice, config, functional, masked_lora_linear, prefer, use_verdicts
 from ila_kernels.choice import Call, Preference, gpu_impl
 from ila_kernels.config import resolve_impl
-from ila_kernels.device import dtype_name
+from ila_kernels.device import call_of, call_on
 from ila_kernels.verdict import Cell, Machine, Verdict, Verdicts, decide
 
 MACHINE = Machine("a GPU", "12080", "12.8", "2.13.0", "3.9.0", "0.1")
@@ -179,17 +179,17 @@ def test_the_form_of_the_gemm_holds_inside_the_with_only():
 
 def _call_as_on_a_gpu(impl, x, weights, lora_as, dropout_p):
     m = None if torch.compiler.is_compiling() else x.shape[0]
-    call = Call(
-        m,
-        weights[0].shape[1],
-        tuple([w.shape[0] for w in weights]),
-        lora_as[0].shape[0],
-        dtype_name(x.dtype),
-        dtype_name(lora_as[0].dtype),
-        dropout_p > 0.0,
-        "a GPU",
-    )
+    call = call_on("a GPU", weights, lora_as, m, x.dtype, dropout_p)
     return resolve_impl(impl, "cuda", call)[0]
+
+
+def test_a_call_is_described_by_its_layers_with_an_adapter():
+    weights = [torch.empty(n, 24) for n in (20, 30, 40)]
+    lora_as = [torch.empty(4, 24), None, torch.empty(8, 24, dtype=torch.bfloat16)]
+    call = call_on("a GPU", weights, lora_as, 5, torch.float16, 0.1)
+    assert call == Call(5, 24, (20, 40), 8, "float16", "float32", True, "a GPU")
+    assert call_of(weights, lora_as, 5, torch.float16) is None  # not on a GPU
+    assert gpu_impl(call_on("a GPU", weights, [None] * 3, 5, torch.float16, 0.0))[0] == "eager"
 
 
 def test_one_compiled_graph_holds_for_many_numbers_of_rows(monkeypatch):
