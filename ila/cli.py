@@ -16,13 +16,17 @@ from ila.commands.options import (
     Accumulate,
     Alpha,
     BatchSize,
+    Budget,
     ByLength,
+    Closed,
     Data,
     Dropout,
     Dtype,
+    Freeze,
     Full,
     GgufFile,
     HeldOut,
+    LastBlocks,
     LearningRate,
     Limit,
     LoadIn,
@@ -32,9 +36,14 @@ from ila.commands.options import (
     Rank,
     Resume,
     SaveEvery,
+    Score,
     Seed,
+    SelectAt,
+    Speed,
     Split,
+    StartFrom,
     Targets,
+    Top,
     Trust,
 )
 
@@ -250,6 +259,15 @@ def train(
     mask: Annotated[
         Path | None, typer.Option(help="Mask file that says which layers are open; without it all.")
     ] = None,
+    select_at: SelectAt = None,
+    top: Top = None,
+    freeze: Freeze = None,
+    blocks: LastBlocks = None,
+    budget: Budget = None,
+    speed: Speed = None,
+    score: Score = "gate_gradient",
+    closed: Closed = None,
+    start: StartFrom = None,
     full: Full = False,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 400,
     cache_prefix: Annotated[
@@ -285,13 +303,25 @@ def train(
     resume: Resume = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Train the open layers of a mask: into a plain PEFT adapter, or their own weights."""
+    """Train the open layers of a mask: into a plain PEFT adapter, or their own weights.
+
+    With --select-at, search, selection and training are one run: all layers train at first, then
+    those that --top, --freeze, --blocks or --budget leave open, with the same schedule.
+    """
     from ila.commands.inputs import Inputs
-    from ila.commands.train import train_selected
     from ila.reports.tables import runs_table
     from ila.training.config import TrainConfig
 
     usual = _usual_rate(context, full)
+    selection = _selection(select_at, mask, full, closed or "keep", score, **{
+        "top": top, "freeze": freeze, "blocks": blocks, "budget": budget, "speed": speed
+    })  # fmt: skip
+    if start is not None and (full or selection is not None):
+        raise ValueError("--from goes on from an adapter with --mask; it does nothing here")
+    if closed is not None and selection is None and (mask is None or full):
+        raise ValueError("--closed says how layers close; give --mask or --select-at")
+    if learning_rate is None and mask is not None and not full and start is None:
+        usual = _rate_for(mask)
     inputs = Inputs(
         model=model,
         data=data,
@@ -321,11 +351,22 @@ def train(
         cache_limit_gib=cache_limit_gib,
         training_args=_trainer(gradient_accumulation, group_by_length),
     )
-    metrics, data_note = train_selected(
-        inputs, config, out, mask_file=mask, full=full, resume=resume
-    )
+    if selection is not None:
+        from ila.commands.train_once import train_once
+
+        metrics, data_note = train_once(inputs, config, selection, out, resume=resume)
+    else:
+        from ila.commands.train import train_selected
+
+        how = closed or ("drop" if start is None else "keep")
+        options = {"closed": how, "start": start, "full": full, "resume": resume}
+        metrics, data_note = train_selected(inputs, config, out, mask_file=mask, **options)
     screen.print(data_note, highlight=False)
     screen.print(runs_table([metrics]))
+    if selection is not None:
+        from ila.reports.phases import phases_text
+
+        screen.print(phases_text(metrics), soft_wrap=True, highlight=False)
     if full:
         note = f"Changed weights in {out}; ila export {out} --merge --out FOLDER writes the model"
     else:
@@ -455,7 +496,45 @@ def _usual_rate(context: typer.Context, full: bool) -> float:
     """The learning rate where none is given; raise if an option of adapters is, beside --full."""
     if full:
         _refuse(context, ("rank", "alpha", "dropout", "load_in"), "--full trains no adapter")
-    return 2e-5 if full else 2e-4
+    from ila.training.rates import usual_rate
+
+    return usual_rate(full=full)
+
+
+def _rate_for(mask: Path) -> float:
+    """The learning rate for the layers that a mask opens; says so where it is not the usual one."""
+    from ila.masks.mask import LayerMask
+    from ila.training.rates import usual_rate
+
+    found = LayerMask.load(mask)
+    rate = usual_rate(len(found.open) / len(found))
+    if rate != usual_rate():
+        screen.print(
+            f"Learning rate {rate:.3g}: with {len(found.open)} of {len(found)} layers open they "
+            f"want {rate / usual_rate():.2g} times the usual one; --learning-rate sets another",
+            soft_wrap=True,
+            highlight=False,
+        )
+    return rate
+
+
+def _selection(
+    at: float | None, mask: Path | None, full: bool, closed: str, score: str, **choice: Any
+) -> Any:
+    """The selection that the options describe; None without --select-at."""
+    if at is None:
+        given = [name for name, value in choice.items() if value is not None]
+        if given:
+            raise ValueError(f"--{given[0]} selects in the middle of a run; give --select-at too")
+        return None
+    if mask is not None or full:
+        other = "--full" if full else "--mask"
+        raise ValueError(f"--select-at selects layers of an adapter itself; leave out {other}")
+    from ila.price.choice import Choice
+    from ila.search.selection import Selection
+
+    when = int(at) if at >= 1 and at == int(at) else at
+    return Selection(Choice(**choice), when, closed, score)
 
 
 def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:

@@ -35,7 +35,7 @@ from ila.runs.processes import on_main_process, processes
 from ila_kernels._version import __version__
 
 # What must be the same for a run to be resumed; versions may differ.
-_SAME = ("what", "model", "data", "inputs", "open", "full")
+_SAME = ("what", "model", "data", "inputs", "open", "full", "closed", "from", "selection")
 _HIGHEST_RANK = 2**16
 # A name of a module or its end; a dot alone is what a regular expression has too.
 _MODULE_NAME = re.compile(r"\w+(\.\w+)*")

@@ -37,7 +37,11 @@ ByLength = Annotated[
     bool, typer.Option("--group-by-length", help="Put rows of like length into one batch.")
 ]
 LearningRate = Annotated[
-    float | None, typer.Option(help="Peak learning rate; by default 2e-4, or 2e-5 with --full.")
+    float | None,
+    typer.Option(
+        help="Peak learning rate; by default 2e-4 (more where a mask leaves few layers open), or "
+        "2e-5 with --full."
+    ),
 ]
 Full = Annotated[bool, typer.Option("--full", help="Train the layers' own weights.")]
 Seed = Annotated[
@@ -48,4 +52,36 @@ LoadIn = Annotated[str | None, typer.Option(help="4bit (NF4) or 8bit: pack the f
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run that --out holds.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow code that comes with the model to run.")
+]
+
+# Of a selection in the middle of a run.
+SelectAt = Annotated[
+    float | None,
+    typer.Option(help="Train all layers until then, a share or a number of steps, and select."),
+]
+Top = Annotated[float | None, typer.Option(help="With --select-at: share to keep, the best.")]
+Freeze = Annotated[float | None, typer.Option(help="With --select-at: share to close, the worst.")]
+LastBlocks = Annotated[
+    str | None, typer.Option(help="With --select-at: number of last blocks to keep.")
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="With --select-at: time=0.6, memory=12GiB or parameters=1M, as in select."),
+]
+Speed = Annotated[
+    str | None, typer.Option(help="For --budget time: file of `ila measure`, or name of a GPU.")
+]
+Score = Annotated[
+    str, typer.Option(help="With --select-at: gate_gradient, which is free, or path.")
+]
+Closed = Annotated[
+    str | None,
+    typer.Option(
+        help="What closed layers do: keep what they learned, frozen, or drop it. By default drop "
+        "with --mask alone, else keep."
+    ),
+]
+StartFrom = Annotated[
+    Path | None,
+    typer.Option("--from", help="With --mask: adapter to go on from, as RUN/adapter of learn."),
 ]

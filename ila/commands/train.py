@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from ila.commands.inputs import Inputs, check_folder, claim_folder, prepare, refuse_packed
 from ila.masks.mask import LayerMask
 from ila.models.edit import apply_mask
 from ila.models.open_weights import OpenLayers, open_layers
+from ila.training.adapter import load_adapter
 from ila.training.batches import padding_note
 from ila.training.config import TrainConfig
 from ila.training.train import train
@@ -24,6 +25,8 @@ def train_selected(
     out: Path,
     *,
     mask_file: Path | None = None,
+    closed: str = "drop",
+    start: Path | None = None,
     full: bool = False,
     resume: bool = False,
     progress: bool = True,
@@ -33,13 +36,25 @@ def train_selected(
     The result is a plain PEFT adapter; with ``full``, the changed weights of the layers themselves
     in ``changed.safetensors``.
 
+    Args:
+        inputs: What to read.
+        config: How to train.
+        out: Folder of the run.
+        mask_file: Mask that says which layers are open.
+        closed: What becomes of the others: ``"drop"`` or ``"keep"``.
+        start: Adapter to go on from, such as that of a search.
+        full: Train the layers' own weights.
+        resume: Go on with the run in ``out``.
+        progress: Show progress bars.
+
     Returns:
         The metrics and what became of the rows, in words.
 
     Raises:
         ValueError: If the mask was learned on a model of another configuration. Names of layers
             are no proof: Llama-2-7B and Mistral-7B share all of theirs. A chat model has the
-            configuration of its base, so a mask goes from one to the other.
+            configuration of its base, so a mask goes from one to the other. If the adapter to
+            go on from has another rank, alpha or layers.
     """
     config, inputs = replace(config, seed=inputs.seed), inputs.located()
     check_folder(out, inputs, resume, "train")
@@ -53,10 +68,17 @@ def train_selected(
     model: PeftModel | OpenLayers = prepared.model
     if full:
         model = open_layers(prepared.model, mask)
-    elif mask is not None:
-        apply_mask(prepared.model, mask)
+    if start is not None:
+        _check_alpha(start, inputs)
+        load_adapter(prepared.model, "default", start)
+    if mask is not None and not full:
+        apply_mask(prepared.model, mask, closed=closed)
     opened = None if mask is None else list(mask.open)
     description = {**prepared.description, "open": opened, "full": full}
+    if closed != "drop":
+        description["closed"] = closed
+    if start is not None:
+        description["from"] = str(start.absolute())
     claim_folder(out, description, resume, "train")
     metrics = train(
         model,
@@ -70,6 +92,17 @@ def train_selected(
         name=out.name,
     )
     return metrics, note
+
+
+def _check_alpha(start: Path, inputs: Inputs) -> None:
+    """Raise unless an adapter has the scaling it will be trained with; its tensors do not tell."""
+    config = PeftConfig.from_pretrained(str(start))
+    found, mine = (config.r, config.lora_alpha), (inputs.rank, inputs.alpha)
+    if found != mine:
+        raise ValueError(
+            f"the adapter in {start} has rank and alpha {found}, and this run {mine}; give --rank "
+            "and --alpha of the search"
+        )
 
 
 def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, Any]) -> None:
