@@ -312,10 +312,10 @@ def train(
     from ila.reports.tables import runs_table
     from ila.training.config import TrainConfig
 
-    usual = _usual_rate(context, full)
     selection = _selection(select_at, mask, full, closed or "keep", score, **{
         "top": top, "freeze": freeze, "blocks": blocks, "budget": budget, "speed": speed
     })  # fmt: skip
+    usual = _usual_rate(context, full)
     if start is not None and (full or selection is not None):
         raise ValueError("--from goes on from an adapter with --mask; it does nothing here")
     if closed is not None and selection is None and (mask is None or full):

@@ -74,11 +74,9 @@ def train_selected(
     if mask is not None and not full:
         apply_mask(prepared.model, mask, closed=closed)
     opened = None if mask is None else list(mask.open)
-    description = {**prepared.description, "open": opened, "full": full}
-    if closed != "drop":
-        description["closed"] = closed
-    if start is not None:
-        description["from"] = str(start.absolute())
+    description = {**prepared.description, "open": opened, "full": full, "selection": None}
+    description["closed"] = None if closed == "drop" else closed
+    description["from"] = None if start is None else str(start.absolute())
     claim_folder(out, description, resume, "train")
     metrics = train(
         model,

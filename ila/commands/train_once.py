@@ -39,7 +39,9 @@ def train_once(
     selection.step(config.steps)  # before a large model is loaded
     prepared = prepare(inputs, progress=progress)
     padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
-    description = {**prepared.description, "full": False, "selection": selection.as_dict()}
+    none = dict.fromkeys(("open", "closed", "from"))
+    description = {**prepared.description, **none, "full": False}
+    description["selection"] = selection.as_dict()
     claim_folder(out, description, resume, "train")
     metrics, mask = train_and_select(
         prepared.model,

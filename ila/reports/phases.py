@@ -14,11 +14,12 @@ def phases_text(metrics: Mapping[str, Any]) -> str:
     search, cache = selected["search"], metrics["prefix_cache"]
     cached = 0.0 if cache is None else cache["seconds"]
     first = search["steps"]
+    rest = metrics["steps"] - first
     parts = [
         f"all {metrics['total_modules']} layers, {first} steps: {search['seconds']:.1f} s",
         f"scores and choice: {search['choosing_seconds']:.1f} s",
         *([] if cache is None else [f"cache of {cache['blocks']} blocks: {cached:.1f} s"]),
-        f"{metrics['open_modules']} layers, {metrics['steps'] - first} steps: {selected['seconds']:.1f} s",
+        f"{metrics['open_modules']} layers, {rest} steps: {selected['seconds']:.1f} s",
     ]
     whole = search["seconds"] + search["choosing_seconds"] + cached + selected["seconds"]
     expected = search["step_time_ms"]["median"] * metrics["steps"] / 1e3
