@@ -58,6 +58,8 @@ setup(
         "datasets>=4.2",
         "safetensors>=0.4.3",
         "numpy>=1.26",
+        # Where measurements of a GPU are kept.
+        "platformdirs>=4",
         "typer>=0.12",
         "rich>=13",
         "matplotlib>=3.8",

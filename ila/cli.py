@@ -9,11 +9,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
+from ila.boundary import bug_report, described
 from ila.commands.options import (
     Accumulate,
     Alpha,
     BatchSize,
+    ByLength,
     Data,
     Dropout,
     Dtype,
@@ -41,7 +44,8 @@ app = typer.Typer(
     help="Learn which linear layers matter for a data set, and train only those.",
     pretty_exceptions_enable=False,
 )
-screen = Console()
+# Paths, names and data are printed as they are: brackets in them are no markup.
+screen = Console(markup=False)
 
 
 @app.command()
@@ -86,6 +90,7 @@ def learn(
     target_modules: Targets = "all-linear",
     batch_size: BatchSize = 8,
     gradient_accumulation: Accumulate = 1,
+    group_by_length: ByLength = False,
     learning_rate: LearningRate = None,
     seed: Seed = 0,
     save_every: SaveEvery = 50,
@@ -127,7 +132,7 @@ def learn(
         score_learning_rate=score_learning_rate,
         batch_size=batch_size,
         save_every=save_every or None,
-        training_args=_accumulation(gradient_accumulation),
+        training_args=_trainer(gradient_accumulation, group_by_length),
     )
     mask, data_note = run(inputs, config, out, full=full, resume=resume)
     screen.print(data_note, highlight=False)
@@ -273,6 +278,7 @@ def train(
     target_modules: Targets = "all-linear",
     batch_size: BatchSize = 8,
     gradient_accumulation: Accumulate = 1,
+    group_by_length: ByLength = False,
     learning_rate: LearningRate = None,
     seed: Seed = 0,
     save_every: SaveEvery = 50,
@@ -313,7 +319,7 @@ def train(
         save_every=save_every or None,
         cache_prefix=cache_prefix if cache_folder is None else str(cache_folder),
         cache_limit_gib=cache_limit_gib,
-        training_args=_accumulation(gradient_accumulation),
+        training_args=_trainer(gradient_accumulation, group_by_length),
     )
     metrics, data_note = train_selected(
         inputs, config, out, mask_file=mask, full=full, resume=resume
@@ -460,10 +466,14 @@ def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} does nothing here: {why}")
 
 
-def _accumulation(steps: int) -> dict[str, Any]:
+def _trainer(steps: int, group_by_length: bool) -> dict[str, Any]:
+    """The options that ``TrainingArguments`` take."""
+    from ila.training.batches import by_length
+
     if steps < 1:
         raise ValueError(f"gradient_accumulation must be ≥ 1, got {steps}")
-    return {} if steps == 1 else {"gradient_accumulation_steps": steps}
+    accumulation = {} if steps == 1 else {"gradient_accumulation_steps": steps}
+    return accumulation | (by_length() if group_by_length else {})
 
 
 def _distinct_names(runs: list[Path]) -> list[str]:
@@ -478,12 +488,13 @@ def _print_search(mask: Any) -> None:
     if not stage1["steps"]:
         screen.print(f"No stage 1: method {search['config']['method']} needs none", highlight=False)
     else:
-        change = f", held out {held['before']:.3f} → {held['after_stage1']:.3f}"
+        losses = (held[name] for name in ("before", "after_stage1"))
+        before, after = ("–" if loss is None else f"{loss:.3f}" for loss in losses)
         screen.print(
             f"Stage 1: {stage1['steps']} steps (stopped: {stage1['stopped']}), "
             f"training loss {stage1['first_window_loss']:.3f} → {stage1['last_window_loss']:.3f} "
             f"(means of the first and the last {stage1['loss_window']} steps)"
-            + (change if held["rows"] else ""),
+            f", held out {before} → {after}",
             highlight=False,
         )
     screen.print(
@@ -501,32 +512,40 @@ _GOES_ON = {
 
 
 def main() -> None:
-    """Run the command; an error of the user's is one line on stderr and exit code 2."""
+    """Run the command; an error of the user's is one line on stderr and exit code 2.
+
+    A bug of ours prints its traceback and exits with 1; see ``ila.boundary``.
+    """
     # peft asks transformers by a name that transformers 5 is renaming; nothing a user can change.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*is deprecated")
     try:
         app()
-    except (
-        *(ValueError, TypeError, FloatingPointError, RuntimeError, OSError),
-        ImportError,  # of what only some inputs need: the message names the package
-    ) as error:
-        if not getattr(error, "raised_by_main_process", False):  # which says it itself
-            Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
-        sys.exit(2)
     except SystemExit as done:
         if done.code == 130:  # typer's answer to Ctrl-C, given without a word
             command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-            Console(stderr=True).print(f"interrupted{_GOES_ON.get(command, '')}")
+            _complain(f"interrupted{_GOES_ON.get(command, '')}")
         raise
+    except Exception as error:
+        sys.exit(_answer(error))
     finally:
         if "ila.runs.processes" in sys.modules:
             sys.modules["ila.runs.processes"].leave_process_group()
 
 
-def _plain(error: Exception) -> str:
-    from rich.markup import escape
+def _answer(error: Exception) -> int:
+    """Say an error, unless the main process says it; return the exit code."""
+    said = described(error)
+    if not getattr(error, "raised_by_main_process", False):
+        if said is None:
+            print(bug_report(error), file=sys.stderr)
+        else:
+            _complain(said, led_by="error: ")
+    return 1 if said is None else 2
 
-    return " ".join(escape(str(error) or type(error).__name__).split())
+
+def _complain(text: str, led_by: str = "") -> None:
+    line = Text.assemble((led_by, "bold red"), text)
+    Console(stderr=True).print(line, soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

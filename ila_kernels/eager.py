@@ -9,7 +9,7 @@ moves M·K + 2·M·N elements forward (eager PEFT: M·K + 6·M·N), of which M·
 and it keeps small updates. A 16-bit y holds 8 or 11 bits: an update added to it afterwards is lost
 where it is less than half of its last bit, and that is where training starts (B = 0). Added in the
 GEMM's fp32 accumulator, before the one rounding of y, it stays. At |update| = 10⁻³ |y| in bf16 all
-of it stays, and 54 % if it is added afterwards (``tests/kernels/test_small_updates.py``).
+of it stays, and 55 % if it is added afterwards (``tests/kernels/test_small_updates.py``).
 
 Three cases keep the base first: a packed weight, whose product is another library's; few rows on a
 CPU (``SHORT_ROWS``); and, as far as rounding goes, a bias, which is added to the update before the
@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ila_kernels.dropout import keep_mask
+from ila_kernels.products import add_product, folded, scaled_product, unscaled, update_first
 from ila_kernels.quant import PackedWeight, input_grad, linear
 
 
@@ -85,7 +86,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 def is_short(x: Tensor) -> bool:
     """Tell whether x (M, ·) has so few rows on a CPU that overheads dominate."""
-    return x.is_cpu and x.shape[0] <= SHORT_ROWS
+    return x.device.type == "cpu" and x.shape[0] <= SHORT_ROWS
 
 
 def thin_dtype(x: Tensor) -> torch.dtype:
@@ -117,37 +118,6 @@ def drop(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     if seed is None:
         return x
     return x * keep_mask(seed, x.shape[0], x.shape[1], dropout_p, x.device)
-
-
-def folded(thin: Tensor, factor: float, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``factor · γ · thin`` rounded once to ``dtype``; an R-thin tensor, never (M, N) or (M, K)."""
-    if gate is None:
-        if factor == 1.0:
-            return thin if thin.dtype == dtype else thin.to(dtype)
-        wide = torch.promote_types(thin.dtype, dtype)
-        return thin.to(wide).mul(factor).to(dtype)
-    wide = torch.promote_types(torch.promote_types(thin.dtype, dtype), torch.float32)
-    return (thin.to(wide) * (gate.to(wide) * factor)).to(dtype)
-
-
-def add_product(out: Tensor, p: Tensor, q: Tensor, factor: float, gate: Tensor | None) -> Tensor:
-    """out += factor · γ · p q, in place. p (M, R) in the thin dtype, q (R, ·) in any."""
-    if p.dtype != out.dtype:
-        return out.add_(torch.mm(p, folded(q, factor, gate, p.dtype)))
-    if gate is None:
-        return out.addmm_(p, folded(q, 1.0, None, p.dtype), alpha=factor)
-    return out.addmm_(p, folded(q, factor, gate, p.dtype))
-
-
-def unscaled(p: Tensor, q: Tensor, factor: float, gate: Tensor | None) -> tuple[Tensor, float]:
-    """factor · γ · p q (M, ·) as a new tensor and the β that the base GEMM multiplies it with.
-
-    β costs no pass over the tensor. Not for fp16, where p q without its factor may overflow, and
-    not for γ, which only the device knows.
-    """
-    if gate is None and p.dtype != torch.float16:
-        return torch.mm(p, folded(q, 1.0, None, p.dtype)), factor
-    return torch.mm(p, folded(q, factor, gate, p.dtype)), 1.0
 
 
 def base_adds(x: Tensor, weight: Tensor | PackedWeight) -> bool:
@@ -196,13 +166,7 @@ def expand(
     """y = x Wᵀ + bias + γα t Bᵀ. x (M, K), t (M, R) -> y (M, N) in the dtype of x."""
     if not base_adds(x, weight):
         return add_product(linear(x, weight, bias), t, lora_b.t(), scale, gate)
-    beta = 1.0
-    if bias is None:
-        update, beta = unscaled(t, lora_b.t(), scale, gate)
-    else:
-        alpha, factor = (scale, 1.0) if gate is None else (1.0, scale)
-        update = torch.addmm(bias, t, folded(lora_b.t(), factor, gate, t.dtype), alpha=alpha)
-    return update.addmm_(x, weight.t(), beta=beta)
+    return update_first(x, weight.t(), t, lora_b.t(), scale, gate, bias)
 
 
 def lowrank_dx(
@@ -238,15 +202,6 @@ def full_dx(
         # In the dtype of dy: under autocast u is not, and an addmm in place casts nothing.
         return update.to(dy.dtype).addmm_(dy, weight, beta=beta)
     return input_grad(dy, weight).add_(update, alpha=beta)
-
-
-def scaled_product(
-    p: Tensor, q: Tensor, factor: float, gate: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """factor · γ · p q in ``dtype``, for the R-thin gradients dA and dB."""
-    if gate is None and p.dtype == dtype:
-        return p.new_empty(p.shape[0], q.shape[1]).addmm_(p, q, beta=0.0, alpha=factor)
-    return folded(torch.mm(p, q), factor, gate, dtype)
 
 
 def adapter_grads(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ila_kernels import eager
 from ila_kernels.eager import Grads, Needs
+from ila_kernels.products import add_product, folded
 from ila_kernels.quant import PackedWeight, input_grad, linear
 
 NO_NEEDS = Needs(x=False, weight=False, lora_a=False, lora_b=False, gate=False, bias=False)
@@ -100,7 +101,18 @@ def shared_input_grad(
     if not used:
         return None
     first = adapted and all(eager.base_adds(dy, m.weight) for dy, m in used)
-    dx = _lowrank_dx(adapted, dropout_p).to(used[0][0].dtype) if first else None
+    dx = add_base_grads(
+        _lowrank_dx(adapted, dropout_p).to(used[0][0].dtype) if first else None, used
+    )
+    if first or not adapted:
+        return dx
+    if dropout_p > 0.0:
+        return dx.add_(_lowrank_dx(adapted, dropout_p))
+    return add_product(dx, *stacked(adapted), 1.0, None)
+
+
+def add_base_grads(dx: Tensor | None, used: Sequence[tuple[Tensor, Member]]) -> Tensor:
+    """dx += Σ dyᵢ Wᵢ, in place; ``None`` stands for zeros."""
     for dy, m in used:
         if dx is None:
             dx = input_grad(dy, m.weight)
@@ -109,23 +121,19 @@ def shared_input_grad(
         else:
             # Backward under autocast: `mm` has rounded dx, and an in-place addmm casts nothing.
             dx.addmm_(dy.to(dx.dtype), m.weight.to(dx.dtype))
-    if first or not adapted:
-        return dx
-    if dropout_p > 0.0:
-        return dx.add_(_lowrank_dx(adapted, dropout_p))
-    return eager.add_product(dx, *_stacked(adapted), 1.0, None)
+    return dx
 
 
-def _stacked(adapted: Sequence[tuple[Tensor, Member]]) -> tuple[Tensor, Tensor]:
+def stacked(adapted: Sequence[tuple[Tensor, Member]]) -> tuple[Tensor, Tensor]:
     """Put every u (M, ΣR) and every γα A (ΣR, K) of the group beside each other."""
-    folded = [eager.folded(m.lora_a, m.scale, m.gate, u.dtype) for u, m in adapted]
-    return torch.cat([u for u, _ in adapted], dim=1), torch.cat(folded)
+    adapters = [folded(m.lora_a, m.scale, m.gate, u.dtype) for u, m in adapted]
+    return torch.cat([u for u, _ in adapted], dim=1), torch.cat(adapters)
 
 
 def _lowrank_dx(adapted: Sequence[tuple[Tensor, Member]], dropout_p: float) -> Tensor:
     """Σ γα (u A) ⊙ keep/(1−p), (M, K), each under the mask of its member."""
     if dropout_p == 0.0:
-        return torch.mm(*_stacked(adapted))
+        return torch.mm(*stacked(adapted))
     total = None
     for u, m in adapted:
         part, factor = eager.lowrank_dx(u, m.lora_a, m.gate, m.seed, m.scale, dropout_p)
@@ -148,7 +156,7 @@ def shared_grad_a(
 
 
 def _scaled(part: Tensor, m: Member) -> Tensor:
-    da = eager.folded(part, m.scale, m.gate, m.lora_a.dtype)
+    da = folded(part, m.scale, m.gate, m.lora_a.dtype)
     return da.clone() if da is part else da  # a gradient holds no memory but its own
 
 

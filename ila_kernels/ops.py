@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -178,8 +179,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _op_backward(ctx, dy, _dt):
-    triton = ctx.impl == "triton"
-    return _backward(ctx, dy, traced.linear_backward if triton else eager.backward)
+    # A formula of library calls can be traced; kernels come as an op.
+    by_op = partial(traced.linear_backward, ctx.impl)
+    return _backward(ctx, dy, eager.backward if ctx.impl == "eager" else by_op)
 
 
 masked_lora_linear.register_autograd(_op_backward, setup_context=_setup_context)

@@ -53,6 +53,7 @@ def held(model: torch.nn.Module, opened: set[str]) -> int:
     names = layers_of(model)
     ila.apply_mask(model, ila.LayerMask(dict.fromkeys(names, 0.0), {n: n in opened for n in names}))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    ila.lean_head(model)
     with FakeTensorMode():
         fake(model)
         ids = torch.zeros(ROWS, LENGTH, dtype=torch.long)

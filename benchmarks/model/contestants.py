@@ -27,6 +27,7 @@ PREFIX = "base_model.model."
 B_STD = 0.01
 DROPOUT = 0.05
 BASE_DTYPE = "PEFT, base dtype"
+FUSED_LOSS = "PEFT, fused loss"  # by the code of ours, so that nothing but the layers differs
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Spec:
 
     Attributes:
         kind: ``"PEFT"``, ``"PEFT, base dtype"``, ``"PEFT, dropout"``, ``"PEFT, compiled"``,
-            ``"addmm"``, ``"ours"``, ``"ours, Triton"`` or ``"frozen"``.
+            ``"PEFT, fused loss"``, ``"addmm"``, ``"ours"``, ``"ours, Triton"`` or ``"frozen"``.
         share: Open share of the layers.
         position: ``"all"``, ``"top"``, ``"scattered"``, ``"bottom"`` or ``"learned"``.
         checkpoints: Gradient checkpointing, as transformers' Trainer turns it on.
@@ -152,6 +153,8 @@ def build(spec: Spec, base: nn.Module, mask: ila.LayerMask, rank: int) -> nn.Mod
         wide = spec.kind != BASE_DTYPE  # PEFT's default is fp32 adapters over a bf16 base
         model = get_peft_model(model, config, autocast_adapter_dtype=wide)
     fill_adapters(model)
+    if spec.is_ours or spec.kind == FUSED_LOSS:
+        ila.lean_head(model)
     if spec.kind == "addmm":
         use_addmm(model)
     if spec.checkpoints:

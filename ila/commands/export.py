@@ -5,12 +5,25 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from peft import PeftConfig, PeftModel
+from peft.utils import get_peft_model_state_dict, load_peft_weights
+from transformers import PreTrainedModel
+
+from ila.boundary import reading, writing
 from ila.commands.inputs import read_run
 from ila.models.loading import find_source, load_model, load_tokenizer
-from ila.models.merge import merged
+from ila.models.merge import merge as merge_adapter
 from ila.models.open_weights import CHANGED_FILE, load_changed
 from ila.runs.atomic import write_folder_atomic, write_json_atomic
+from ila.runs.folder import RUN_MARKER
+from ila.runs.records import OBJECT, TEXT, Field, check_record, or_null
+from ila.training.adapter import check_same_tensors
 from ila.training.train import ADAPTER_FILES
+
+_INPUTS = {
+    **{"model": TEXT, "dtype": TEXT, "gguf_file": or_null(TEXT), "load_in": or_null(TEXT)},
+    "trust_remote_code": Field("true or false", lambda value: isinstance(value, bool)),
+}
 
 
 def export(run: Path, out: Path, *, merge: bool = False) -> str:
@@ -28,7 +41,8 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
         ValueError: If the weights are damaged.
     """
     found = read_run(run, "train")
-    full = found.get("full", False)
+    check_record(found, {"inputs": OBJECT, "model": OBJECT}, run / RUN_MARKER)
+    full = bool(found.get("full", False))
     files = (CHANGED_FILE, "run.json") if full else ADAPTER_FILES
     missing = [name for name in files if not (run / name).is_file()]
     if missing:
@@ -36,21 +50,25 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
     if out.exists():
         raise FileExistsError(f"{out} exists and was left alone; give another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
+    if not full:
+        _check_config(run)
     if not merge:
         with write_folder_atomic(out) as folder:
             for name in files:
                 shutil.copyfile(run / name, folder / name)
         return "Changed weights" if full else "Adapter"
     inputs = found["inputs"]
+    check_record(inputs, _INPUTS, f"{run / RUN_MARKER}, inputs")
     source = find_source(inputs["model"], inputs["gguf_file"], inputs["trust_remote_code"])
     with write_folder_atomic(out) as folder:
-        model = load_model(source, inputs["dtype"])
+        model, tokenizer = load_model(source, inputs["dtype"]), load_tokenizer(source)
         if full:
             load_changed(model, run)
         else:
-            model = merged(model, run)
-        model.save_pretrained(folder)
-        load_tokenizer(source).save_pretrained(folder)
+            model = _merged(model, run)
+        with writing(out):
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         note = {"base": found["model"], "merged": True}
         packed = inputs.get("load_in")
         if packed:
@@ -59,3 +77,17 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
     if full:
         return "Model with the changed weights"
     return f"Merged model (dense; trained over {packed})" if packed else "Merged model"
+
+
+def _check_config(run: Path) -> None:
+    """Refuse an adapter whose configuration cannot be read; a copy of it would be of no use."""
+    with reading(run / "adapter_config.json", "adapter"):
+        PeftConfig.from_pretrained(str(run))
+
+
+def _merged(model: PreTrainedModel, run: Path) -> PreTrainedModel:
+    with reading(f"{run} is damaged", "the adapter in"):
+        adapted = PeftModel.from_pretrained(model, str(run))
+        found = load_peft_weights(str(run), device="cpu")
+        check_same_tensors(found, get_peft_model_state_dict(adapted), run)
+        return merge_adapter(adapted)

@@ -6,7 +6,9 @@ kept beside its results, so that a folder can tell whether it is being resumed o
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -17,10 +19,18 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ila.boundary import InputError, reading
 from ila.data.encoding import Collator, DataSummary, encode, pad_token_id
 from ila.data.rows import fingerprint, load_rows, split_indices
 from ila.models.edit import attach, masked_layers, single_adapter
-from ila.models.loading import LOAD_IN, find_source, identity, load_model, load_tokenizer
+from ila.models.loading import (
+    LOAD_IN,
+    check_runs,
+    find_source,
+    identity,
+    load_model,
+    load_tokenizer,
+)
 from ila.models.targets import Outside, outside, unmatched_targets
 from ila.runs.folder import RUN_MARKER, check, claim, read
 from ila.runs.processes import on_main_process, processes
@@ -28,6 +38,9 @@ from ila_kernels._version import __version__
 
 # What must be the same for a run to be resumed; versions may differ.
 _SAME = ("what", "model", "data", "inputs", "open", "full")
+_HIGHEST_RANK = 2**16
+# A name of a module or its end; a dot alone is what a regular expression has too.
+_MODULE_NAME = re.compile(r"\w+(\.\w+)*")
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 
 
@@ -52,14 +65,20 @@ class Inputs:
     load_in: str | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be ≥ 1, got {self.rank}")
+        if not 1 <= self.rank <= _HIGHEST_RANK:
+            at = f"at most {_HIGHEST_RANK}" if self.rank > _HIGHEST_RANK else "≥ 1"
+            raise ValueError(f"rank must be {at}, got {self.rank}")
+        if not 0.0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be positive and finite, got {self.alpha}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2³²), got {self.seed}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not 0.0 <= self.held_out < 1.0:
             raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be ≥ 1, got {self.limit}")
+        read_targets(self.target_modules)
         if self.load_in not in (None, *LOAD_IN):
             raise ValueError(f"load_in must be one of {LOAD_IN}, got {self.load_in!r}")
 
@@ -107,7 +126,8 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
     progress = progress and processes().is_main_process
     inputs = inputs.located()
     source = find_source(inputs.model, inputs.gguf_file, inputs.trust_remote_code)
-    rows = load_rows(inputs.data, split=inputs.split, limit=inputs.limit)
+    with reading(inputs.data, "data"):
+        rows = load_rows(inputs.data, split=inputs.split, limit=inputs.limit)
     places, aside = list(range(len(rows))), []
     if inputs.held_out:
         places, aside = split_indices(len(rows), inputs.held_out, inputs.seed)
@@ -117,6 +137,7 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
     if aside:
         held_out, held_out_summary = _encode(rows, aside, tokenizer, inputs, "held out", progress)
     model = load_model(source, inputs.dtype, inputs.load_in, processes().device)
+    check_runs(model, source, [*dataset, *held_out])
     description = {
         "model": identity(model, source),
         "data": {
@@ -147,12 +168,8 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
 
 def attach_adapter(model: PreTrainedModel, inputs: Inputs) -> PeftModel:
     """Attach the adapter that ``inputs`` describe."""
-    targets: str | list[str] = inputs.target_modules
-    if targets != "all-linear" and "," in targets:
-        targets = [part.strip() for part in targets.split(",") if part.strip()]
-    elif targets != "all-linear" and targets.isidentifier():
-        targets = [targets]
-    unmatched = unmatched_targets(model, targets if targets != "all-linear" else None)
+    targets = read_targets(inputs.target_modules)
+    unmatched = unmatched_targets(model, targets)
     if unmatched:
         raise ValueError(
             f"target_modules names {', '.join(map(repr, unmatched))}, and the model has no such "
@@ -165,7 +182,34 @@ def attach_adapter(model: PreTrainedModel, inputs: Inputs) -> PeftModel:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    return attach(model, config)
+    with reading(
+        inputs.target_modules, f"an adapter cannot be put on model {inputs.model}, layers"
+    ):
+        return attach(model, config)
+
+
+def read_targets(text: str) -> str | list[str]:
+    r"""Read ``--target-modules``: ``all-linear``, names with commas, else a regular expression.
+
+    Raises:
+        ValueError: It is none of these.
+
+    >>> read_targets("q_proj, v_proj"), read_targets(r".*layers\.[0-9]{1,2}\.mlp.*")
+    (['q_proj', 'v_proj'], '.*layers\\.[0-9]{1,2}\\.mlp.*')
+    """
+    if text == "all-linear":
+        return text
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if names and all(_MODULE_NAME.fullmatch(name) for name in names):
+        return names
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            "target_modules must be all-linear, names with commas or a regular expression, got "
+            f"{text!r}: {error}"
+        ) from error
+    return text
 
 
 def _linear_names(model: nn.Module) -> list[str]:
@@ -177,16 +221,20 @@ def _linear_names(model: nn.Module) -> list[str]:
 def _encode(
     rows: list[dict], places: list[int], tokenizer, inputs: Inputs, part: str, progress: bool
 ) -> tuple[list[dict[str, list[int]]], DataSummary]:
+    source = f"{inputs.data} ({part})"
     try:
-        return encode(
-            [rows[i] for i in places],
-            tokenizer,
-            max_length=inputs.max_length,
-            progress=progress,
-            numbers=[i + 1 for i in places],
-        )
+        with reading(source, "data"):
+            return encode(
+                [rows[i] for i in places],
+                tokenizer,
+                max_length=inputs.max_length,
+                progress=progress,
+                numbers=[i + 1 for i in places],
+            )
+    except InputError:
+        raise
     except ValueError as error:
-        raise ValueError(f"data {inputs.data} ({part}): {error}") from error
+        raise InputError(f"data {source}: {error}") from error
 
 
 def versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ from ila.reports.figures import heatmap
 from ila.runs.processes import processes
 from ila.search.learn import SearchConfig, learn_mask
 from ila.search.weight_updates import WeightUpdates
+from ila.training.batches import padding_note
 from ila.training.loop import held_out_loss
 
 
@@ -38,6 +39,8 @@ def learn(
     check_folder(out, inputs, resume, "learn")
     refuse_packed(full, inputs)
     prepared = prepare(inputs, progress=progress)
+    padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
+    note = f"{prepared.note}\n{padding}"
     model = open_layers(prepared.model) if full else prepared.model
     description = {**prepared.description, "full": True} if full else prepared.description
     claim_folder(out, description, resume, "learn")
@@ -47,7 +50,7 @@ def learn(
             json.dumps(config.as_dict())
         )
         if same and mask.provenance.get("full", False) == full:
-            return mask, prepared.note  # finished; with another config, learn_mask objects
+            return mask, note  # finished; with another config, learn_mask objects
     size, collator = config.batch_size, prepared.collator
     held_out = prepared.held_out
     bare = model.model if isinstance(model, OpenLayers) else model
@@ -71,4 +74,4 @@ def learn(
         mask.save(out / "mask.json")
         for folder in ("stage1", "stage2", WeightUpdates.folder):
             shutil.rmtree(out / folder, ignore_errors=True)
-    return mask, prepared.note
+    return mask, note

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ila.commands.inputs import Inputs, attach_adapter
-from ila.models.loading import DTYPES, find_source, identity, load_model
+from ila.models.loading import DTYPES, check_runs, find_source, identity, load_model
 from ila.price.calibration import calibrate
 from ila.price.shapes import Shape, check_counted
 from ila.price.speed import Speed
@@ -32,6 +32,7 @@ def measure(
     source = find_source(inputs.model, inputs.gguf_file, inputs.trust_remote_code)
     base = load_model(source, inputs.dtype, inputs.load_in, processes().device)
     check_counted(base.config.to_dict(), "time")
+    check_runs(base, source, [{"input_ids": [0] * inputs.max_length}])
     shape = Shape.of(
         base.config.to_dict(),
         rank=inputs.rank,

@@ -33,6 +33,9 @@ Targets = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(help="Rows that one device takes in one step.")]
 Accumulate = Annotated[int, typer.Option(help="Batches that make one optimiser step.")]
+ByLength = Annotated[
+    bool, typer.Option("--group-by-length", help="Put rows of like length into one batch.")
+]
 LearningRate = Annotated[
     float | None, typer.Option(help="Peak learning rate; by default 2e-4, or 2e-5 with --full.")
 ]

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
+from ila.boundary import reading
 from ila.masks.mask import LayerMask
-from ila.models.loading import find_source, same_layers
+from ila.models.loading import LOAD_IN, find_source, same_layers
+from ila.models.sizes import load_config
 from ila.price.budget import ADDITIVE, MEMORY, TIME, Budget, Spending, method_of
 from ila.price.knapsack import Point
 from ila.price.shapes import Shape, check_counted
 from ila.price.speed import Speed
 from ila.reports.pareto import pareto
+from ila.runs.records import NUMBER, SIZE, TEXT, Field, check_record, or_null
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -112,6 +113,7 @@ def select_within(
             is needed and ``step`` neither, or the file of speeds is of another model.
     """
     wanted, mask = Budget.parse(budget), LayerMask.load(run)
+    _check_provenance(mask, run)
     if wanted.kind == TIME and speed is None:
         raise ValueError(
             "budget time needs --speed: a file that `ila measure` wrote, or a GPU's name such as "
@@ -187,7 +189,7 @@ def _shape(mask: LayerMask, step: StepSizes, rates: Speed | str | None, what: st
         )
     file = _of(mask, "inputs", "gguf_file")
     source = find_source(found.pop("model"), None if step.model else file)
-    config = AutoConfig.from_pretrained(source.name, **source.options())
+    config = load_config(source.name, source.gguf_file, source.trust_remote_code)
     check_counted(config.to_dict(), what)
     dtype = _of(mask, "model", "dtype") or str(config.dtype).removeprefix("torch.")
     if dtype not in _BYTES:
@@ -195,13 +197,33 @@ def _shape(mask: LayerMask, step: StepSizes, rates: Speed | str | None, what: st
             f"the dtype of the model's weights must be one of {', '.join(_BYTES)}, got {dtype!r}: "
             "neither the mask nor the model's configuration says which"
         )
+    with reading(source.name, "model"):
+        sizes = config.to_dict()
     return Shape.of(
-        config.to_dict(),
+        sizes,
         **found,
         base_bytes=_BYTES[dtype],
         dropout=bool(_of(mask, "inputs", "dropout")),
         load_in=_of(mask, "inputs", "load_in"),
     )
+
+
+# What a budget takes from a mask's provenance; where a field is not there, the user may say it.
+_INPUTS = {
+    **{"model": or_null(TEXT), "gguf_file": or_null(TEXT), "rank": or_null(SIZE)},
+    **{"max_length": or_null(SIZE), "dropout": or_null(NUMBER)},
+    "load_in": Field(f"one of {LOAD_IN} or null", lambda value: value in (None, *LOAD_IN)),
+}
+_MODEL = dict.fromkeys(("source", "config_fingerprint", "dtype"), or_null(TEXT))
+_CONFIG = {"batch_size": or_null(SIZE), "method": or_null(TEXT)}
+
+
+def _check_provenance(mask: LayerMask, run: Path) -> None:
+    """Refuse a mask whose provenance holds what no search writes."""
+    places = ((_INPUTS, "inputs"), (_MODEL, "model"), (_CONFIG, "search", "config"))
+    for fields, *keys in places:
+        said = {name: _of(mask, *keys, name) for name in fields}
+        check_record(said, fields, f"mask {run}, {'.'.join(keys)} of its provenance")
 
 
 def _of(mask: LayerMask, *keys: str) -> Any:

@@ -14,6 +14,7 @@ from ila.masks.mask import LayerMask
 from ila.models.edit import apply_mask
 from ila.models.loading import same_layers
 from ila.models.open_weights import OpenLayers, open_layers
+from ila.training.batches import padding_note
 from ila.training.config import TrainConfig
 from ila.training.train import train
 
@@ -46,6 +47,8 @@ def train_selected(
     mask = None if mask_file is None else LayerMask.load(mask_file)
     refuse_packed(full, inputs)
     prepared = prepare(inputs, progress=progress)
+    padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
+    note = f"{prepared.note}\n{padding}"
     if mask is not None:
         _check_same_model(mask, mask_file, prepared.description["model"])
     model: PeftModel | OpenLayers = prepared.model
@@ -67,7 +70,7 @@ def train_selected(
         progress=progress,
         name=out.name,
     )
-    return metrics, prepared.note
+    return metrics, note
 
 
 def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, Any]) -> None:

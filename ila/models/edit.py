@@ -36,6 +36,8 @@ from ila.models.targets import (
 )
 from ila.models.undo import Snapshot
 
+CLOSINGS = ("drop", "keep")
+
 # They move part of W into B A, so that W is not there once the adapter is gone.
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -68,17 +70,20 @@ class ConversionReport:
 class MaskReport:
     """What ``apply_mask`` did: names of the layers now open and closed, for which adapter.
 
-    ``outside`` counts what is trained beside them, which no mask reaches.
+    ``closing`` says whether closed layers dropped their adapters or keep them frozen, ``outside``
+    counts what is trained beside all of them, which no mask reaches.
     """
 
     adapter: str
     open: tuple[str, ...]
     closed: tuple[str, ...]
+    closing: str = "drop"
     outside: Outside = NOTHING_OUTSIDE
 
     def __str__(self) -> str:
         total = len(self.open) + len(self.closed)
-        text = f"adapter {self.adapter!r}: {len(self.open)} of {total} layers open"
+        kept = ", the others keep what they learned" if self.closing == "keep" else ""
+        text = f"adapter {self.adapter!r}: {len(self.open)} of {total} layers open{kept}"
         return f"{text}; {self.outside}" if self.outside.parameters else text
 
 
@@ -294,19 +299,25 @@ def apply_mask(
     peft_model: PeftModel,
     mask: LayerMask,
     *,
+    closed: str = "drop",
     adapter_name: str | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> MaskReport:
     """Close the layers that the mask closes and open the others.
 
-    A closed layer computes its base layer and nothing else; its adapter weights are set aside
-    (``restore``, or a mask that opens it, brings them back) and are not part of what
-    ``save_pretrained`` writes. The adapter's ``target_modules`` name the open layers only, so the
-    saved adapter loads in plain PEFT.
+    With ``closed="drop"`` a closed layer computes its base layer and nothing else; its adapter
+    weights are set aside (``restore``, or a mask that opens it, brings them back) and are not part
+    of what ``save_pretrained`` writes. The adapter's ``target_modules`` name the open layers only,
+    so the saved adapter loads in plain PEFT.
+
+    With ``closed="keep"`` a closed layer keeps its update and learns no more: the update stays in
+    the model and in the saved adapter, and has no gradient, no optimiser state and no dropout.
+    Blocks below the lowest open layer are a frozen prefix like any other.
 
     Args:
         peft_model: A model from ``attach``, or converted by ``convert``.
         mask: A mask whose names are those of this model's ``MaskedLoraLinear`` layers.
+        closed: ``"drop"`` or ``"keep"``; it holds for every layer that the mask closes.
         adapter_name: The adapter to mask; ``None`` means the active one.
         optimizer: If given, the parameters and state of closed layers are removed from it.
 
@@ -316,17 +327,20 @@ def apply_mask(
     Raises:
         ValueError: If the mask is for another model (names unknown or missing), if it opens a
             layer whose parameters the given ``optimizer`` does not hold, or if it closes a layer
-            and the adapter's configuration changes base weights or trains base biases.
+            and the adapter's configuration trains base biases, or changes base weights and the
+            closed layers are dropped. If ``closed`` is another word.
         RuntimeError: If the adapter is merged.
     """
+    if closed not in CLOSINGS:
+        raise ValueError(f"closed must be one of {CLOSINGS}, got {closed!r}")
     adapter = single_adapter(peft_model, adapter_name)
     layers = masked_layers(peft_model, adapter)
     _check_mask(layers, mask, adapter)
     if mask.closed:
-        _check_base_untouched(peft_model.peft_config[adapter])
+        _check_closable(peft_model.peft_config[adapter], closed)
     if any(adapter in layer.merged_adapters for layer in layers.values()):
         raise RuntimeError(f"adapter {adapter!r} is merged; unmerge it before applying a mask")
-    opening = [layers[name] for name in mask.open if layers[name].is_closed(adapter)]
+    opening = [layers[name] for name in mask.open if not layers[name].is_open(adapter)]
     if optimizer is not None and opening:
         raise ValueError(
             f"optimizer does not hold the parameters of {len(opening)} layers that the mask opens; "
@@ -337,12 +351,12 @@ def apply_mask(
     dropped = set()
     for name in mask.closed:
         dropped |= _adapter_parameters(layers[name], adapter)
-        layers[name].close(adapter)
+        layers[name].keep(adapter) if closed == "keep" else layers[name].close(adapter)
     if optimizer is not None:
         _forget(optimizer, dropped)
-    retarget(peft_model, adapter, all_open=not mask.closed)
+    retarget(peft_model, adapter, all_there=closed == "keep" or not mask.closed)
     beside = outside(peft_model, layers)
-    return MaskReport(adapter, tuple(mask.open), tuple(mask.closed), beside)
+    return MaskReport(adapter, tuple(mask.open), tuple(mask.closed), closed, beside)
 
 
 def _check_mask(layers: Mapping[str, nn.Module], mask: LayerMask, adapter: str) -> None:
@@ -363,13 +377,15 @@ def _check_mask(layers: Mapping[str, nn.Module], mask: LayerMask, adapter: str) 
         )
 
 
-def _check_base_untouched(config: Any) -> None:
-    """Raise unless a layer without this adapter is the pretrained layer, here and once reloaded."""
+def _check_closable(config: Any, closed: str) -> None:
+    """Raise unless a closed layer learns nothing and is, if dropped, the pretrained layer."""
     if config.bias != "none":
         raise ValueError(
             f"bias must be 'none' to close layers, got {config.bias!r}: it trains the base bias of "
             "closed layers too, which plain PEFT does not load without an adapter beside it"
         )
+    if closed == "keep":
+        return
     init = str(config.init_lora_weights).lower()
     if init.startswith(_INITS_THAT_CHANGE_THE_BASE) or config.kasa_config is not None:
         raise ValueError(

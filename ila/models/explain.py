@@ -1,7 +1,8 @@
 """``explain``: which code computes each LoRA layer of a model, why, and what it keeps for backward.
 
 A layer is *in the prefix* if backward never comes to it: everything below the lowest open layer.
-Above it a closed layer is crossed, which costs its dx and keeps nothing.
+Above it a closed layer is crossed, which costs its dx and keeps nothing, whether its adapter was
+dropped or stays in place.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class LayerRow:
 
     Attributes:
         module: Its name.
-        open: Whether an adapter is open in it.
+        open: Whether an adapter learns in it.
         path: Which code computes it.
         why: The reason.
         in_prefix: Whether backward never comes to it.
@@ -226,13 +227,17 @@ def _masked_row(layer: MaskedLoraLayer, gathered: bool) -> tuple[bool, str, str]
         closed = [a for a in layer.active_adapters if layer.is_closed(a)]
         return False, BARE, "closed by a mask" if closed else reason
     if adapter is not None:
+        is_open = not all(layer.is_kept(a) for a in layer.active_adapters)
+        reason = reason if is_open else f"kept by a mask: its adapter learns no more; {reason}"
         weight = layer.base_layer.weight
         if not weight.is_floating_point():
-            return True, "eager", f"{reason}; W is packed: bitsandbytes' products"
-        call = call_of(weight, weight.shape[0], None, weight.dtype)
+            return is_open, "eager", f"{reason}; W is packed: bitsandbytes' products"
+        name = adapter if isinstance(adapter, str) else adapter[0]
+        lora_a, dropout_p = layer.lora_A[name].weight, getattr(layer.lora_dropout[name], "p", 0.0)
+        call = call_of([weight], [lora_a], None, weight.dtype, dropout_p)
         impl, why = resolve_impl("auto", weight.device.type, call)
-        return True, impl, f"{reason}; {why}"
-    return any(a in layer.lora_A for a in layer.active_adapters), path, reason
+        return is_open, impl, f"{reason}; {why}"
+    return any(layer.is_open(a) for a in layer.active_adapters), path, reason
 
 
 def _inputs_that_require_grad(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, bool]:

@@ -9,6 +9,9 @@ which and why.
 Two kinds of zero. A *closed* layer has its adapter set aside (``close``): its parameters are no
 longer registered, so no optimiser, checkpoint, state dict, merge or backward sees them, and what
 is left is the base layer, bit for bit. A *score* is a parameter s of an open layer, γ = σ(s).
+
+A *kept* layer is closed in another way (``keep``): its adapter stays, computes and is saved, and
+learns no more. It is a constant, so it has no dropout either.
 """
 
 from __future__ import annotations
@@ -97,6 +100,10 @@ def _parameters_in(parts: Mapping[str, Any]) -> Iterator[nn.Parameter]:
             yield value
 
 
+def _dropout_of(dropout: nn.Module) -> float:
+    return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+
+
 def _move(value: nn.Module | torch.Tensor, device: torch.device) -> None:
     """Move parameters in place, so that who refers to them keeps them."""
     if isinstance(value, nn.Module):
@@ -137,12 +144,14 @@ class MaskedLoraLayer:
         """Add or replace an adapter, as PEFT does; an adapter set aside by that name is dropped."""
         self.prepare()
         self._closed.pop(adapter_name, None)
+        self._kept.discard(adapter_name)
         super().update_layer(adapter_name, *args, **kwargs)
 
     def prepare(self) -> None:
         """Give the layer the state that PEFT's class lacks; nothing if it is there."""
         if "_closed" not in self.__dict__:
             self._closed: dict[str, dict[str, Any]] = {}
+            self._kept: set[str] = set()
             self.lora_S = nn.ParameterDict()
             self._shared_input = None
         # Variants such as DoRA give an instance a tuple of its own.
@@ -151,9 +160,9 @@ class MaskedLoraLayer:
 
     def strip(self) -> None:
         """Open every adapter and remove what ``prepare`` and the search added."""
-        for adapter in list(self._closed):
+        for adapter in (*self._closed, *self._kept):
             self.open(adapter)
-        del self._closed, self.lora_S
+        del self._closed, self._kept, self.lora_S
         self.__dict__.pop("_shared_input", None)
         if "adapter_layer_names" in self.__dict__:
             names = (name for name in self.adapter_layer_names if name != "lora_S")
@@ -177,6 +186,8 @@ class MaskedLoraLayer:
             raise RuntimeError(f"adapter {adapter!r} is merged; unmerge it before closing layers")
         if adapter not in self.lora_A:
             return
+        if adapter in self._kept:
+            self.open(adapter)
         parts = {}
         for name in (*self.adapter_layer_names, *self.other_param_names, "lora_variant"):
             entries = getattr(self, name)
@@ -189,8 +200,35 @@ class MaskedLoraLayer:
                     parameter.grad = None
         self._closed[adapter] = parts
 
+    def keep(self, adapter: str) -> None:
+        """Freeze an adapter in place: it computes and is saved, and learns no more.
+
+        Raises:
+            RuntimeError: If the adapter is merged into the base weight.
+        """
+        if adapter in self.merged_adapters:
+            raise RuntimeError(f"adapter {adapter!r} is merged; unmerge it before closing layers")
+        if adapter in self._closed:
+            self.open(adapter)
+        if adapter in self.lora_A:
+            self._kept.add(adapter)
+            self._require_grad(adapter, False)
+
+    def _require_grad(self, adapter: str, required: bool) -> None:
+        """Let the parameters of an adapter require grad, but for those that PEFT keeps frozen."""
+        frozen = self.frozen_peft_weight_names.get(adapter, ())
+        for name in self.adapter_layer_names:
+            entries = getattr(self, name)
+            if adapter in entries:
+                entry = entries[adapter]
+                entry.requires_grad_(required and name not in frozen)
+                for parameter in [entry] if isinstance(entry, nn.Parameter) else entry.parameters():
+                    parameter.grad = None
+
     def open(self, adapter: str) -> None:
-        """Put an adapter back as it was when it was closed, on the device of the base layer.
+        """Let an adapter learn again: one set aside is put back as it was when it was closed.
+
+        It comes to the device of the base layer.
 
         Raises:
             RuntimeError: If the base layer was sharded since: nobody would add up the gradients
@@ -203,6 +241,9 @@ class MaskedLoraLayer:
                     f"adapter {adapter!r} was closed before the model was sharded and cannot be "
                     "opened after; load the model again and apply the mask first"
                 )
+        if adapter in self._kept:
+            self._kept.discard(adapter)
+            self._require_grad(adapter, adapter in self.active_adapters)
         parts = self._closed.pop(adapter, None)
         if parts is None:
             return
@@ -218,6 +259,8 @@ class MaskedLoraLayer:
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters, as PEFT does; what requires grad follows in those set aside."""
         super().set_adapter(adapter_names, inference_mode)
+        for adapter in self._kept:
+            self._require_grad(adapter, False)
         for adapter, parts in self._closed.items():
             trainable = adapter in self.active_adapters and not inference_mode
             frozen = self.frozen_peft_weight_names.get(adapter, ())
@@ -275,9 +318,18 @@ class MaskedLoraLayer:
         """Whether this adapter is set aside here."""
         return adapter in self._closed
 
+    def is_kept(self, adapter: str) -> bool:
+        """Whether this adapter is frozen in place here."""
+        return adapter in self._kept
+
+    def is_open(self, adapter: str) -> bool:
+        """Whether this adapter is here and neither set aside nor frozen in place."""
+        return adapter in self.lora_A and adapter not in self._kept
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, open or closed."""
         self._closed.pop(adapter_name, None)
+        self._kept.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
     def gate(self, adapter: str) -> torch.Tensor | None:
@@ -390,7 +442,7 @@ class MaskedLoraLayer:
             gate,
             base._parameters["bias"] if "bias" in base._parameters else base.bias,
             scale,
-            dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
+            0.0 if adapter in self._kept else _dropout_of(dropout),
         )
 
 

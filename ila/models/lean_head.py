@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -225,7 +226,7 @@ def _why_plain(model: PreTrainedModel, gathered: bool = False) -> str | None:
         return "the head is trained"
     if getattr(model.config, "output_router_logits", False):
         return "its loss has a part for the balance of experts"
-    if not gathered and type(head.weight) is not nn.Parameter:
+    if not gathered and type(head.weight) not in (nn.Parameter, FakeTensor):
         return "the head is sharded or packed"
     return "the head is partitioned" if head.weight.numel() == 0 else None
 
@@ -278,9 +279,9 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
 def _dtype(tensor: Tensor) -> torch.dtype:
     """The dtype that a linear layer multiplies a tensor in."""
     kind = tensor.device.type
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return tensor.dtype
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return tensor.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def is_lean(model: PreTrainedModel) -> bool:

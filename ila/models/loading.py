@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +23,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
+
+from ila.boundary import InputError, reading
+from ila.models.sizes import check_counts, check_fits, load_config
 
 DTYPES = {
     "auto": "auto",
@@ -120,20 +123,25 @@ def load_model(
     if wanted == "auto" and source.gguf_file is not None:
         wanted = torch.bfloat16
     options = source.options()
+    if load_in is not None:
+        options |= _packing(source, load_in, wanted)
+        options["device_map"] = {"": device}
     try:
-        if load_in is not None:
-            options |= _packing(source, load_in, wanted)
-            options["device_map"] = {"": device}
-        model = AutoModelForCausalLM.from_pretrained(source.name, dtype=wanted, **options)
-    except OSError as error:
-        raise FileNotFoundError(_not_found(source, error)) from error
-    except SafetensorError as error:
-        raise ValueError(f"the weights of model {source.name!r} are damaged: {error}") from error
+        with reading(source.name, "model"):
+            config = load_config(source.name, source.gguf_file, source.trust_remote_code)
+            folder = Path(source.name)
+            check_fits(config, folder, source.gguf_file, source.trust_remote_code)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source.name, dtype=wanted, output_loading_info=True, **options
+            )
+    except InputError as error:
+        raise _of_model(source, error) from error.__cause__
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"model {source.name!r} must be a base model, but an adapter comes with it; give the "
             "model that the adapter was trained on"
         )
+    _check_whole(source, report)
     if source.gguf_file is not None:
         # The weights are plain tensors now; without this, saving would try to write them as GGUF.
         if hasattr(model.config, "quantization_config"):
@@ -156,7 +164,7 @@ def _packing(source: Source, load_in: str, dtype: torch.dtype | str) -> dict[str
     if load_in == "8bit":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     if dtype == "auto":
-        config = AutoConfig.from_pretrained(source.name, trust_remote_code=source.trust_remote_code)
+        config = load_config(source.name, None, source.trust_remote_code)
         dtype = config.dtype or torch.float32
     return {
         "quantization_config": BitsAndBytesConfig(
@@ -168,6 +176,35 @@ def _packing(source: Source, load_in: str, dtype: torch.dtype | str) -> dict[str
     }
 
 
+def check_runs(
+    model: PreTrainedModel, source: Source, rows: Iterable[Mapping[str, Any]] = ()
+) -> None:
+    """Run a model as it was loaded on its longest row, or on two tokens: what it raises is its own.
+
+    Args:
+        model: Before anything of it is changed.
+        source: Where it came from.
+        rows: Rows with ``input_ids`` that it is to read.
+
+    Raises:
+        ValueError: The model cannot run, or its embedding has no row for a token.
+    """
+    longest: Sequence[int] = [0, 0]
+    most = 0
+    for row in rows:
+        most = max(most, *row["input_ids"])
+        longest = max(longest, row["input_ids"], key=len)
+    known = model.get_input_embeddings().num_embeddings
+    if most >= known:
+        raise ValueError(
+            f"the tokenizer of model {source.name!r} must give ids below {known}, for which the "
+            f"model has embeddings, got {most}"
+        )
+    device = next(model.parameters()).device
+    with reading(source.name, "model"), torch.no_grad():
+        model(input_ids=torch.tensor([list(longest)], device=device), use_cache=False)
+
+
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model.
 
@@ -177,19 +214,39 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         ImportError: If it is in a GGUF file and the package to read that is not installed.
     """
     _need_gguf(source)
+    check_counts(Path(source.name), source.gguf_file)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.name, **source.options())
-        # On the hub as in a folder: the file is in the cache by now.
-        gguf = source.gguf_file and cached_file(source.name, source.gguf_file)
-    except OSError as error:
-        raise FileNotFoundError(_not_found(source, error)) from error
-    except ValueError as error:
-        raise ValueError(
-            f"the tokenizer of model {source.name!r} cannot be read: {error}"
-        ) from error
+        with reading(source.name, "tokenizer of model"):
+            tokenizer = AutoTokenizer.from_pretrained(source.name, **source.options())
+            # On the hub as in a folder: the file is in the cache by now.
+            gguf = source.gguf_file and cached_file(source.name, source.gguf_file)
+            tokenizer("a")
+    except InputError as error:
+        raise _of_model(source, error) from error.__cause__
     if gguf:
-        _repair_pre_tokenizer(tokenizer, gguf)
+        with reading(gguf, "tokenizer of model"):
+            _repair_pre_tokenizer(tokenizer, gguf)
     return tokenizer
+
+
+def _check_whole(source: Source, report: Mapping[str, Any]) -> None:
+    """Refuse a model of which weights were not there: they would be drawn at random."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"the weights of model {source.name!r} must be all there: {len(missing)} lack, such as "
+            f"{missing[0]}"
+        )
+
+
+def _of_model(source: Source, error: InputError) -> Exception:
+    """The error of a library, as one of the model's: what was not found, or is damaged."""
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno is None:
+        return FileNotFoundError(_not_found(source, cause))
+    if isinstance(cause, SafetensorError):
+        return ValueError(f"the weights of model {source.name!r} are damaged: {cause}")
+    return error
 
 
 # What a configuration says of a file, a run or a tokenizer, and not of the layers: a chat model
@@ -206,7 +263,8 @@ def identity(model: PreTrainedModel, source: Source) -> dict[str, Any]:
     ``layers_fingerprint`` is of the names and sizes of the layers that an adapter may go to, and
     ``config_fingerprint`` of the configuration: masks of older versions have that one alone.
     """
-    config = AutoConfig.for_model(**model.config.to_dict()).to_diff_dict()
+    with reading(source.name, "model"):
+        config = AutoConfig.for_model(**model.config.to_dict()).to_diff_dict()
     for key in _NOT_OF_THE_LAYERS:
         config.pop(key, None)
     return {
@@ -258,7 +316,7 @@ def _need_gguf(source: Source) -> None:
 
 
 def _not_found(source: Source, error: OSError) -> str:
-    first = str(error).strip().splitlines()[0]
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if Path(source.name).is_dir():
         return f"model folder {source.name!r} lacks a file, or one of them is damaged: {first}"
     return (
@@ -269,8 +327,11 @@ def _not_found(source: Source, error: OSError) -> str:
 # Pre-tokenizers that transformers does not rebuild from a GGUF file, by their name in the file.
 # SmolLM2 splits digits one by one before its byte-level BPE.
 _PRE_TOKENIZERS = {
-    "smollm": lambda: Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
 }
 

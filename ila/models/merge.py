@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
 
-def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Merge the adapter in a folder into its base model, in place.
+def merge(peft_model: PeftModel) -> PreTrainedModel:
+    """Merge an adapter into its base model, in place.
 
     A weight that an adapted layer shares with another module, as an output layer does with the
     embedding, becomes the layer's own first: merged into both, it would change both.
 
     Returns:
         The base model, without adapters; its configuration says so if it was untied.
-
-    Raises:
-        ValueError: If the adapter is damaged.
     """
-    try:
-        adapted = PeftModel.from_pretrained(model, str(folder))
-    except SafetensorError as error:
-        raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
-    if untie(adapted):
+    model = peft_model.get_base_model()
+    if untie(peft_model):
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
-    return adapted.merge_and_unload(safe_merge=True)
+    return peft_model.merge_and_unload(safe_merge=True)
 
 
 def untie(model: nn.Module) -> list[str]:

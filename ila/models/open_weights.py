@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer
 
+from ila.boundary import reading
 from ila.masks.mask import LayerMask
 from ila.models.edit import apply_mask, masked_layers, single_adapter
 from ila.models.layer import MaskedLoraLayer
@@ -142,10 +142,8 @@ def load_changed(model: nn.Module, folder: str | Path) -> None:
 def _read(file: Path) -> dict[str, torch.Tensor]:
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} has no {file.name}: is it finished?")
-    try:
+    with reading(f"{file} are damaged", "the weights in"):
         return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {file} are damaged: {error}") from error
 
 
 def _put(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

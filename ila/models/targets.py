@@ -39,11 +39,11 @@ def _expert_names(config: Any) -> tuple[str, ...]:
     return ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate")
 
 
-def retarget(peft_model: PeftModel, adapter: str, all_open: bool) -> None:
+def retarget(peft_model: PeftModel, adapter: str, all_there: bool) -> None:
     """Let the adapter's configuration name exactly the layers that hold it."""
     config = peft_model.peft_config[adapter]
     restore_targets(config)
-    if all_open:
+    if all_there:
         return
     config._ila_target_modules = config.target_modules
     names = {name.removeprefix("base_model.model."): m for name, m in peft_model.named_modules()}

@@ -52,7 +52,10 @@ class CachedCollator:
         batch = dict(self.inner(plain))
         unknown = sorted(set(batch) - _KEYS)
         if unknown:
-            raise ValueError(f"the prefix cache does not know what {unknown} of the collator mean")
+            raise ValueError(
+                f"the prefix cache does not know what {unknown} of the collator mean: states are "
+                "computed from input_ids alone; remove such columns, or train without the cache"
+            )
         ids = batch.pop("input_ids")
         mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
         if "labels" in batch and (batch["labels"][~mask] != IGNORED).any():
@@ -71,7 +74,7 @@ class CachedCollator:
             if not whole or not torch.equal(ids[at, :count].cpu(), tokens):
                 raise ValueError(
                     "the collator must keep each row's tokens and pad on the right to use cached "
-                    f"states; it changed row {number}"
+                    f"states; it changed row {number}, or attention_mask holds 0 in that row"
                 )
             states[at, :count] = self.states[number]
         return {**batch, "inputs_embeds": states}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ila.models.blocks import Blocks, find_blocks, frozen_blocks, is_trained
+from ila.models.layer import FUSED, MaskedLoraLayer
 
 
 class _ReachedError(Exception):
@@ -153,7 +154,10 @@ def _refuse_random(blocks: Blocks, depth: int) -> None:
     if getattr(embedding, "neftune_noise_alpha", None):
         raise ValueError("cache_prefix would not be exact: NEFTune adds noise to the embeddings")
     for part in (embedding, *blocks.layers[:depth]):
+        inert = _inert_dropouts(part)
         for module in part.modules():
+            if module in inert:
+                continue
             p = module.p if isinstance(module, nn.Dropout) else 0.0
             p = p or getattr(module, "attention_dropout", 0.0) or 0.0
             if p > 0:
@@ -161,6 +165,16 @@ def _refuse_random(blocks: Blocks, depth: int) -> None:
                     f"cache_prefix would not be exact: dropout {p} is active in the frozen prefix "
                     f"({type(module).__name__}); set it to 0 in the model's configuration"
                 )
+
+
+def _inert_dropouts(part: nn.Module) -> set[nn.Module]:
+    """Return the dropouts of layers that a mask keeps in place: a constant update has none."""
+    layers = [m for m in part.modules() if isinstance(m, MaskedLoraLayer)]
+    return {
+        layer.lora_dropout[route.adapter]
+        for layer in layers
+        if (route := layer.route()).path == FUSED and layer.is_kept(route.adapter)
+    }
 
 
 def _refuse_company(blocks: Blocks, depth: int) -> None:

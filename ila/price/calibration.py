@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from rich.console import Console
 from rich.progress import track
 from torch import nn
 
 from ila.masks.mask import LayerMask
 from ila.masks.names import KINDS
 from ila.models.edit import apply_mask, masked_layers, single_adapter
+from ila.models.lean_head import leaning
 from ila.price.shapes import Shape
 from ila.price.speed import Speed, fit, works
 
@@ -104,7 +106,8 @@ class Steps:
             self.take(name)
         ratios: dict[str, list[float]] = {name: [] for name in self.masks}
         bases = []
-        for _ in track(range(rounds), "Rounds of steps", disable=not progress):
+        screen = Console(stderr=True)
+        for _ in track(range(rounds), "Rounds of steps", console=screen, disable=not progress):
             times = {name: self.take(name) for name in self.masks}
             bases.append(times[base])
             for name, value in times.items():
@@ -142,8 +145,9 @@ def calibrate(
     sets, others = designed(names), dict(unseen or {})
     amounts = works(shape, names, [*sets.values(), *others.values()])
     steps = Steps(model, sets | others, batch_of(model, shape.rows, shape.length))
-    times = steps.measured(rounds, progress=progress)
-    steps.take(ALL)
+    with leaning(model):  # as training does
+        times = steps.measured(rounds, progress=progress)
+        steps.take(ALL)
     speed = fit(amounts[: len(sets)], [times[name] for name in sets])
     rows = {
         name: {

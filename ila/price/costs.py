@@ -73,13 +73,16 @@ def memory_table(shape: Shape, names: Iterable[str]) -> CostTable:
     """Bytes held when backward begins, without checkpointing: the peak of what training keeps.
 
     Frozen weights; all adapters, those of closed layers too, which ``apply_mask`` sets aside;
-    gradient and both AdamW moments of the open ones; what autograd keeps for backward, the logits'
-    log-softmax included. What kernels, the loss and the allocator take for a moment is on top.
+    gradient and both AdamW moments of the open ones; what autograd keeps for backward, the gradient
+    that a lean head makes in forward included. What kernels, a chunk of logits
+    (``ila.models.lean_loss.CHUNK_BYTES``, and half of it in 16 bits) and the allocator take for a
+    moment is on top.
     """
     names, m, e = list(names), shape.tokens, shape.base_bytes
     norm = 4 * m * (shape.hidden + 1)
     attention = 4 * m * shape.attention * e + 4 * m * shape.heads + shape.rows * shape.length**2 * e
-    fixed = shape.weight_bytes() + norm + 4 * m * shape.vocabulary + 8 * m + 4
+    fixed = shape.weight_bytes() + norm
+    fixed += m * shape.hidden * e + 9  # of a lean head: dh, the count of labels, whether it is 0
     fixed += 2 * shape.length * shape.head_dim * e  # cos and sin, one pair for all blocks
     fixed += sum(4 * shape.adapter_parameters(_place(shape, name)[1]) for name in names)
     reached = {QKV: attention, GATE_UP: 2 * m * shape.mlp * e}

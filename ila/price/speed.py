@@ -9,10 +9,9 @@ predicting it says how far to trust that. A file keeps them with what was measur
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,16 @@ from ila.price.costs import Price, Work, ceiling_price, fixed_work, time_table
 from ila.price.knapsack import CostTable
 from ila.price.shapes import Shape
 from ila.runs.atomic import write_json_atomic
+from ila.runs.records import COUNT, OBJECT, RATE, SIZE, TEXT, check_record, read_record
 from ila_kernels.roofline import CEILINGS
 
 FORMAT, VERSION = "ila.speed", 1
+_RATES = ("per_flop_ms", "per_byte_ms", "per_layer_ms")
+_FIELDS = {
+    **{"format": TEXT, "version": COUNT, "fixed_ms": RATE, **dict.fromkeys(_RATES, RATE)},
+    **{"worst_error": RATE, "measured": OBJECT},
+}
+_MEASURED = {"device": TEXT, "rows": SIZE, "length": SIZE, "rank": SIZE}
 _PICOSECONDS = 1e9  # in a millisecond; costs are integers
 
 
@@ -65,15 +71,19 @@ class Speed:
         Raises:
             ValueError: If there is no such file, or it is none of ours.
         """
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found.pop("format") != FORMAT or found.pop("version") != VERSION:
-                raise ValueError(f"expected {FORMAT} of version {VERSION}")
-            return cls(**found)
-        except FileNotFoundError:
-            raise ValueError(f"{path}: no such file of speeds; `ila measure` writes one") from None
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path}: not a file of speeds: {error}") from None
+        hint = " of speeds; `ila measure` writes one"
+        found = read_record(path, _FIELDS, hint)
+        if (found.pop("format"), found.pop("version")) != (FORMAT, VERSION):
+            raise ValueError(f"{path}: not a file of speeds: expected {FORMAT} of {VERSION}")
+        unknown = sorted(set(found) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"{path}: not a file of speeds: unknown {', '.join(unknown)}")
+        check_record(found["measured"], _MEASURED, f"{path}, measured")
+        if isinstance(found["measured"].get("model"), Mapping):
+            check_record(found["measured"]["model"], {"source": TEXT}, f"{path}, model")
+        if not any(found[name] for name in _RATES):
+            raise ValueError(f"{path}: all rates are 0, by which every step takes as long; measure")
+        return cls(**found)
 
 
 def fit(works: Sequence[Work], times_ms: Sequence[float]) -> Speed:

@@ -89,7 +89,8 @@ def _runs_cells(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
         body.append(
             [
                 run["name"],
-                f"{run['open_modules']} of {run['total_modules']} ({run['fraction_open']:.0%})",
+                f"{run['open_modules']} of {run['total_modules']} ({run['fraction_open']:.0%})"
+                + (f", {run['kept_modules']} kept" if run.get("kept_modules") else ""),
                 f"{run['trainable_parameters']:,}"
                 + ratio(run["trainable_parameters"], base["trainable_parameters"])
                 + _outside_text(run),

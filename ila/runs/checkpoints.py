@@ -1,15 +1,16 @@
 """Checkpoints that survive being killed: the newest *complete* one is resumed.
 
 Trainer writes a checkpoint folder file by file. A marker written last names every file with its
-size; a folder without it, or with a file that has another size, was cut off by a kill or a power
-failure, and the one before it is used.
+size and checksum; a folder without it, or with a file that holds something else, was cut off by a
+kill or a power failure, or damaged since. It is passed over, and the one before it is used.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -41,15 +42,37 @@ def is_finished(checkpoint: Path) -> bool:
 def _is_whole(checkpoint: Path) -> bool:
     try:
         marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-        return marker["files"] == _sizes(checkpoint)
-    except (OSError, ValueError, KeyError, TypeError):
+        if marker["files"] != _sizes(checkpoint):
+            return False
+        # Markers of earlier versions hold no checksums.
+        return marker.get("crc32", {}) in ({}, _checksums(checkpoint))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Every file but the marker."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MARKER:
+            yield path.relative_to(folder).as_posix(), path
+
+
 def _sizes(folder: Path) -> dict[str, int]:
-    """Size in bytes of every file but the marker."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    """Size in bytes of every file."""
+    return {name: path.stat().st_size for name, path in _files(folder)}
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of every file."""
+    return {name: _checksum(path) for name, path in _files(folder)}
+
+
+def _checksum(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            total = zlib.crc32(part, total)
+    return total
 
 
 class MarkComplete(TrainerCallback):
@@ -72,4 +95,5 @@ class MarkComplete(TrainerCallback):
         sync_tree(
             folder
         )  # the files before the marker, so that a power failure keeps both or neither
-        write_json_atomic(folder / MARKER, {"step": state.global_step, "files": _sizes(folder)})
+        said = {"files": _sizes(folder), "crc32": _checksums(folder)}
+        write_json_atomic(folder / MARKER, {"step": state.global_step, **said})

@@ -107,7 +107,7 @@ def read(folder: Path, marker: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} is not the folder of a run: it has no {marker}")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}); give another folder") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} must hold an object, got {type(found).__name__}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from pathlib import Path
@@ -12,6 +11,14 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from ila.runs.atomic import write_json_atomic
+from ila.runs.records import COUNT, Field, is_number, or_null, read_record
+
+_FIELDS = {
+    "times_ms": Field(
+        "a list of numbers", lambda v: isinstance(v, list) and all(map(is_number, v))
+    ),
+    "peak_memory_bytes": or_null(COUNT),
+}
 
 
 class StepMeter(TrainerCallback):
@@ -73,7 +80,7 @@ class StepMeter(TrainerCallback):
 
     def load(self, folder: Path) -> None:
         """Read what was measured up to a checkpoint."""
-        measured = json.loads((folder / self.FILE).read_text(encoding="utf-8"))
+        measured = read_record(folder / self.FILE, _FIELDS)
         self.times_ms = measured["times_ms"]
         self.earlier_peak = measured["peak_memory_bytes"]
 

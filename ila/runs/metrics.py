@@ -1,11 +1,10 @@
 """The measurements of a training run: the record in ``metrics.json``, read and checked."""
 
-import json
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
+
+from ila.runs.records import COUNT, NUMBER, TEXT, Field, is_count, is_number, or_null, read_record
 
 
 class LayerCounts(TypedDict, total=False):
@@ -13,6 +12,7 @@ class LayerCounts(TypedDict, total=False):
 
     Attributes:
         open_modules: Layers that train.
+        kept_modules: Closed layers that keep what they learned; absent where there are none.
         total_modules: Layers that could.
         fraction_open: The share of the two, in [0, 1].
         trainable_parameters: Parameters that require grad.
@@ -21,6 +21,7 @@ class LayerCounts(TypedDict, total=False):
     """
 
     open_modules: int
+    kept_modules: int
     total_modules: int
     fraction_open: float
     trainable_parameters: int
@@ -81,62 +82,35 @@ def load_run(path: str | os.PathLike[str]) -> Metrics:
     Raises:
         ValueError: The file is missing, is not JSON, lacks keys, or holds values of the wrong type.
     """
-    file = Path(path) / "metrics.json"
-    try:
-        run = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{file}: no such file; is this the folder of a training run?") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON, or cut short: {error}") from None
-    if not isinstance(run, dict):
-        raise ValueError(f"{file}: must hold an object, got {type(run).__name__}")
-    missing = [key for key in _RUN_KEYS if key not in run]
-    if missing:
-        raise ValueError(f"{file}: missing {', '.join(missing)}")
-    for key, (expected, is_valid) in _RUN_KEYS.items():
-        if not is_valid(run[key]):
-            raise ValueError(f"{file}: {key} must be {expected}, got {run[key]!r:.80}")
-    return run
-
-
-def _is_number(value: object) -> bool:
-    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_real and abs(value) <= sys.float_info.max
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    hint = "; is this the folder of a training run?"
+    return read_record(Path(path) / "metrics.json", _FIELDS, hint)
 
 
 def _are_times(value: object) -> bool:
     return isinstance(value, dict) and all(
-        _is_number(value.get(k)) for k in ("median", "p10", "p90")
+        is_number(value.get(k)) for k in ("median", "p10", "p90")
     )
 
 
 def _are_losses(value: object) -> bool:
     return isinstance(value, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) for pair in value
+        isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) for pair in value
     )
 
 
-_TEXT = ("a text", lambda value: isinstance(value, str))
-_COUNT = ("an integer of 0 or more", _is_count)
-_NUMBER = ("a finite number", _is_number)
-_LOSS = ("a finite number or null", lambda value: value is None or _is_number(value))
-_RUN_KEYS: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "name": _TEXT,
-    "open_modules": _COUNT,
-    "total_modules": _COUNT,
-    "fraction_open": _NUMBER,
-    "trainable_parameters": _COUNT,
-    "steps": _COUNT,
-    "held_out_loss_before": _LOSS,
-    "held_out_loss": _LOSS,
-    "step_time_ms": ("an object with the numbers median, p10 and p90", _are_times),
-    "peak_memory_bytes": ("an integer or null", lambda value: value is None or _is_count(value)),
-    "tokens_per_step": _NUMBER,
-    "losses": ("a list of [step, loss]", _are_losses),
-    "device": _TEXT,
-    "dtype": _TEXT,
+_FIELDS: dict[str, Field] = {
+    "name": TEXT,
+    "open_modules": COUNT,
+    "total_modules": COUNT,
+    "fraction_open": NUMBER,
+    "trainable_parameters": COUNT,
+    "steps": COUNT,
+    "held_out_loss_before": or_null(NUMBER),
+    "held_out_loss": or_null(NUMBER),
+    "step_time_ms": Field("an object with the numbers median, p10 and p90", _are_times),
+    "peak_memory_bytes": or_null(Field("an integer", is_count)),
+    "tokens_per_step": NUMBER,
+    "losses": Field("a list of [step, loss]", _are_losses),
+    "device": TEXT,
+    "dtype": TEXT,
 }

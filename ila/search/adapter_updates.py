@@ -42,7 +42,7 @@ def _check_layers(layers: Mapping[str, MaskedLoraLayer], adapter: str) -> None:
             "use ila.attach or ila.convert first"
         )
     for name, layer in layers.items():
-        if layer.is_closed(adapter):
+        if not layer.is_open(adapter):
             raise ValueError(f"layer {name!r} is closed; the search needs every layer open")
         route = layer.route()
         if route.path != FUSED and route is not SHARDED:  # forward raises if it is not gathered

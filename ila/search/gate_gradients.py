@@ -87,17 +87,22 @@ class LayerMean(TrainerCallback):
         means = self.fold_totals[full] / self.fold_counts[full, :, None]
         return means.mean(1).tolist()
 
+    def sums(self) -> dict[str, list]:
+        """Return the running sums, for JSON."""
+        return {name: getattr(self, name).tolist() for name in self.SUMS}
+
+    def set_sums(self, sums: Mapping[str, list]) -> None:
+        """Go on from what ``sums`` returned."""
+        for name in self.SUMS:
+            getattr(self, name).copy_(torch.tensor(sums[name], dtype=torch.float64))
+
     def save(self, folder: Path) -> None:
         """Write the running sums beside a checkpoint."""
-        write_json_atomic(
-            folder / self.FILE, {name: getattr(self, name).tolist() for name in self.SUMS}
-        )
+        write_json_atomic(folder / self.FILE, self.sums())
 
     def load(self, folder: Path) -> None:
         """Read the running sums of a checkpoint."""
-        saved = json.loads((folder / self.FILE).read_text(encoding="utf-8"))
-        for name in self.SUMS:
-            getattr(self, name).copy_(torch.tensor(saved[name], dtype=torch.float64))
+        self.set_sums(json.loads((folder / self.FILE).read_text(encoding="utf-8")))
 
 
 class SignalTrainer(Trainer):
@@ -124,12 +129,14 @@ class GateGradient(LayerMean):
     """−⟨dB, B⟩ of each layer: the importance that stage 1 gives for free."""
 
     def values(self) -> list[torch.Tensor]:
-        products = []
-        for layer in self.layers.values():
-            b = layer.lora_B[self.adapter].weight
-            gradient = torch.zeros_like(b) if b.grad is None else b.grad
-            products.append(-(gradient * b.detach()).sum())
-        return products
+        return [self._product(layer) for layer in self.layers.values()]
+
+    def _product(self, layer: MaskedLoraLayer) -> torch.Tensor:
+        if self.adapter not in layer.lora_B:  # closed by a mask
+            return torch.zeros((), device=self.device)
+        b = layer.lora_B[self.adapter].weight
+        gradient = torch.zeros_like(b) if b.grad is None else b.grad
+        return -(gradient * b.detach()).sum()
 
 
 class PathGradient(LayerMean):
@@ -149,7 +156,11 @@ class PathGradient(LayerMean):
         return step % len(self.points)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.gamma = self.points[self.group(state.global_step)]
+        self.set_gates(state.global_step)
+
+    def set_gates(self, step: int) -> None:
+        """Set every gate to the point of this step."""
+        self.gamma = self.points[self.group(step)]
         score = torch.logit(torch.tensor(self.gamma, dtype=torch.float64)).item()
         with torch.no_grad():
             for layer in self.layers.values():

@@ -7,7 +7,6 @@ Source: the stopping rule of stage 1 in arXiv 2410.17875.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,10 +15,25 @@ from transformers import TrainerCallback, TrainerState
 
 from ila.runs.atomic import write_folder_atomic, write_json_atomic
 from ila.runs.processes import on_main_process
+from ila.runs.records import COUNT, NUMBER, NUMBERS, RATE, TEXT, Field, is_number, read_record
 from ila.search.baselines import UNTRAINED
 from ila.search.gate_gradients import LayerMean, SignalTrainer
 from ila.search.stage import Search, train_stage
 from ila.training.loop import losses
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(map(is_number, value))
+
+
+_RESULT = {
+    **{"steps": COUNT, "stopped": TEXT, "gate_gradient": NUMBERS, "loss_window": COUNT},
+    **dict.fromkeys(("first_window_loss", "last_window_loss"), NUMBER),
+    "folds": Field(
+        "a list of lists of finite numbers",
+        lambda value: isinstance(value, list) and all(map(_are_numbers, value)),
+    ),
+}
 
 
 class StopWhenStable(TrainerCallback):
@@ -73,8 +87,11 @@ def run_stage1(search: Search) -> dict[str, Any]:
         return {"steps": 0, "gate_gradient": {}, "folds": [], "seconds": 0.0}
     if search.resume and on_main_process(done.exists):
         search.updates.load(search.folder / search.updates.folder)
-        cost = json.loads((search.folder / "cost.json").read_text(encoding="utf-8"))
-        return {**json.loads(done.read_text(encoding="utf-8")), **cost}
+        cost = read_record(search.folder / "cost.json", {"seconds": RATE})
+        result = read_record(done, _RESULT)
+        if set(result["gate_gradient"]) != set(search.updates.layers):
+            raise ValueError(f"{done}: gate_gradient must name the layers of the model")
+        return {**result, **cost}
     signal = search.updates.signal()
     stable = StopWhenStable(config.epsilon, config.stability_window)
     trained = train_stage(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import PeftModel
@@ -10,10 +11,10 @@ from peft.utils import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer
 
+from ila.boundary import reading
 from ila.models.edit import masked_layers, single_adapter
 from ila.models.layer import MaskedLoraLayer
 from ila.models.targets import outside
@@ -54,11 +55,24 @@ def load_adapter(peft_model: PeftModel, adapter: str, folder: Path) -> None:
     Raises:
         ValueError: If the weights are damaged.
     """
-    try:
+    with reading(f"{folder} is damaged", "the adapter in"):
         weights = load_peft_weights(str(folder), device="cpu")
-    except SafetensorError as error:
-        raise ValueError(f"the adapter in {folder} is damaged: {error}") from error
-    set_peft_model_state_dict(peft_model, weights, adapter_name=adapter)
+        own = get_peft_model_state_dict(peft_model, adapter_name=adapter)
+        check_same_tensors(weights, own, folder)
+        set_peft_model_state_dict(peft_model, weights, adapter_name=adapter)
+
+
+def check_same_tensors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path
+) -> None:
+    """Refuse an adapter that lacks tensors of the model: PEFT would leave those as they are."""
+    for name, tensor in expected.items():
+        if name not in found or found[name].shape != tensor.shape:
+            has = tuple(found[name].shape) if name in found else "nothing"
+            raise ValueError(
+                f"the adapter in {folder} is damaged, or of another model: {name} must have shape "
+                f"{tuple(tensor.shape)}, got {has}"
+            )
 
 
 class Adapter:
@@ -98,18 +112,18 @@ def _counts(peft_model: PeftModel, adapter: str) -> LayerCounts:
         layers = {
             n: m for n, m in peft_model.named_modules() if adapter in getattr(m, "lora_A", ())
         }
-    is_open = [
-        not (isinstance(layer, MaskedLoraLayer) and layer.is_closed(adapter))
-        for layer in layers.values()
-    ]
+    ours = [layer for layer in layers.values() if isinstance(layer, MaskedLoraLayer)]
+    is_open = [layer not in ours or layer.is_open(adapter) for layer in layers.values()]
+    kept = sum(layer.is_kept(adapter) for layer in ours)
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     beside = outside(peft_model, layers).parameters
     if trainable == 0:
         raise ValueError("peft_model must have parameters that require grad; none does")
-    return {
+    counts: LayerCounts = {
         "open_modules": sum(is_open),
         "total_modules": len(layers),
         "fraction_open": sum(is_open) / max(1, len(layers)),
         "trainable_parameters": trainable,
         **({"outside_parameters": beside} if beside else {}),
     }
+    return counts | {"kept_modules": kept} if kept else counts

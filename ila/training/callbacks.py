@@ -40,11 +40,11 @@ class ProgressBar(TrainerCallback):
         if not state.is_local_process_zero:
             return
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # it holds names of folders
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=Console(stderr=True),
         )
         self.progress.start()
@@ -95,12 +95,9 @@ class LogFile(TrainerCallback):
         if not state.is_world_process_zero or not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a line cut off by the kill that made resuming necessary
-            if entry.get("stage") != self.stage or entry.get("step", 0) <= state.global_step:
+        for line in self.path.read_text("utf-8", "replace").splitlines():
+            place = _place_of(line)
+            if place is not None and (place[0] != self.stage or place[1] <= state.global_step):
                 kept.append(line + "\n")
         write_text_atomic(self.path, "".join(kept))
 
@@ -114,3 +111,14 @@ class LogFile(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self.stage, **entry}) + "\n")
+
+
+def _place_of(line: str) -> tuple[str, float] | None:
+    """Stage and step of a line of the log; None if it is damaged, as one cut off by a kill is."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or not isinstance(entry.get("step", 0), int | float):
+        return None
+    return str(entry.get("stage")), entry.get("step", 0)

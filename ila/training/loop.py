@@ -6,7 +6,8 @@ not decided here can be given as ``training_args``, by the names of ``TrainingAr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +74,25 @@ def run(trainer: Trainer, resume_from: Path | None) -> None:
         _check_sharded(trainer.model)
         # Accelerate would look again for the classes to shard, by names that sharding has changed.
         trainer.accelerator.state.fsdp_plugin.auto_wrap_policy = None
-    attributes = vars(trainer.model)
-    before = {name: attributes[name] for name in _PREPARED if name in attributes}
     try:
-        with leaning(trainer.model):
+        with _as_before(trainer.model), leaning(trainer.model):
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
-        for name in _PREPARED:
-            attributes.pop(name, None)
-        attributes.update(before)
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressBar):
                 callback.close()
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Give a model back the attributes that accelerate has put into it."""
+    before = {name: vars(model)[name] for name in _PREPARED if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in _PREPARED:
+            vars(model).pop(name, None)
+        vars(model).update(before)
 
 
 def _check_sharded(model: nn.Module) -> None:

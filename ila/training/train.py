@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from ila.data import token_count
 from ila.models.open_weights import OpenLayers
 from ila.prefix.cache import PrefixCache
 from ila.runs.atomic import move_in, write_json_atomic
 from ila.runs.folder import RUN_MARKER, claim
 from ila.runs.meter import StepMeter
+from ila.runs.metrics import load_run
 from ila.runs.processes import on_main_process
+from ila.runs.records import NUMBER, or_null, read_record
 from ila.training.adapter import Adapter
 from ila.training.arguments import arguments
 from ila.training.callbacks import LogFile, stage_callbacks
@@ -34,6 +36,7 @@ from ila.training.loop import (
 )
 from ila.training.trained import Trained
 
+_BEFORE = {"held_out_loss_before": or_null(NUMBER)}
 PREFIX_FOLDER = "prefix-cache"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -91,7 +94,7 @@ def train(
             on_main_process(lambda: claim(out, mine, resume=resume, **where))
             if resume and on_main_process((out / "metrics.json").exists):
                 part.load(out)
-                return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+                return load_run(out)
         args = _arguments(config, out, keep=output_dir is not None)
         costs = StepMeter(args.device)
         log = LogFile(out / "log.jsonl", "train") if output_dir is not None else None
@@ -150,13 +153,13 @@ def _dtype_text(model: nn.Module) -> str:
 def _tokens_per_step(dataset: Sequence[Mapping[str, Any]], args: TrainingArguments) -> float:
     """Tokens of an optimiser step on average, padding left out, over all devices."""
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return rows * sum(len(row["input_ids"]) for row in dataset) / len(dataset)
+    return rows * sum(token_count(row) for row in dataset) / len(dataset)
 
 
 def _held_out(trainer, held_out, collator, config, out: Path) -> float | None:
     """Loss before training; a resumed run reads what the first start measured."""
     file = out / "before.json"
-    known = on_main_process(lambda: json.loads(file.read_text("utf-8")) if file.exists() else None)
+    known = on_main_process(lambda: read_record(file, _BEFORE) if file.exists() else None)
     if known is not None:
         return known["held_out_loss_before"]
     before = _loss(trainer, held_out, collator, config)

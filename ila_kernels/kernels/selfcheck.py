@@ -6,7 +6,7 @@ and raise nothing (unslothai/unsloth#11614). Training on that is worse than an e
 Every form of a kernel that training launches runs at least once: each number of adapters that a
 pass over x serves, forward and input gradient alone and added to another's, sums with their shares,
 all of it with and without dropout. A gate, one more number to read, is there in some of them. That
-is 50 launches.
+is 60 launches.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ila_kernels.config import ADAPTERS_PER_PASS
 from ila_kernels.eager import Needs
 from ila_kernels.group import Member
 from ila_kernels.kernels import group
+from ila_kernels.kernels.grad_a import Adapter, grad_a
 from ila_kernels.kernels.launch import is_capturing
 from ila_kernels.kernels.shrink import shrink
 
@@ -82,6 +83,7 @@ def _check(shape, dtype, count, dropout_p, device, number, problem) -> None:
     columns = zip(members, dys, keeps, strict=True)
     exact = [_exact(x, m, dy, keep, dropout_p) for m, dy, keep in columns]
     found = [("t", t, right["t"]) for t, right in zip(every_t, exact, strict=True)]
+    found += _grads_of_a(x, members, every_t, keeps, dropout_p)
     found.append(("dx", dx, sum(right["dx"] for right in exact[:count])))
     for t, y, grad, right in zip(ts, ys, grads, exact[:count], strict=True):
         own = {"t": t, "y": y, "dA": grad.lora_a, "dB": grad.lora_b}
@@ -105,6 +107,19 @@ def _drawn(
         members.append(Member(normal(n, k), normal(r, k), normal(n, r), gate, None, seed, SCALE))
         dys.append(normal(m, n))
     return normal(m, k), members, dys
+
+
+def _grads_of_a(x, members, us, keeps, dropout_p) -> list[tuple[str, Tensor, Tensor]]:
+    """Every dA from one pass over x, and the first alone, for any u, and what each has to be."""
+    seeds = [None if m.seed is None else int(m.seed) for m in members]
+    rows = zip(us, seeds, members, strict=True)
+    adapters = [Adapter(u, seed, m.scale, None, u.dtype) for u, seed, m in rows]
+    das = [*grad_a(x, adapters, dropout_p), *grad_a(x, adapters[:1], dropout_p)]
+    exact = [
+        m.scale * u.cpu().double().t() @ (x.cpu().double() * keep / (1 - dropout_p))
+        for u, m, keep in zip(us, members, keeps, strict=True)
+    ]
+    return [("dA", da, right) for da, right in zip(das, exact + exact[:1], strict=True)]
 
 
 def _needs(m: Member) -> Needs:

@@ -45,6 +45,16 @@ def base_of(folder):
 # ---- the main path
 
 
+def test_rows_of_like_length_come_together_if_asked(learn, train, tmp_path):
+    for command, name in ((learn, "learned"), (train, "trained")):
+        plain = command(tmp_path / name)
+        grouped = command(tmp_path / f"{name}-grouped", "--group-by-length")
+        assert "of a batch; " in plain.out and "with --group-by-length" in plain.out
+        assert grouped.code == 0 and "if drawn at random" in grouped.out
+    settings = json.loads((tmp_path / "trained-grouped/metrics.json").read_text())["config"]
+    assert "group_by_length" in str(settings["training_args"])
+
+
 def test_the_main_path(ila, learn, train, tmp_path, tiny_model_folder):
     first, second = tmp_path / "first", tmp_path / "second"
     answer = learn(first)

@@ -105,11 +105,11 @@ def test_backward_ops_have_the_fakes_of_their_results(plain_tensors):
     t, seed, needs = i.x.new_ones(20, 3), torch.tensor([5]), [True] * 6
     tensors = (i.dy, i.x, i.weight, i.lora_a, i.lora_b, i.gate, t, seed)
     op = OPS.masked_lora_linear_backward.default
-    assert_passes_all_four(op, (*tensors, 1.7, 0.3, needs))
+    assert_passes_all_four(op, (*tensors, 1.7, 0.3, needs, "triton"))
     columns = ([i.dy, None, i.dy], i.x, [i.weight] * 3, [i.lora_a, i.lora_a, None])
     columns += ([i.lora_b, i.lora_b, None], [i.gate, None, None], [seed, seed, None])
     closed = [True, True, False, False, False, True]
-    options = ([t, t, None], [1.7, 1.0, 0.5], 0.3, needs * 2 + closed)
+    options = ([t, t, None], [1.7, 1.0, 0.5], 0.3, needs * 2 + closed, "triton")
     assert_passes_all_four(OPS.masked_lora_linear_group_backward.default, (*columns, *options))
 
 

@@ -291,13 +291,16 @@ def test_copies_and_pickles_are_lean_models_of_their_own(tiny, make):
 
 def test_a_forward_wrapped_by_others_is_plain_once_it_is_undone(tiny):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of another test's Trainer
     model = tiny.base().requires_grad_(False)
     ila.lean_head(model)
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
     assert prepared(**batch(tiny)).logits is None
     plain_head(model)
     assert prepared(**batch(tiny)).logits is not None
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # --- with others
