@@ -32,6 +32,7 @@ STOREYS = {
         "traced",
         "ops",
         "roofline",
+        "time_budget",
         "functional",
         "testing",
         "__init__",
