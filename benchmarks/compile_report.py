@@ -375,6 +375,9 @@ def cases(kernel: str = "", dtype: str = "", target: str = "") -> Iterator[tuple
             for kind in (dtype,) if dtype else DTYPES:
                 if name.endswith("+tma") and (to not in GEMM_PERSISTENT or kind == "fp32"):
                     continue
+                # Of bf16 it differs by the type of the product: enough where the loop is compared.
+                if kind == "fp16" and not dtype and name not in MARKED:
+                    continue
                 yield from ((name, kind, r, to) for r in RANKS)
 
 

@@ -309,8 +309,9 @@ def shrink_tile(
     At most 178 registers a thread (three adapters at R = 64 on sm_80), 128 at R = 16, no spill and
     86 KiB of shared memory. A group under dropout holds a mask for each adapter, so its steps are
     shorter (at 64, three adapters spilled 3 to 27 registers on three targets) and beyond R = 16 it
-    has two stages (with three, 2 to 6 spills on sm_120) and blocks of 32 over R (at 64, 24 spills
-    on sm_80): the Philox rounds take longer than the loads there.
+    has two stages (with three, 2 to 6 spills on sm_120), blocks of 32 over R (at 64, 24 spills on
+    sm_80) and for three adapters 32 rows (at 64, 3 spills there): the Philox rounds take longer
+    than the loads.
 
     Args:
         m: Rows M.
@@ -330,6 +331,8 @@ def shrink_tile(
     few = m < MANY_ROWS and block <= 32
     if group and dropout:
         wide = block > 16
+        if wide and adapters > 2:
+            return Tile(32, 1, 32, block, warps=4, stages=2)
         return Tile(64, 1, 32, block, warps=8 if wide else 4, stages=2 if wide else 4)
     if few:
         return Tile(32, 1, 64 if group or dropout else 128, block, warps=4, stages=4)

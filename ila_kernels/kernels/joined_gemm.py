@@ -81,8 +81,9 @@ def launch(
         "M": m, "Ns": tuple(y.shape[1] for y in ys), "K": k, "ranks": ranks,
         "scales": tuple(float(z.scale) for z in members),
         "p_m": x.stride(0), "p_k": x.stride(1), "q_n": k,
-        "ONE_STEP": loads_early(max(ranks), tile, x.element_size()), "EVEN_K": k % tile.k == 0,
-        "DTYPE": TL_DTYPES[x.dtype], "PRECISION": precision(x.dtype, target),
+        "ONE_STEP": loads_early(max(ranks), tile, x.element_size(), True),
+        "EVEN_K": k % tile.k == 0, "DTYPE": TL_DTYPES[x.dtype],
+        "PRECISION": precision(x.dtype, target),
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_R": tile.r,
     }  # fmt: skip
     return Launch(_joined_gemm, (-(-m // tile.m) * columns,), arguments, tile)

@@ -184,13 +184,14 @@ def _lowrank_gemm(
         )  # fmt: skip
 
 
-def loads_early(r: int, tile: Tile, element_bytes: int) -> bool:
+def loads_early(r: int, tile: Tile, element_bytes: int, by_columns: bool) -> bool:
     """Return whether U and V are loaded before the loop over K, and not after it.
 
     They are where one step covers R and two blocks stay on a multiprocessor of sm_90: at R = 64
-    their 32 KiB came on top of the loop's 96. In fp32 they took the registers of the products.
+    their 32 KiB came on top of the loop's 96. In fp32 they took the registers of the products, and
+    in dx at R = 8, where V is loaded element by element, the loop took 108 instructions for 102.
     """
-    return r <= tile.r <= 32 and element_bytes == 2
+    return r <= tile.r <= 32 and element_bytes == 2 and (r % 16 == 0 or by_columns)
 
 
 def launch(
@@ -237,7 +238,7 @@ def launch(
         "threshold": threshold(dropout_p),
         "p_m": p.stride(0), "p_k": p.stride(1), "q_k": q.stride(0), "q_n": q.stride(1), **strides,
         "c_m": c.stride(0), "HAS_UPDATE": u is not None,
-        "ONE_STEP": loads_early(r, tile, p.element_size()),
+        "ONE_STEP": loads_early(r, tile, p.element_size(), strides["v_r"] == 1),
         "DROPOUT": dropout, "ACCUMULATE": accumulate, "EVEN_K": k % tile.k == 0,
         "PERSISTENT": False, "Q_ROWS": True,
         "DTYPE": TL_DTYPES[p.dtype], "PRECISION": precision(p.dtype, target),
