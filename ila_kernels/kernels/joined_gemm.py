@@ -49,15 +49,11 @@ def _joined_gemm(
         end += tl.cdiv(Ns[j], BLOCK_N)
         past = column >= end
         i, first = tl.where(past, j + 1, i), tl.where(past, end, first)
-    gate_ptr, bias_ptr = None, None
-    if gate_ptrs is not None:
-        gate_ptr = _picked(gate_ptrs, i)
-    if bias_ptrs is not None:
-        bias_ptr = _picked(bias_ptrs, i)
     N, R = _picked(Ns, i), _picked(ranks, i)
     _tile(
         row, column - first, p_ptr, _picked(q_ptrs, i), _picked(u_ptrs, i), _picked(v_ptrs, i),
-        gate_ptr, bias_ptr, _picked(c_ptrs, i),
+        _picked(gate_ptrs, i) if gate_ptrs is not None else None,
+        _picked(bias_ptrs, i) if bias_ptrs is not None else None, _picked(c_ptrs, i),
         M, N, K, R, _picked(scales, i), 0, 0,
         p_m, p_k, 1, q_n, R, 1, 1, R, 1, N,
         True, ONE_STEP, False, False, EVEN_K, False, True, DTYPE, PRECISION,

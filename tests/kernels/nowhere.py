@@ -75,6 +75,8 @@ class Nowhere:
 
 
 class _Kernel(CompiledKernel):
+    run = property(lambda self: self._run)  # an attribute in older versions of Triton
+
     def _init_handles(self) -> None:
         pass
 
