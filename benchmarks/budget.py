@@ -5,8 +5,8 @@
 Three parts, each kept in ``--work`` so that an interrupted run goes on, and `--part` runs one alone
 (the first two want a quiet machine, the third does not care):
 
-- ``calibrate``: the rates of ``ila.calibration``, and a dozen random masks that the fit has not
-  seen, timed beside those it has: correlation and worst error of what is predicted.
+- ``calibrate``: the rates of ``ila.price.calibration``, and a dozen random masks that the fit has
+  not seen, timed beside those it has: correlation and worst error of what is predicted.
 - ``time``: for every `--as-top` share, the best layers by score and the selection whose budget is
   what those take; all of them timed in turn, with all layers open.
 - ``train``: each from scratch with equal steps, from the seeds given; and all layers with as many
@@ -26,18 +26,18 @@ import numpy as np
 
 from benchmarks.harness.busy import Busy, load_average
 from benchmarks.harness.session import environment
-from ila import commands
-from ila.calibration import ALL, Steps, batch_of, calibrate
-from ila.claims import claim
-from ila.files import write_json_atomic
-from ila.loading import find_source, load_model
-from ila.mask import LayerMask
-from ila.pipeline import Inputs, adapt
-from ila.ranks import processes
-from ila.shapes import Shape
-from ila.speed import Speed
-from ila.spending import TIME, Budget, Spending
-from ila.train import TrainConfig
+from ila.commands.inputs import Inputs, attach_adapter
+from ila.commands.train import train_selected
+from ila.masks.mask import LayerMask
+from ila.models.loading import find_source, load_model
+from ila.price.budget import TIME, Budget, Spending
+from ila.price.calibration import ALL, Steps, batch_of, calibrate
+from ila.price.shapes import Shape
+from ila.price.speed import Speed
+from ila.runs.atomic import write_json_atomic
+from ila.runs.folder import claim
+from ila.runs.processes import processes
+from ila.training.config import TrainConfig
 
 PARTS = ("calibrate", "time", "train")
 
@@ -77,7 +77,7 @@ class Run:
             length=self.options.max_length,
             base_bytes=base.dtype.itemsize,
         )
-        return adapt(base, self.inputs), shape
+        return attach_adapter(base, self.inputs), shape
 
     def calibrate(self) -> None:
         model, shape = self.model()
@@ -129,7 +129,7 @@ class Run:
         rate, size = self.options.learning_rate, self.options.batch_size
         config = TrainConfig(steps=steps, learning_rate=rate, batch_size=size)
         resume = (out / "run.json").exists()
-        metrics, _ = commands.train_selected(inputs, config, out, mask_file=mask, resume=resume)
+        metrics, _ = train_selected(inputs, config, out, mask_file=mask, resume=resume)
         print(f"{name}, seed {seed}: {steps} steps, held out {metrics['held_out_loss']:.4f}")
 
     def document(self) -> dict[str, Any]:

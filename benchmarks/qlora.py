@@ -23,10 +23,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import ila
-from ila.files import write_json_atomic
-from ila.loading import LOAD_IN, find_source, load_model
-from ila.memory import peak_bytes, reset_peak
-from ila.pipeline import versions
+from ila.commands.inputs import versions
+from ila.models.loading import LOAD_IN, find_source, load_model
+from ila.runs.atomic import write_json_atomic
+from ila.runs.meter import peak_bytes, reset_peak
 
 CONTESTANTS = ("peft", "ours", "ours, closed below the top 30%")
 

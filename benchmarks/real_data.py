@@ -19,13 +19,14 @@ import torch
 from rich.console import Console
 
 from benchmarks.harness.busy import Busy, load_average
-from ila.claims import claim
-from ila.demo import PLAN_MARKER, Plan, run_plan
-from ila.files import write_json_atomic
-from ila.mask import LayerMask
+from ila.commands.demo import PLAN_MARKER, Plan, run_plan
+from ila.masks.mask import LayerMask
+from ila.runs.atomic import write_json_atomic
+from ila.runs.folder import claim
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """Read the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", action="append", required=True, metavar="NAME=FILE")
@@ -42,10 +43,14 @@ def main() -> None:
     parser.add_argument("--held-out", type=float, default=0.1)
     parser.add_argument("--top", type=float, default=0.3)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """Turn the options into the steps of ``ila demo`` on these data sets."""
     data = dict(item.split("=", 1) for item in options.data)
     trained_on = list(data) if options.train_on is None else options.train_on
-    plan = Plan(
+    return Plan(
         model=options.model,
         data={name: Path(file) for name, file in data.items()},
         trained_on=trained_on,
@@ -62,6 +67,11 @@ def main() -> None:
             *("--learning-rate", str(options.learning_rate), "--seed", str(options.seed)),
         ],
     )
+
+
+def main() -> None:
+    options = parse()
+    plan = plan_of(options)
     same = {k: v for k, v in vars(options).items() if k not in ("work", "json")}
     mine = {"what": "benchmarks.real_data", "options": same}
     try:

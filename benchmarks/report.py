@@ -21,8 +21,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from benchmarks import sections
-from benchmarks.stamp import Reading, digest, fault, stamp
-from ila.files import write_bytes_atomic, write_text_atomic
+from benchmarks.sections.stamp import Reading, digest, fault, stamp
+from ila.runs.atomic import write_bytes_atomic, write_text_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -31,6 +31,7 @@ README, FIGURES = "README.md", "docs/figures"
 SUFFIXES = (".png", ".svg")
 COMMAND = "python -m benchmarks.report"
 NOTHING = "Nothing measured yet."
+LONG = 12  # lines of a table that a page shows unfolded
 MORE = (
     "All tables and figures: [docs/benchmarks.md](docs/benchmarks.md) and "
     "[docs/study.md](docs/study.md)."
@@ -68,11 +69,11 @@ def find_sections() -> list[ModuleType]:
     """Import every section, in the order in which pages show them."""
     names = [module.name for module in pkgutil.iter_modules(sections.__path__)]
     modules = [importlib.import_module(f"{sections.__name__}.{name}") for name in names]
-    found = [module for module in modules if hasattr(module, "markdown")]
-    for module in found:
+    shown = [module for module in modules if hasattr(module, "markdown")]
+    for module in shown:
         if page_of(module) not in PAGES:
             raise ValueError(f"{module.__name__}: PAGE must be one of {', '.join(PAGES)}")
-    return sorted(found, key=lambda module: (getattr(module, "ORDER", 50), module.__name__))
+    return sorted(shown, key=lambda module: (getattr(module, "ORDER", 50), module.__name__))
 
 
 def page_of(section: ModuleType) -> str:
@@ -98,13 +99,26 @@ def sources_of(section: ModuleType) -> list[bytes]:
     return [path.read_text(encoding="utf-8").encode() for path in beside]
 
 
-def section_text(section: ModuleType, found: Mapping[str, Any], pictures: list[str]) -> list[str]:
+def folded(part: str) -> str:
+    r"""Fold a long table away behind a line; anything else stays as it is.
+
+    >>> folded("| a |\n| --- |\n| 1 |")
+    '| a |\n| --- |\n| 1 |'
+    """
+    lines = part.splitlines()
+    if len(lines) <= LONG or not all(line.startswith("|") for line in lines):
+        return part
+    return f"<details><summary>Table of {len(lines) - 2} rows</summary>\n\n{part}\n\n</details>"
+
+
+def section_text(section: ModuleType, content: Mapping[str, Any], pictures: list[str]) -> list[str]:
     """Heading, paragraphs, and the pictures that no paragraph shows."""
-    parts = section.markdown(found)
+    parts = section.markdown(content)
     if not parts:
         return []
     title = getattr(section, "TITLE", None) or section.__doc__.splitlines()[0].rstrip(".")
     shown = "\n".join(parts)
+    parts = [folded(part) for part in parts]
     rest = [name for name in pictures if f"](figures/{name})" not in shown]
     says = {name: Path(name).stem.replace("-", " ") for name in rest}
     return [f"## {title}", *parts, *(f"![{says[name]}](figures/{name})" for name in rest)]

@@ -14,151 +14,34 @@ of each block keeps one in the model's dtype. It is in every row, 2·B·T² byte
 from __future__ import annotations
 
 import argparse
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-import ila
-from ila.files import write_json_atomic
-from ila.layer import MaskedLoraLayer
-from ila.mlp import make_lean
-from ila.pipeline import versions
+from benchmarks.memory.kept import OUTSIDE, PLACES, saved_bytes
+from benchmarks.memory.rows import fused
+from benchmarks.memory.true_size import (
+    OPEN,
+    RANK,
+    SHAPES,
+    adapted,
+    at_random,
+    build,
+    converted,
+    fake,
+    masked,
+)
+from ila.commands.inputs import versions
+from ila.models.mlp import make_lean
+from ila.runs.atomic import write_json_atomic
 
-_COMMON = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
-SHAPES: dict[str, tuple[type, type, dict[str, int]]] = {
-    "llama-2-7b": (
-        LlamaConfig,
-        LlamaForCausalLM,
-        {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
-    ),
-    "llama-3-8b": (
-        LlamaConfig,
-        LlamaForCausalLM,
-        {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
-    ),
-    "mistral-7b": (
-        MistralConfig,
-        MistralForCausalLM,
-        {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 32768},
-    ),
-}
 GIB = 2**30
-RANK, DROPOUT, OPEN = 16, 0.05, 0.3
+DROPOUT = 0.05
 SCATTERINGS = 5
-# Where a tensor is kept: children of a block, and all that is outside of the blocks.
-PLACES = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-OUTSIDE = "embedding, head, loss"
-
-
-class _Kept:
-    """What the graph holds in place of a tensor; it dies with that part of the graph."""
-
-    def __init__(self, tensor: Tensor, place: str) -> None:
-        self.tensor, self.place = tensor, place
-
-
-def saved_bytes(model: nn.Module, compute: Callable[[], Any]) -> dict[str, int]:
-    """Bytes that the graph of ``compute()`` keeps, by place; the result is alive while counting.
-
-    A storage that several functions keep counts once, where it is met first.
-    """
-    owned = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    kept: WeakSet[_Kept] = WeakSet()
-    order: list[str] = [OUTSIDE]
-
-    def pack(tensor: Tensor) -> _Kept:
-        entry = _Kept(tensor, order[-1])
-        kept.add(entry)
-        return entry
-
-    with _places(model, order), saved_tensors_hooks(pack, lambda entry: entry.tensor):
-        result = compute()
-    found: dict[int, tuple[str, int]] = {}
-    for entry in kept:
-        storage = entry.tensor.untyped_storage()
-        if storage._cdata not in owned:
-            others = found.get(storage._cdata, (entry.place, 0))
-            found[storage._cdata] = (min(others[0], entry.place), storage.nbytes())
-    del result
-    counts = dict.fromkeys((*PLACES, OUTSIDE), 0)
-    for place, count in found.values():
-        counts[place] += count
-    return counts
-
-
-@contextmanager
-def _places(model: nn.Module, order: list[str]) -> Iterator[None]:
-    """Keep the place that is computing at the end of ``order``."""
-    handles = []
-    for name, module in model.named_modules():
-        place = name.rpartition(".")[2]
-        if place in PLACES:
-            handles.append(
-                module.register_forward_pre_hook(lambda *_, place=place: order.append(place))
-            )
-            handles.append(module.register_forward_hook(lambda *_: order.pop() and None))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def build(name: str, layers: int | None = None) -> nn.Module:
-    """The model in bf16 on the meta device, frozen, in training mode."""
-    config_class, model_class, shape = SHAPES[name]
-    shape = _COMMON | shape | ({} if layers is None else {"num_hidden_layers": layers})
-    config = config_class(**shape, use_cache=False, sliding_window=None)
-    config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        return model_class(config).to(torch.bfloat16).requires_grad_(False).train()
-
-
-def adapt(
-    base: nn.Module, dropout: float = 0.0, bf16: bool = False, empty: bool = True
-) -> nn.Module:
-    """PEFT's model: rank 16 on all linear layers, adapters in fp32 unless ``bf16``.
-
-    ``empty``: the adapters are on the meta device, where the base should be.
-    """
-    config = LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, lora_dropout=dropout, target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
-    model = get_peft_model(base, config, low_cpu_mem_usage=empty)
-    return in_dtype(model, torch.bfloat16 if bf16 else torch.float32)
-
-
-def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Give the adapters a dtype, in place."""
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.to(dtype)
-    return model
-
-
-def convert(model: nn.Module) -> nn.Module:
-    """Ours, in place."""
-    ila.convert(model)
-    return model
-
-
-def masked(model: nn.Module, rank_of: Callable[[int], float], share: float = OPEN) -> nn.Module:
-    """Close all but the share of layers that ``rank_of`` their position from the input favours."""
-    names = [n for n, m in model.named_modules() if isinstance(m, MaskedLoraLayer)]
-    scores = {name: rank_of(position) for position, name in enumerate(names)}
-    ila.apply_mask(model, ila.LayerMask(scores, dict.fromkeys(names, True)).top(share))
-    return model
 
 
 def frozen(model: nn.Module) -> nn.Module:
@@ -171,46 +54,24 @@ def scattered(model: nn.Module, seed: int) -> nn.Module:
     return masked(model, at_random(seed))
 
 
-def at_random(seed: int) -> Callable[[int], float]:
-    """A rank for each position, drawn in the order of the positions."""
-    generator = random.Random(seed)
-    return lambda position: generator.random()
-
-
 def contestants() -> dict[str, Callable[[nn.Module], nn.Module]]:
     """Row -> what is done to the base model."""
     rows: dict[str, Callable[[nn.Module], nn.Module]] = {
-        "PEFT": adapt,
-        "PEFT, bf16 adapters": lambda base: adapt(base, bf16=True),
-        "PEFT, dropout": lambda base: adapt(base, DROPOUT),
+        "PEFT": adapted,
+        "PEFT, bf16 adapters": lambda base: adapted(base, bf16=True),
+        "PEFT, dropout": lambda base: adapted(base, DROPOUT),
+        "PEFT, fused loss": lambda base: fused(adapted(base)),
         "frozen": frozen,
-        "ours, all open": lambda base: convert(adapt(base)),
-        "ours, dropout": lambda base: convert(adapt(base, DROPOUT)),
+        "ours, all open": lambda base: converted(adapted(base)),
+        "ours, dropout": lambda base: converted(adapted(base, DROPOUT)),
     }
     for seed in range(SCATTERINGS):
         rows[f"ours, 30 % scattered ({seed})"] = lambda base, seed=seed: scattered(
-            convert(adapt(base)), seed
+            converted(adapted(base)), seed
         )
-    rows["ours, 30 % at the top"] = lambda base: masked(convert(adapt(base)), float)
+    rows["ours, 30 % at the top"] = lambda base: masked(converted(adapted(base)), float)
     rows["frozen, lean MLP"] = lambda base: (make_lean(base), frozen(base))[1]
     return rows
-
-
-def fake(model: nn.Module, device: str = "cpu") -> nn.Module:
-    """Replace every meta tensor by a fake one; call it inside a ``FakeTensorMode``."""
-    made: dict[int, Tensor] = {}
-    for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                    if isinstance(tensor, nn.Parameter):
-                        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-                    made[id(tensor)] = new
-                store[name] = made[id(tensor)]
-    return model
 
 
 def count(model: nn.Module, rows: int, tokens: int) -> dict[str, int]:
@@ -223,11 +84,11 @@ def count(model: nn.Module, rows: int, tokens: int) -> dict[str, int]:
 
 def measure(name: str, rows: int, tokens: int, layers: int | None = None) -> dict[str, Any]:
     """All contestants: row -> bytes by place, and in all."""
-    found = {}
+    rows_by_name = {}
     for row, change in contestants().items():
         places = count(change(build(name, layers)), rows, tokens)
-        found[row] = {"bytes": sum(places.values()), "by_place": places}
-    return found
+        rows_by_name[row] = {"bytes": sum(places.values()), "by_place": places}
+    return rows_by_name
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
-from ila.layer import MaskedLoraLinear
+import ila
 from ila_kernels.testing import assert_within_rounding
 
 # (M, K, N): one token and few, a toy layer, and SmolLM2-135M's square and MLP layers.
@@ -36,8 +36,7 @@ def _layers(m: int, k: int, n: int, dtype: torch.dtype):
     ours = copy.deepcopy(peft)
     for part in ("base_layer", "lora_A", "lora_B"):
         setattr(ours, part, getattr(peft, part))
-    ours.__class__ = MaskedLoraLinear
-    ours.prepare()
+    ila.convert(ours)
     x = torch.randn(m, k, dtype=dtype, requires_grad=True)
     return {"peft": peft, "ours": ours}, x, torch.randn(m, n, dtype=dtype)
 

@@ -15,8 +15,8 @@ from importlib.util import find_spec
 import pytest
 
 from benchmarks.harness.session import Options
-from benchmarks.layer_cell import LayerCell
-from benchmarks.layers import GROUPS, LAYERS, WIDTHS
+from benchmarks.layer.cell import LayerCell
+from benchmarks.layer.shapes import GROUPS, LAYERS, WIDTHS
 
 RESULT = "layer"
 SMOL = "SmolLM2-135M"

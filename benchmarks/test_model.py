@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks.harness.session import Options
-from benchmarks.model_cell import TRITON, ModelCell
-from benchmarks.models import Spec
+from benchmarks.model.cell import TRITON, ModelCell
+from benchmarks.model.contestants import FUSED_LOSS, Spec
 
 RESULT = "model"
 SHARES = (0.75, 0.3, 0.1)
@@ -23,28 +23,30 @@ SHARES = (0.75, 0.3, 0.1)
 def opened(options: Options) -> list[tuple[float, str]]:
     """Shares and positions beside all layers."""
     if options.size == "full":
-        found = [(s, where) for s in SHARES for where in ("top", "scattered", "bottom")]
+        pairs = [(s, where) for s in SHARES for where in ("top", "scattered", "bottom")]
     else:
-        found = [(0.75, "scattered"), (0.3, "top"), (0.3, "scattered"), (0.3, "bottom")]
-        found = options.pick(smoke=[(0.3, "top")], quick=[*found, (0.1, "top")], full=None)
+        pairs = [(0.75, "scattered"), (0.3, "top"), (0.3, "scattered"), (0.3, "bottom")]
+        pairs = options.pick(smoke=[(0.3, "top")], quick=[*pairs, (0.1, "top")], full=None)
     if options.mask is not None:
-        found += [(s, "learned") for s in (SHARES if options.size == "full" else (0.3,))]
-    return found
+        pairs += [(s, "learned") for s in (SHARES if options.size == "full" else (0.3,))]
+    return pairs
 
 
 def specs(options: Options) -> Iterator[Spec]:
     """Every contestant."""
     yield from (Spec("PEFT"), Spec("PEFT, base dtype"), Spec("PEFT, dropout"), Spec("addmm"))
+    yield Spec(FUSED_LOSS)
     kinds = ("ours", TRITON) if options.device.type == "cuda" else ("ours",)
     if options.size == "full":
         yield Spec("PEFT, compiled")
     yield from (Spec(kind) for kind in (*kinds, "frozen"))
     for share, position in opened(options):
-        yield Spec("PEFT", share, position)
+        yield from (Spec("PEFT", share, position), Spec(FUSED_LOSS, share, position))
         yield from (Spec(kind, share, position) for kind in kinds)
         if position == "top":  # scattered and bottom leave no frozen prefix to cache
             yield Spec("ours", share, position, cache=True)
-    under = opened(options) if options.size == "full" else [(0.3, "top")]
+    usual = [(0.3, "top"), *([(0.3, "learned")] if options.mask is not None else [])]
+    under = opened(options) if options.size == "full" else usual
     yield from (Spec(kind, checkpoints=True) for kind in ("PEFT", "ours"))
     for share, position in under:
         yield from (Spec(kind, share, position, checkpoints=True) for kind in ("PEFT", "ours"))

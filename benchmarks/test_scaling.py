@@ -14,9 +14,9 @@ from functools import partial
 import pytest
 
 from benchmarks.harness.session import Options
-from benchmarks.model_cell import ModelCell
-from benchmarks.models import Spec
-from benchmarks.scaling_cell import Point, ScalingCell, first_blocks
+from benchmarks.model.cell import ModelCell
+from benchmarks.model.contestants import Spec
+from benchmarks.model.scaling import Point, ScalingCell, first_blocks
 
 RESULT = "scaling"
 ALL = (Spec("PEFT"), Spec("ours"))

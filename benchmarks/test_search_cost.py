@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks.harness.session import Options
-from benchmarks.models import Spec
-from benchmarks.search_cell import PATH, STAGE1, TRAINED, SearchCell
+from benchmarks.model.contestants import Spec
+from benchmarks.model.search import PATH, STAGE1, TRAINED, SearchCell
 
 RESULT = "search-cost"
 

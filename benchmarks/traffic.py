@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ila.files import write_json_atomic
+from ila.runs.atomic import write_json_atomic
 from ila_kernels.roofline import CONTESTANTS, Problem, group_backward_cost, group_forward_cost
 
 NEEDS = {"x", "lora_a", "lora_b"}

@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ila
-from ila.data import Collator, encode, pad_token_id
-from ila.rows import load_rows
+from ila.data import Collator, encode, load_rows, pad_token_id
 
 
 def main() -> None:

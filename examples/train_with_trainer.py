@@ -11,8 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import ila
-from ila.data import Collator, encode, pad_token_id
-from ila.rows import load_rows
+from ila.data import Collator, encode, load_rows, pad_token_id
 
 
 def main() -> None:

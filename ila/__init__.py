@@ -10,35 +10,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ila.checkpointing import gradient_checkpointing as gradient_checkpointing
-    from ila.explanation import Explanation as Explanation
-    from ila.explanation import explain as explain
-    from ila.layer import MaskedLoraLinear as MaskedLoraLinear
-    from ila.mask import LayerMask as LayerMask
-    from ila.model import ConversionReport as ConversionReport
-    from ila.model import MaskReport as MaskReport
-    from ila.model import apply_mask as apply_mask
-    from ila.model import attach as attach
-    from ila.model import convert as convert
-    from ila.model import restore as restore
-    from ila.search import SearchConfig as SearchConfig
-    from ila.search import learn_mask as learn_mask
+    from ila.masks.mask import LayerMask as LayerMask
+    from ila.models.checkpointing import gradient_checkpointing as gradient_checkpointing
+    from ila.models.edit import ConversionReport as ConversionReport
+    from ila.models.edit import MaskReport as MaskReport
+    from ila.models.edit import apply_mask as apply_mask
+    from ila.models.edit import attach as attach
+    from ila.models.edit import convert as convert
+    from ila.models.edit import restore as restore
+    from ila.models.explain import Explanation as Explanation
+    from ila.models.explain import explain as explain
+    from ila.models.layer import MaskedLoraLinear as MaskedLoraLinear
+    from ila.models.lean_head import lean_head as lean_head
+    from ila.search.in_place import select_layers as select_layers
+    from ila.search.learn import SearchConfig as SearchConfig
+    from ila.search.learn import learn_mask as learn_mask
+    from ila.search.select_layers import SelectLayers as SelectLayers
     from ila_kernels._version import __version__ as __version__
 
 _HOME = {
-    "ConversionReport": "model",
-    "Explanation": "explanation",
-    "LayerMask": "mask",
-    "MaskReport": "model",
-    "MaskedLoraLinear": "layer",
-    "SearchConfig": "search",
-    "apply_mask": "model",
-    "attach": "model",
-    "convert": "model",
-    "explain": "explanation",
-    "gradient_checkpointing": "checkpointing",
-    "learn_mask": "search",
-    "restore": "model",
+    "ConversionReport": "models.edit",
+    "Explanation": "models.explain",
+    "LayerMask": "masks.mask",
+    "MaskReport": "models.edit",
+    "MaskedLoraLinear": "models.layer",
+    "SearchConfig": "search.learn",
+    "SelectLayers": "search.select_layers",
+    "apply_mask": "models.edit",
+    "attach": "models.edit",
+    "convert": "models.edit",
+    "explain": "models.explain",
+    "gradient_checkpointing": "models.checkpointing",
+    "lean_head": "models.lean_head",
+    "learn_mask": "search.learn",
+    "restore": "models.edit",
+    "select_layers": "search.in_place",
 }
 __all__ = [
     "ConversionReport",
@@ -47,14 +53,17 @@ __all__ = [
     "MaskReport",
     "MaskedLoraLinear",
     "SearchConfig",
+    "SelectLayers",
     "__version__",
     "apply_mask",
     "attach",
     "convert",
     "explain",
     "gradient_checkpointing",
+    "lean_head",
     "learn_mask",
     "restore",
+    "select_layers",
 ]
 
 

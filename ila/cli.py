@@ -9,6 +9,34 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
+
+from ila.boundary import bug_report, described
+from ila.commands.options import (
+    Accumulate,
+    Alpha,
+    BatchSize,
+    ByLength,
+    Data,
+    Dropout,
+    Dtype,
+    Full,
+    GgufFile,
+    HeldOut,
+    LearningRate,
+    Limit,
+    LoadIn,
+    MaxLength,
+    Model,
+    Out,
+    Rank,
+    Resume,
+    SaveEvery,
+    Seed,
+    Split,
+    Targets,
+    Trust,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,32 +44,8 @@ app = typer.Typer(
     help="Learn which linear layers matter for a data set, and train only those.",
     pretty_exceptions_enable=False,
 )
-screen = Console()
-
-Model = Annotated[str, typer.Option(help="Hub id, local folder, or .gguf file.")]
-Data = Annotated[str, typer.Option(help="Hub id, or a .json, .jsonl, .csv or .parquet file.")]
-Out = Annotated[Path, typer.Option(help="Folder for the results.")]
-GgufFile = Annotated[str | None, typer.Option(help="GGUF file in the model's folder.")]
-Split = Annotated[str, typer.Option(help="Split of a hub data set.")]
-Limit = Annotated[int | None, typer.Option(help="Use only the first rows.")]
-HeldOut = Annotated[float, typer.Option(help="Share of rows kept to measure the loss on.")]
-MaxLength = Annotated[int, typer.Option(help="Longest row in tokens.")]
-Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
-Rank = Annotated[int, typer.Option(help="LoRA rank.")]
-Alpha = Annotated[float, typer.Option(help="LoRA alpha; the scaling is alpha / rank.")]
-Dropout = Annotated[float, typer.Option(help="LoRA dropout.")]
-Targets = Annotated[str, typer.Option(help="all-linear, a regex, or names with commas.")]
-BatchSize = Annotated[int, typer.Option(help="Rows per device and step.")]
-Accumulate = Annotated[int, typer.Option(help="Gradient accumulation steps.")]
-LearningRate = Annotated[
-    float | None, typer.Option(help="Peak learning rate; 2e-4, or 2e-5 with --full.")
-]
-Full = Annotated[bool, typer.Option("--full", help="Train the layers' own weights.")]
-Seed = Annotated[int, typer.Option(help="Of the split, the adapter, data order and dropout.")]
-SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints; 0 keeps none.")]
-LoadIn = Annotated[str | None, typer.Option(help="4bit (NF4) or 8bit: pack the frozen base.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that --out holds.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's code run.")]
+# Paths, names and data are printed as they are: brackets in them are no markup.
+screen = Console(markup=False)
 
 
 @app.command()
@@ -52,14 +56,27 @@ def learn(
     out: Out,
     full: Full = False,
     method: Annotated[
-        str, typer.Option(help="path, ila, gate_gradient; or a baseline, such as update_norm.")
+        str,
+        typer.Option(
+            help="Method that scores: path, ila, gate_gradient, or a baseline such as update_norm."
+        ),
     ] = "path",
-    stage1_steps: Annotated[int, typer.Option(help="Budget of stage 1, training.")] = 400,
-    epsilon: Annotated[float, typer.Option(help="Stage 1 ends at ε-stability; 0: never.")] = 0.01,
-    stability_window: Annotated[int, typer.Option(help="Steps the loss is averaged over.")] = 50,
-    stage2_steps: Annotated[int, typer.Option(help="Steps on the scores.")] = 128,
-    score_init: Annotated[float, typer.Option(help="s at the start; the gate is σ(s).")] = 4.0,
-    score_learning_rate: Annotated[float, typer.Option(help="Of the scores.")] = 1e-2,
+    stage1_steps: Annotated[
+        int, typer.Option(help="Most steps of stage 1, which trains every layer.")
+    ] = 400,
+    epsilon: Annotated[
+        float, typer.Option(help="Change of the loss at which stage 1 ends; 0 never ends it.")
+    ] = 0.01,
+    stability_window: Annotated[
+        int, typer.Option(help="Steps over which that loss is averaged.")
+    ] = 50,
+    stage2_steps: Annotated[int, typer.Option(help="Steps of stage 2, which scores.")] = 128,
+    score_init: Annotated[
+        float, typer.Option(help="Score s that each layer starts with; its gate is σ(s).")
+    ] = 4.0,
+    score_learning_rate: Annotated[
+        float, typer.Option(help="Learning rate of the scores; for --method ila.")
+    ] = 1e-2,
     gguf_file: GgufFile = None,
     split: Split = "train",
     limit: Limit = None,
@@ -73,6 +90,7 @@ def learn(
     target_modules: Targets = "all-linear",
     batch_size: BatchSize = 8,
     gradient_accumulation: Accumulate = 1,
+    group_by_length: ByLength = False,
     learning_rate: LearningRate = None,
     seed: Seed = 0,
     save_every: SaveEvery = 50,
@@ -80,11 +98,29 @@ def learn(
     trust_remote_code: Trust = False,
 ) -> None:
     """Learn how much each linear layer matters for a data set."""
-    from ila import commands
-    from ila.search import SearchConfig
+    from ila.commands.inputs import Inputs
+    from ila.commands.learn import learn as run
+    from ila.search.learn import SearchConfig
 
     usual = _usual_rate(context, full)
-    inputs = _inputs(locals())
+    inputs = Inputs(
+        model=model,
+        data=data,
+        gguf_file=gguf_file,
+        split=split,
+        limit=limit,
+        held_out=held_out,
+        max_length=max_length,
+        dtype=dtype,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=target_modules,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        load_in=load_in,
+    )
+    _leave_the_screen()
     config = SearchConfig(
         method=method,
         stage1_steps=stage1_steps,
@@ -96,9 +132,9 @@ def learn(
         score_learning_rate=score_learning_rate,
         batch_size=batch_size,
         save_every=save_every or None,
-        training_args=_accumulation(gradient_accumulation),
+        training_args=_trainer(gradient_accumulation, group_by_length),
     )
-    mask, data_note = commands.learn(inputs, config, out, full=full, resume=resume)
+    mask, data_note = run(inputs, config, out, full=full, resume=resume)
     screen.print(data_note, highlight=False)
     _print_search(mask)
     screen.print(f"Mask and heat map in {out}; next: ila select {out} --top 0.3", soft_wrap=True)
@@ -107,29 +143,38 @@ def learn(
 @app.command()
 def select(
     run: Annotated[Path, typer.Argument(help="Folder of `ila learn`, or a mask file.")],
-    top: Annotated[float | None, typer.Option(help="Keep the best share of layers.")] = None,
-    freeze: Annotated[float | None, typer.Option(help="Freeze the worst share.")] = None,
+    top: Annotated[float | None, typer.Option(help="Share of layers to keep, the best.")] = None,
+    freeze: Annotated[
+        float | None, typer.Option(help="Share of layers to close, the worst.")
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Keep what matters most for at most time=0.6 (of the step with all layers open), "
+            help="Most that the open layers may cost: time=0.6 (of the step with all open), "
             "memory=12GiB (held when backward begins, without checkpointing) or parameters=1M."
         ),
     ] = None,
     speed: Annotated[
         str | None,
-        typer.Option(help="For time: file of `ila measure`, or a GPU's name for its ceilings."),
+        typer.Option(help="File of `ila measure`, or the name of a GPU; for budgets of time."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="For a budget, if the mask's own is elsewhere now.")
+        str | None,
+        typer.Option(
+            help="Model to count the budget on; by default the one the mask was learned on."
+        ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Rows of a step; those the mask was learned with.")
+        int | None,
+        typer.Option(min=1, help="Rows of a step to count; by default those of the search."),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a row; the longest it was learned with.")
+        int | None,
+        typer.Option(min=1, help="Tokens of a row to count; by default those of the search."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Mask file to write.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Mask file to write; by default beside the mask.")
+    ] = None,
 ) -> None:
     """Choose the layers to train from a learned mask: a share of them, or what a budget buys.
 
@@ -137,10 +182,10 @@ def select(
     it passes, what each layer computes and keeps. The plain top-k of that cost is printed beside
     it, and a picture of importance against cost is drawn beside the mask.
     """
-    from ila import selection
+    from ila.commands import select_share
 
     if budget is not None and top is None and freeze is None:
-        from ila.budgeted import StepSizes, select_within
+        from ila.commands.select_budget import StepSizes, select_within
 
         step = StepSizes(model, batch_size, max_length)
         found = select_within(run, budget, speed=speed, step=step, out=out)
@@ -152,7 +197,7 @@ def select(
     for name, value in {**options, "--max-length": max_length}.items():
         if value is not None:
             raise ValueError(f"{name} does nothing without --budget")
-    mask, path = selection.select(run, top=top, freeze=freeze, out=out)
+    mask, path = select_share.select(run, top=top, freeze=freeze, out=out)
     screen.print(f"{len(mask.open)} of {len(mask)} layers open: {path}", soft_wrap=True)
 
 
@@ -161,8 +206,8 @@ def measure(
     model: Model,
     out: Annotated[Path, typer.Option(help="File for the rates, such as speed.json.")],
     batch_size: BatchSize = 8,
-    max_length: Annotated[int, typer.Option(help="Tokens of a row.")] = 1024,
-    rounds: Annotated[int, typer.Option(help="Steps of each mask that count.")] = 5,
+    max_length: Annotated[int, typer.Option(help="Tokens of each row.")] = 1024,
+    rounds: Annotated[int, typer.Option(help="Steps to time under each mask.")] = 5,
     gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     load_in: LoadIn = None,
@@ -171,8 +216,8 @@ def measure(
     trust_remote_code: Trust = False,
 ) -> None:
     """Time training steps here under a dozen masks, for `ila select --budget time=…`."""
-    from ila.budgeted import measure as run
-    from ila.pipeline import Inputs
+    from ila.commands.inputs import Inputs
+    from ila.commands.measure import measure as run
 
     inputs = Inputs(
         model,
@@ -202,16 +247,24 @@ def train(
     model: Model,
     data: Data,
     out: Out,
-    mask: Annotated[Path | None, typer.Option(help="Mask file; without it all layers.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Mask file that says which layers are open; without it all.")
+    ] = None,
     full: Full = False,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 400,
     cache_prefix: Annotated[
-        bool, typer.Option("--cache-prefix", help="Compute what is frozen once per row.")
+        bool,
+        typer.Option(
+            "--cache-prefix",
+            help="Compute the frozen prefix once for each row, and keep it on disk.",
+        ),
     ] = False,
     cache_folder: Annotated[
-        Path | None, typer.Option(help="Keep the cache here, for other runs too.")
+        Path | None, typer.Option(help="Folder that keeps the cache for other runs too.")
     ] = None,
-    cache_limit_gib: Annotated[float, typer.Option(help="Most it may take on the disk.")] = 20.0,
+    cache_limit_gib: Annotated[
+        float, typer.Option(help="Most GiB that the cache may take on disk.")
+    ] = 20.0,
     gguf_file: GgufFile = None,
     split: Split = "train",
     limit: Limit = None,
@@ -225,6 +278,7 @@ def train(
     target_modules: Targets = "all-linear",
     batch_size: BatchSize = 8,
     gradient_accumulation: Accumulate = 1,
+    group_by_length: ByLength = False,
     learning_rate: LearningRate = None,
     seed: Seed = 0,
     save_every: SaveEvery = 50,
@@ -232,12 +286,30 @@ def train(
     trust_remote_code: Trust = False,
 ) -> None:
     """Train the open layers of a mask: into a plain PEFT adapter, or their own weights."""
-    from ila import commands
-    from ila.report import runs_table
-    from ila.train import TrainConfig
+    from ila.commands.inputs import Inputs
+    from ila.commands.train import train_selected
+    from ila.reports.tables import runs_table
+    from ila.training.config import TrainConfig
 
     usual = _usual_rate(context, full)
-    inputs = _inputs(locals())
+    inputs = Inputs(
+        model=model,
+        data=data,
+        gguf_file=gguf_file,
+        split=split,
+        limit=limit,
+        held_out=held_out,
+        max_length=max_length,
+        dtype=dtype,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=target_modules,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        load_in=load_in,
+    )
+    _leave_the_screen()
     if cache_folder is not None and not cache_prefix:
         raise ValueError("--cache-folder says where --cache-prefix keeps its file; give both")
     config = TrainConfig(
@@ -247,9 +319,9 @@ def train(
         save_every=save_every or None,
         cache_prefix=cache_prefix if cache_folder is None else str(cache_folder),
         cache_limit_gib=cache_limit_gib,
-        training_args=_accumulation(gradient_accumulation),
+        training_args=_trainer(gradient_accumulation, group_by_length),
     )
-    metrics, data_note = commands.train_selected(
+    metrics, data_note = train_selected(
         inputs, config, out, mask_file=mask, full=full, resume=resume
     )
     screen.print(data_note, highlight=False)
@@ -264,8 +336,10 @@ def train(
 @app.command()
 def explain(
     model: Model,
-    mask: Annotated[Path | None, typer.Option(help="Mask file; without it all layers.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of a step, rows times length.")] = 4096,
+    mask: Annotated[
+        Path | None, typer.Option(help="Mask file that says which layers are open; without it all.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of a step: rows times length.")] = 4096,
     gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     load_in: LoadIn = None,
@@ -273,16 +347,18 @@ def explain(
     alpha: Alpha = 16.0,
     dropout: Dropout = 0.0,
     target_modules: Targets = "all-linear",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write JSON.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="JSON file to write as well.")
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Say what each layer computes, whether it is in the frozen prefix, and what it keeps.
 
     Bytes are those of the linear layers; `ila select --budget memory=…` counts the whole step.
     """
-    from ila import commands
-    from ila.files import write_json_atomic
-    from ila.pipeline import Inputs
+    from ila.commands.explain import explain_layers
+    from ila.commands.inputs import Inputs
+    from ila.runs.atomic import write_json_atomic
 
     inputs = Inputs(
         model,
@@ -296,21 +372,58 @@ def explain(
         target_modules=target_modules,
         trust_remote_code=trust_remote_code,
     )
-    found = commands.explain_layers(inputs, tokens, mask_file=mask)
+    found = explain_layers(inputs, tokens, mask_file=mask)
     screen.print(found.table())
     if json_file is not None:
         write_json_atomic(json_file, found.as_dict())
 
 
 @app.command()
+def tune(
+    model: Model,
+    tokens: Annotated[int, typer.Option(help="Tokens of a step: rows times length.")] = 8192,
+    rank: Rank = 16,
+    dtype: Dtype = "bfloat16",
+    dropout: Dropout = 0.0,
+    gguf_file: GgufFile = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure on this machine's GPU which code of the op is fastest, and let `auto` choose by it.
+
+    Takes seconds of GPU time, and once the time to compile the kernels. Verdicts are kept in the
+    user's cache folder.
+    """
+    import torch
+
+    from ila.commands.tune import tune as run
+
+    if not torch.cuda.is_available():
+        _complain("PyTorch sees no GPU here, so nothing was measured", led_by="error: ")
+        raise typer.Exit(1)
+    tuned = run(
+        model,
+        tokens=tokens,
+        rank=rank,
+        dtype=dtype,
+        dropout=dropout,
+        gguf_file=gguf_file,
+        trust_remote_code=trust_remote_code,
+    )
+    screen.print(str(tuned), highlight=False)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Two or more folders of `ila learn`.")],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write JSON.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="JSON file to write as well.")
+    ] = None,
 ) -> None:
     """Say how far learned masks agree, beside what chance gives."""
-    from ila.files import write_json_atomic
-    from ila.mask import LayerMask
-    from ila.report import compare_table, render_compare
+    from ila.masks.agreement import compare_table
+    from ila.masks.mask import LayerMask
+    from ila.reports.tables import render_compare
+    from ila.runs.atomic import write_json_atomic
 
     if len(runs) < 2:
         raise ValueError(f"give at least two runs to compare, got {len(runs)}")
@@ -327,10 +440,10 @@ def report(
     out: Out = Path("report"),
 ) -> None:
     """Compare finished trainings: held-out loss, time, memory, parameters."""
-    from ila import commands
-    from ila.report import runs_table
+    from ila.commands.report import report as run
+    from ila.reports.tables import runs_table
 
-    screen.print(runs_table(commands.report(runs, out)))
+    screen.print(runs_table(run(runs, out)))
     screen.print(f"Table and figure in {out}")
 
 
@@ -338,34 +451,38 @@ def report(
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of `ila train`.")],
     out: Out,
-    merge: Annotated[bool, typer.Option("--merge", help="Merge into the dense base.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the adapter into the dense base model.")
+    ] = False,
 ) -> None:
     """Write a trained adapter elsewhere, alone or merged into its model."""
-    from ila import commands
+    from ila.commands.export import export as write
 
-    what = commands.export(run, out, merge=merge)
-    screen.print(f"{what} in {out}")
+    written = write(run, out, merge=merge)
+    screen.print(f"{written} in {out}")
 
 
 @app.command()
 def demo(
     out: Out = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(help="Steps of each stage and training.")] = 30,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Remove what --out holds first.")] = False,
+    steps: Annotated[
+        int, typer.Option(help="Optimiser steps of each stage and each training.")
+    ] = 30,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Remove the old content of --out first.")
+    ] = False,
 ) -> None:
     """Run the whole path on SmolLM2-135M and three small instruction sets."""
-    from ila.demo import run_demo
+    from ila.commands.demo import run_demo
 
     run_demo(out, steps=steps, fresh=fresh, screen=screen)
 
 
-def _inputs(options: dict[str, Any]) -> Any:
-    """The options that `learn` and `train` share, by their names."""
-    from ila.pipeline import Inputs
-    from ila.ranks import leave_the_screen_to_the_main_process
+def _leave_the_screen() -> None:
+    """Let the main process alone print."""
+    from ila.runs.processes import leave_the_screen_to_the_main_process
 
     screen.quiet = leave_the_screen_to_the_main_process()
-    return Inputs(**{name: options[name] for name in Inputs.__dataclass_fields__})
 
 
 def _usual_rate(context: typer.Context, full: bool) -> float:
@@ -383,10 +500,14 @@ def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} does nothing here: {why}")
 
 
-def _accumulation(steps: int) -> dict[str, Any]:
+def _trainer(steps: int, group_by_length: bool) -> dict[str, Any]:
+    """The options that ``TrainingArguments`` take."""
+    from ila.training.batches import by_length
+
     if steps < 1:
         raise ValueError(f"gradient_accumulation must be ≥ 1, got {steps}")
-    return {} if steps == 1 else {"gradient_accumulation_steps": steps}
+    accumulation = {} if steps == 1 else {"gradient_accumulation_steps": steps}
+    return accumulation | (by_length() if group_by_length else {})
 
 
 def _distinct_names(runs: list[Path]) -> list[str]:
@@ -401,12 +522,13 @@ def _print_search(mask: Any) -> None:
     if not stage1["steps"]:
         screen.print(f"No stage 1: method {search['config']['method']} needs none", highlight=False)
     else:
-        change = f", held out {held['before']:.3f} → {held['after_stage1']:.3f}"
+        losses = (held[name] for name in ("before", "after_stage1"))
+        before, after = ("–" if loss is None else f"{loss:.3f}" for loss in losses)
         screen.print(
             f"Stage 1: {stage1['steps']} steps (stopped: {stage1['stopped']}), "
             f"training loss {stage1['first_window_loss']:.3f} → {stage1['last_window_loss']:.3f} "
             f"(means of the first and the last {stage1['loss_window']} steps)"
-            + (change if held["rows"] else ""),
+            f", held out {before} → {after}",
             highlight=False,
         )
     screen.print(
@@ -424,32 +546,40 @@ _GOES_ON = {
 
 
 def main() -> None:
-    """Run the command; an error of the user's is one line on stderr and exit code 2."""
+    """Run the command; an error of the user's is one line on stderr and exit code 2.
+
+    A bug of ours prints its traceback and exits with 1; see ``ila.boundary``.
+    """
     # peft asks transformers by a name that transformers 5 is renaming; nothing a user can change.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*is deprecated")
     try:
         app()
-    except (
-        *(ValueError, TypeError, FloatingPointError, RuntimeError, OSError),
-        ImportError,  # of what only some inputs need: the message names the package
-    ) as error:
-        if not getattr(error, "raised_by_main_process", False):  # which says it itself
-            Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
-        sys.exit(2)
     except SystemExit as done:
         if done.code == 130:  # typer's answer to Ctrl-C, given without a word
             command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-            Console(stderr=True).print(f"interrupted{_GOES_ON.get(command, '')}")
+            _complain(f"interrupted{_GOES_ON.get(command, '')}")
         raise
+    except Exception as error:
+        sys.exit(_answer(error))
     finally:
-        if "ila.ranks" in sys.modules:
-            sys.modules["ila.ranks"].leave_process_group()
+        if "ila.runs.processes" in sys.modules:
+            sys.modules["ila.runs.processes"].leave_process_group()
 
 
-def _plain(error: Exception) -> str:
-    from rich.markup import escape
+def _answer(error: Exception) -> int:
+    """Say an error, unless the main process says it; return the exit code."""
+    said = described(error)
+    if not getattr(error, "raised_by_main_process", False):
+        if said is None:
+            print(bug_report(error), file=sys.stderr)
+        else:
+            _complain(said, led_by="error: ")
+    return 1 if said is None else 2
 
-    return " ".join(escape(str(error) or type(error).__name__).split())
+
+def _complain(text: str, led_by: str = "") -> None:
+    line = Text.assemble((led_by, "bold red"), text)
+    Console(stderr=True).print(line, soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

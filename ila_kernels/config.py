@@ -6,57 +6,68 @@
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
 
-from ila_kernels.choice import Call, gpu_impl, preference
+from ila_kernels.choice import Call, gpu_impl, preferred, verdicts_in_use
 
-Impl = Literal["auto", "triton", "eager", "reference"]
-IMPLS: tuple[str, ...] = ("auto", "triton", "eager", "reference")
+Impl = Literal["auto", "triton", "hybrid", "eager", "reference"]
+IMPLS: tuple[str, ...] = ("auto", "triton", "hybrid", "eager", "reference")
+# Those that launch Triton kernels.
+KERNEL_IMPLS = ("triton", "hybrid")
+
+
+def has_triton() -> bool:
+    """Tell whether Triton is installed; once it is imported this takes no time."""
+    return sys.modules.get("triton") is not None or find_spec("triton") is not None
 
 
 def resolve_impl(impl: str, device_type: str, call: Call | None = None) -> tuple[str, str]:
     """Choose the implementation of one call and say why.
 
     Args:
-        impl: One of ``"auto"``, ``"triton"``, ``"eager"``, ``"reference"``.
+        impl: One of ``IMPLS``.
         device_type: Type of the device that holds the tensors, e.g. ``"cpu"`` or ``"cuda"``.
-        call: Shape, dtype and GPU class, which ``"auto"`` goes by on a GPU (``choice``); without
-            it that takes ``"eager"``.
+        call: Shapes, dtypes and GPU, by which ``"auto"`` chooses on a GPU (``choice``); without
+            it ``"auto"`` takes ``"eager"``.
 
     Returns:
-        The implementation that runs (never ``"auto"``) and the reason in words.
+        The implementation that runs (never ``"auto"``; ``"persistent"`` is ``"triton"`` with that
+        form of its GEMM) and the reason in words.
 
     Raises:
-        ValueError: If ``impl`` is not one of the four words.
-        RuntimeError: If ``impl="triton"``, or ``"auto"`` where ``prefer`` set that, cannot run
-            here; the message says what is missing.
+        ValueError: If ``impl`` is not one of these words.
+        RuntimeError: If ``"triton"`` or ``"hybrid"``, asked for or set by ``prefer``, cannot run
+            here; the message names the missing part.
 
     >>> resolve_impl("auto", "cpu")
-    ('eager', 'auto: library GEMM + addmm; no fused kernel for device type cpu')
+    ('eager', 'auto: library GEMMs; no fused kernel for device type cpu')
     >>> resolve_impl("reference", "cuda")
     ('reference', 'asked for')
     """
     if impl == "auto" and device_type == "cuda" and call is not None:
-        chosen, why = gpu_impl(call, preference().auto)
-        if chosen == "triton" and preference().auto is None and find_spec("triton") is None:
-            chosen, why = "eager", "triton is not installed"
-        if chosen == "triton":
-            resolve_impl("triton", device_type)
-            return chosen, f"auto: {why}"
-        return chosen, f"auto: library GEMM + addmm; {why}"
+        prefers = preferred()
+        chosen, why = gpu_impl(call, prefers, verdicts_in_use())
+        if chosen == "eager":
+            return chosen, f"auto: library GEMMs; {why}"
+        if prefers.auto is not None:
+            resolve_impl(chosen, device_type)
+        elif not has_triton():
+            return "eager", "auto: library GEMMs; triton is not installed"
+        return chosen, f"auto: {why}"
     if impl == "auto":
-        return "eager", f"auto: library GEMM + addmm; no fused kernel for device type {device_type}"
-    if impl == "triton":
+        return "eager", f"auto: library GEMMs; no fused kernel for device type {device_type}"
+    if impl in KERNEL_IMPLS:
         if device_type != "cuda":
             raise RuntimeError(
-                "impl='triton' was asked for, but it needs a CUDA or ROCm GPU and the tensors are "
+                f"impl={impl!r} was asked for, but it needs a CUDA or ROCm GPU and the tensors are "
                 f"on {device_type}; use impl='auto' or impl='eager'"
             )
-        if find_spec("triton") is None:
+        if not has_triton():
             raise RuntimeError(
-                "impl='triton' was asked for, but triton is not installed; "
+                f"impl={impl!r} was asked for, but triton is not installed; "
                 "use impl='auto' or impl='eager'"
             )
     if impl not in IMPLS:
@@ -77,7 +88,7 @@ class Tile:
 
 
 # Shared memory that one block may have, in bytes, from the vendors' tables. Every row below stays
-# within that of the GPUs it serves, which `benchmarks/compile_report.py` checks.
+# within the limit of the GPUs it serves; `benchmarks/compile_report.py` checks that.
 SHARED_LIMIT_BYTES: dict[str, int] = {
     "sm_75": 64 * 1024,
     "sm_80": 163 * 1024,
@@ -118,7 +129,7 @@ GEMM_16BIT: dict[str, Tile] = {
     "sm_103": Tile(128, 128, 64, 0, warps=8, stages=3),  # a sister of sm_100
 }
 # For every other GPU, and where M or N would leave most of a larger block empty: 24 KiB of shared
-# memory at most, within what every target allows.
+# memory at most, which every target has.
 GEMM_SAFE = Tile(64, 64, 32, 0, warps=4, stages=3)
 # IEEE fp32 products run on the ordinary units, whose operands live in registers: 77 to 122 here, a
 # quarter to five eighths of the warps, 8 KiB of shared memory. 64 x 64 and 64 x 32 spilled in the
@@ -195,7 +206,7 @@ def rank_block(r: int, most: int) -> int:
 def gemm_tile(
     m: int, n: int, r: int, element_bytes: int, target: str, dropout: bool = False
 ) -> Tile:
-    """Tile of C (M, N) = P Q + U V.
+    """Return the tile of C (M, N) = P Q + U V.
 
     >>> gemm_tile(8192, 4096, 16, 2, "sm_90")
     Tile(m=128, n=128, k=64, r=16, warps=8, stages=3)
@@ -216,7 +227,7 @@ def gemm_tile(
 
 @functools.lru_cache(maxsize=4096)
 def persistent_tile(r: int, target: str, dropout: bool = False) -> Tile:
-    """Tile of the GEMM's persistent form, for a target in ``GEMM_PERSISTENT``.
+    """Return the tile of the GEMM's persistent form, for a target in ``GEMM_PERSISTENT``.
 
     >>> persistent_tile(16, "sm_90")
     Tile(m=128, n=128, k=64, r=16, warps=8, stages=4)
@@ -300,7 +311,7 @@ def gemm_form(
 def shrink_tile(
     m: int, r: int, element_bytes: int, target: str, adapters: int = 1, dropout: bool = False
 ) -> Tile:
-    """Tile of every t (M, R) = x̂ Aᵀ: few rows, so that few thousand tokens already fill a GPU.
+    """Return the tile of every t (M, R) = x̂ Aᵀ: few rows, so that few thousand tokens fill a GPU.
 
     Where loads run ahead (``prefetches``), two or three tiles of x are on their way while one is
     multiplied: a GPU of 3 TB/s and 0.7 µs needs 2.1 MB in flight, and 128 programs with one tile
@@ -375,7 +386,7 @@ def shrink_shares(m: int, k: int, r: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def grad_tile(r: int, element_bytes: int, target: str, adapters: int = 1) -> Tile:
-    """Tile of the gradients that sum over M: the result's block stays in registers meanwhile.
+    """Return the tile of the gradients that sum over M; their block stays in registers meanwhile.
 
     Every block of N leaves a share of u, written and read as fp32: 8·R/BLOCK_N bytes for each
     element of dy, whose own second read, which sharing saves, is 2. So N is wide: at 256 columns
@@ -405,7 +416,7 @@ def own_grad_a(r: int, element_bytes: int, dropout: bool) -> bool:
 
 
 def one_read_pays(n: int, r: int, element_bytes: int, block_n: int) -> bool:
-    """Whether u and dB from one read of dy (M, N) move less than from two.
+    """Tell whether u and dB from one read of dy (M, N) move less than from two.
 
     One read leaves shares of u, M·R·4 bytes a block of N, written and read again; the second read
     that it saves is M·N elements. In 16 bits, for a wide N and 256 columns a block: R < 64.

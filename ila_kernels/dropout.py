@@ -1,4 +1,4 @@
-"""Dropout masks as a function of a seed, so that backward redraws what forward used.
+"""Dropout masks as a function of a seed, so that backward redraws the mask of forward.
 
 ``keep = Bernoulli(1 − p)`` of shape (M, K) is a pure function of (seed, M, K, p, device): only the
 seed, eight bytes, lives from forward to backward, where a stored mask would cost M·K bytes.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import torch
 
+from ila_kernels.device import is_capturing
+
 _SEED_RANGE = 2**62
 
 
 def draw_seed(count: int = 1) -> torch.Tensor:
     """Draw seeds from torch's default CPU generator.
 
-    The generator's state is what activation checkpointing restores, so a recomputed forward
-    draws the same seeds. The tensor stays on the CPU: reading it never waits for a GPU.
+    Activation checkpointing restores the generator's state, so a recomputed forward draws the
+    same seeds. The tensor stays on the CPU: reading it never waits for a GPU.
 
     Returns:
         int64 tensor of shape (count,) on the CPU.
@@ -38,9 +40,17 @@ def keep_mask(
 
     Returns:
         bool tensor (M, K) on ``device``, True with probability 1 − p.
+
+    Raises:
+        RuntimeError: While a CUDA graph is captured: every replay would draw the same mask.
     """
     if device.type == "meta":
         return torch.empty(m, k, dtype=torch.bool, device=device)
+    if device.type == "cuda" and is_capturing():
+        raise RuntimeError(
+            "dropout_p must be 0 while a CUDA graph is captured: every replay would draw the same "
+            "mask; capture without dropout, or train without the graph"
+        )
     generator = torch.Generator(device=device)
     generator.manual_seed(int(seed))
     # Drawn as bool: comparing torch.rand with p would write and read an fp32 (M, K) on the way.

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
 from torch import Tensor
 
-from ila_kernels import eager, ops, reference
-from ila_kernels.config import resolve_impl
+from ila_kernels import eager
+from ila_kernels.autocast import autocast_dtype, outside_autocast, rounded
+from ila_kernels.config import KERNEL_IMPLS, resolve_impl
 from ila_kernels.device import call_of
-from ila_kernels.dropout import draw_seed, keep_mask
+from ila_kernels.dispatch import run_group, run_linear
+from ila_kernels.dropout import draw_seed
+from ila_kernels.group import Member
+from ila_kernels.ops import LinearCall
 from ila_kernels.quant import PackedWeight
 from ila_kernels.validate import (
     check_dropout,
@@ -43,13 +46,13 @@ def masked_lora_linear(
 
         y = x Wᵀ + bias + γα (dropout(x) Aᵀ) Bᵀ
 
-    Only the gradients that are asked for are computed, and only what they read is saved: a call
-    in which just the gate requires grad keeps t (M, R) and not x.
+    Computes the gradients that are asked for and saves the tensors that they read: a call in which
+    only the gate requires grad keeps t (M, R) and not x.
 
-    The backward is derived by hand, but for one case: on a CPU, with at most 64 rows and neither
-    gate nor dropout, ``"auto"`` and ``"eager"`` leave y to torch's own autograd, because overheads
-    are the cost there. Its numbers are as good, but it saves what autograd saves and has second
-    derivatives, where every other call refuses ``create_graph=True``.
+    The backward is derived by hand, with one exception: on a CPU, at up to 64 rows, without gate
+    and dropout, ``"auto"`` and ``"eager"`` use torch's own autograd, because the overhead of a
+    Python function is the cost there. The numbers are as good; autograd saves more tensors, and it
+    has second derivatives, where every other call refuses ``create_graph=True``.
 
     Args:
         x: Input, shape (..., K), floating dtype. Differentiable.
@@ -64,10 +67,11 @@ def masked_lora_linear(
         scale: α, the LoRA scaling.
         dropout_p: Probability in [0, 1) of dropping an element of x on the low-rank branch;
             applied whenever it is positive.
-        impl: ``"auto"`` may choose; ``"eager"``, ``"triton"``, ``"reference"`` run or raise.
-            ``prefer`` says what auto takes on a GPU. ``"triton"`` takes bf16, fp16 and fp32 on a
-            CUDA or ROCm GPU, and checks itself there against the reference on first use; its
-            dropout mask for a seed is not eager's.
+        impl: ``"auto"`` may choose; every other word runs or raises. ``"eager"``: library GEMMs.
+            ``"triton"``: fused kernels. ``"hybrid"``: library GEMMs for the products with W, Triton
+            kernels for the R-thin ones. Both take bf16, fp16 and fp32 on a CUDA or ROCm GPU, and
+            check themselves there on first use; their dropout mask for a seed is not eager's.
+            ``"reference"``: the definition. ``prefer`` sets the choice of auto on a GPU.
         seed: int64 CPU tensor of shape (1,) that fixes the dropout mask; drawn from torch's
             default generator if ``None``.
         swiglu: (pre, up) of the shape of x, where x is ``swiglu_product(pre, up)``: backward
@@ -81,7 +85,7 @@ def masked_lora_linear(
     Raises:
         TypeError: If an argument is not a tensor or has a dtype that does not fit.
         ValueError: If a shape, a device, a range or ``impl`` does not fit; the message names the
-            argument, what was expected and what came.
+            argument, the expectation and the value.
         RuntimeError: If ``impl="triton"`` cannot run here.
 
     >>> x, w = torch.ones(2, 3), torch.eye(3)
@@ -94,47 +98,29 @@ def masked_lora_linear(
     """
     if gate is None and bias is None and seed is None and dropout_p == 0.0 and impl == "auto":
         if _is_plain_and_short(x, weight, lora_a, lora_b, scale):
-            y = eager.short_forward(_flat(x), weight, lora_a, lora_b, None, scale)
-            return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+            return _shaped(eager.short_forward(_flat(x), weight, lora_a, lora_b, None, scale), x)
     check_x(x)
-    dtype = _autocast_dtype(x)
-    packed = isinstance(weight, PackedWeight)
-    if dtype is not None and packed:
+    dtype = autocast_dtype(x)
+    if dtype is not None and isinstance(weight, PackedWeight):
         options = {"bias": bias, "scale": scale, "dropout_p": dropout_p, "impl": impl, "seed": seed}
-        adapter = (lora_a, lora_b, gate)
-        apart = partial(masked_lora_linear, **options, swiglu=swiglu)
-        return _outside_autocast(x, dtype, [weight], lambda x: apart(x, weight, *adapter))
+
+        def apart(inner: Tensor) -> Tensor:
+            adapter = (lora_a, lora_b, gate)
+            return masked_lora_linear(inner, weight, *adapter, **options, swiglu=swiglu)
+
+        return outside_autocast(x, dtype, [weight], apart)
     if dtype is not None:
-        x, weight, bias = (_rounded(t, dtype) for t in (x, weight, bias))
+        x, weight, bias = (rounded(t, dtype) for t in (x, weight, bias))
     check_linear(x, weight, lora_a, lora_b, gate, bias, scale)
-    scale = float(scale)
     if swiglu is not None:
         check_swiglu(*swiglu, x)
     x2d = _flat(x)
-    chosen = _chosen(impl, x2d, [weight])
+    chosen = _chosen(impl, x2d, [weight], [lora_a], dropout_p)
     seed = _seeds(dropout_p, seed, 1)
-    if chosen == "reference":
-        weight = _dense(weight, x.dtype)
-        keep = None
-        if seed is not None:
-            keep = keep_mask(seed, *x2d.shape, dropout_p, x.device)
-        y = reference.masked_lora_linear(
-            x2d, weight, lora_a, lora_b, gate, bias, scale, keep, dropout_p
-        )
-    else:
-        arguments = (weight, lora_a, lora_b, gate, bias, seed, scale, float(dropout_p))
-        if swiglu is None:
-            arguments = (x2d, *arguments, chosen, None, None)
-        else:
-            arguments = (x2d.detach(), *arguments, chosen, *map(_flat, swiglu))
-        plain = chosen == "eager" and gate is None and seed is None and not packed
-        if torch.compiler.is_compiling() and not packed:
-            y, _ = torch.ops.ila.masked_lora_linear(*arguments)
-        elif plain and eager.is_short(x2d):
-            y = eager.short_forward(x2d, weight, lora_a, lora_b, bias, scale)
-        else:
-            y = ops.MaskedLoraLinearFunction.apply(*arguments)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    pre, up = (None, None) if swiglu is None else map(_flat, swiglu)
+    numbers = float(scale), float(dropout_p)
+    arguments = (weight, lora_a, lora_b, gate, bias, seed, *numbers, chosen, pre, up)
+    return _shaped(run_linear(LinearCall(x2d, *arguments)), x)
 
 
 def masked_lora_linear_group(
@@ -174,7 +160,8 @@ def masked_lora_linear_group(
         The y of each member, shapes (..., Nᵢ), dtype of x.
 
     Raises:
-        TypeError: As ``masked_lora_linear``; the message names the member. Or if a list is none.
+        TypeError: As ``masked_lora_linear``; the message names the member. Or if an argument that
+            should be a list is not.
         ValueError: As ``masked_lora_linear``, and if the lists differ in length or are empty.
 
     >>> x, w = torch.ones(2, 3), torch.eye(3)
@@ -190,45 +177,34 @@ def masked_lora_linear_group(
     biases = [None] * count if biases is None else biases
     check_list("biases", biases)
     scales = [scales] * count if isinstance(scales, Real) else scales
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     packed = [w for w in weights if isinstance(w, PackedWeight)]
     if dtype is not None and packed:
-        options = {"scales": scales, "dropout_p": dropout_p, "impl": impl, "seed": seed}
+        rest = {"scales": scales, "dropout_p": dropout_p, "impl": impl, "seed": seed}
 
-        def apart(x: Tensor) -> tuple[Tensor, ...]:
-            ws, bs = ([_rounded(t, x.dtype) for t in column] for column in (weights, biases))
-            return masked_lora_linear_group(x, ws, lora_as, lora_bs, gates, biases=bs, **options)
+        def apart(inner: Tensor) -> tuple[Tensor, ...]:
+            ws, bs = ([rounded(t, inner.dtype) for t in column] for column in (weights, biases))
+            return masked_lora_linear_group(inner, ws, lora_as, lora_bs, gates, biases=bs, **rest)
 
-        return _outside_autocast(x, dtype, packed, apart)
+        return outside_autocast(x, dtype, packed, apart)
     if dtype is not None:
         x = x.to(dtype)
-        weights, biases = ([_rounded(t, dtype) for t in column] for column in (weights, biases))
+        weights, biases = ([rounded(t, dtype) for t in column] for column in (weights, biases))
     check_group(x, weights, lora_as, lora_bs, gates, biases, scales)
     x2d = _flat(x)
-    chosen = _chosen(impl, x2d, weights)
+    chosen = _chosen(impl, x2d, weights, lora_as, dropout_p)
     seeds = _group_seeds(dropout_p, seed, [a is not None for a in lora_as])
-    scales, columns = [float(s) for s in scales], (weights, lora_as, lora_bs, gates, biases)
-    if chosen != "reference" and torch.compiler.is_compiling() and not packed:
-        lists = [[ops.absent(x2d) if t is None else t for t in column] for column in columns]
-        options = (_one_tensor(seeds), scales, float(dropout_p), chosen)
-        ys = torch.ops.ila.masked_lora_linear_group(x2d, *lists, *options)[:count]
-    else:
-        columns += (seeds,)
-        if chosen == "reference":
-            ys = _reference_group(x2d, columns, scales, dropout_p)
-        else:
-            flat = (tensor for member in zip(*columns, strict=True) for tensor in member)
-            options = (chosen, float(dropout_p), scales)
-            ys = ops.MaskedLoraLinearGroupFunction.apply(*options, x2d, *flat)
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+    columns = (weights, lora_as, lora_bs, gates, biases, seeds, map(float, scales))
+    members = [Member(*row) for row in zip(*columns, strict=True)]
+    return tuple(_shaped(y, x) for y in run_group(x2d, members, float(dropout_p), chosen))
 
 
 def group_pays(x: Tensor, adapters: int, bare: int = 0) -> bool:
-    """Whether one ``masked_lora_linear_group`` of x is expected to beat a call for each member.
+    """Tell whether one ``masked_lora_linear_group`` should beat a call for each member.
 
-    Not at few rows on a CPU, where overheads decide: q, k and v of a 576-wide model, forward and
-    backward in bf16, R = 8, took 1.3 times as long together at 16 rows, 1.2 at 64, 0.87 at 96 and
-    0.81 at 1024 (CPU time, one thread, medians of 41 to 201 interleaved rounds).
+    It does not at few rows on a CPU, where overheads dominate: q, k and v of a 576-wide model,
+    forward and backward in bf16, R = 8, took 1.3 times as long together at 16 rows, 1.2 at 64,
+    0.87 at 96 and 0.81 at 1024 (CPU time, one thread, medians of 41 to 201 interleaved rounds).
 
     Args:
         x: Input, shape (..., K).
@@ -248,26 +224,13 @@ def group_pays(x: Tensor, adapters: int, bare: int = 0) -> bool:
     return math.prod(x.shape[:-1]) > eager.SHORT_ROWS
 
 
-def _reference_group(x, columns, scales, dropout_p) -> list[Tensor]:
-    ys = []
-    for (w, a, b, gate, bias, seed), scale in zip(zip(*columns, strict=True), scales, strict=True):
-        w = _dense(w, x.dtype)
-        if a is None:
-            ys.append(torch.nn.functional.linear(x, w, bias))
-            continue
-        keep = None if seed is None else keep_mask(seed, *x.shape, dropout_p, x.device)
-        ys.append(reference.masked_lora_linear(x, w, a, b, gate, bias, scale, keep, dropout_p))
-    return ys
-
-
 _FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
 def _is_plain_and_short(x, weight, lora_a, lora_b, scale) -> bool:
-    """Whether ``short_forward`` may run at once; False decides nothing, the full checks follow.
+    """Tell whether ``short_forward`` may run at once, in 2 µs; after False the checks follow.
 
-    The checks and choices below take 8 µs, which at one token is a tenth of forward and backward;
-    this takes 2.
+    They and the choice take 8 µs, a tenth of forward and backward at one token.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
@@ -285,57 +248,23 @@ def _is_plain_and_short(x, weight, lora_a, lora_b, scale) -> bool:
         return False
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Dtype that ``F.linear`` would compute in under autocast, ``None`` where it casts nothing.
-
-    Only x, W and bias are cast here: adapters are rounded inside the op.
-    """
-    device_type = x.device.type
-    # Asking whether autocast is on raises for device types that have none, such as meta.
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
-        return None
-    enabled = torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if enabled else None
-
-
-def _outside_autocast(
+def _chosen(
+    impl: str,
     x: Tensor,
-    dtype: torch.dtype,
-    weights: Sequence[PackedWeight],
-    call: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
-) -> Tensor | tuple[Tensor, ...]:
-    """Run ``call`` on x as a packed linear of bitsandbytes does: it knows no autocast.
-
-    x is rounded to autocast's dtype only where the weights would round it to the same; y has the
-    dtype of x.
-    """
-    inner = x.to(dtype) if all(w.compute_dtype == dtype for w in weights) else x
-    with torch.autocast(x.device.type, enabled=False):
-        y = call(inner)
-    return y.to(x.dtype) if isinstance(y, Tensor) else tuple(part.to(x.dtype) for part in y)
-
-
-def _chosen(impl: str, x: Tensor, weights: Sequence[Tensor | PackedWeight]) -> str:
+    weights: Sequence[Tensor | PackedWeight],
+    lora_as: Sequence[Tensor | None],
+    dropout_p: float,
+) -> str:
     packed = any(isinstance(w, PackedWeight) for w in weights)
-    if packed and impl == "triton":
+    if packed and impl in KERNEL_IMPLS:
         raise RuntimeError(
-            "impl='triton' was asked for, but W is packed and its products are bitsandbytes'; "
+            f"impl={impl!r} was asked for, but W is packed and its products are bitsandbytes'; "
             "use impl='auto' or impl='eager'"
         )
-    if packed:  # "auto" may come to choose Triton; a packed W leaves it no choice
+    if packed:  # there is no kernel for it, whatever "auto" would choose
         return resolve_impl("eager" if impl == "auto" else impl, x.device.type)[0]
-    call = call_of(weights[0], sum(w.shape[0] for w in weights), x.shape[0], x.dtype)
+    call = call_of(weights, lora_as, x.shape[0], x.dtype, dropout_p) if impl == "auto" else None
     return resolve_impl(impl, x.device.type, call)[0]
-
-
-def _dense(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Tensor:
-    return weight.dense(dtype) if isinstance(weight, PackedWeight) else weight
-
-
-def _rounded(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    # What is no floating tensor goes on as it is, to the check that names it.
-    is_float = isinstance(tensor, Tensor) and tensor.is_floating_point()
-    return tensor.to(dtype) if is_float else tensor
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -343,6 +272,11 @@ def _flat(x: Tensor) -> Tensor:
     if x.dim() == 2:
         return x
     return x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
+
+
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """y (M, N) -> (..., N), with the leading dimensions of x."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _seeds(dropout_p: float, seed: Tensor | None, count: int) -> Tensor | None:
@@ -355,10 +289,9 @@ def _seeds(dropout_p: float, seed: Tensor | None, count: int) -> Tensor | None:
 def _group_seeds(
     dropout_p: float, seed: Tensor | None, is_open: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The seed of each member; a closed one draws none.
+    """Return the seed of each member; a closed one draws none.
 
-    So the others' masks do not hang on whether it takes part: without gradients, as in the first
-    forward of a reentrant checkpoint, it does not.
+    It takes no part where nothing wants gradients, and the others' masks must be the same there.
     """
     check_dropout(dropout_p, seed, len(is_open))
     if dropout_p == 0.0:
@@ -367,11 +300,3 @@ def _group_seeds(
         return list(seed.split(1))
     drawn = iter(draw_seed(sum(is_open)).split(1))
     return [next(drawn) if opened else None for opened in is_open]
-
-
-def _one_tensor(seeds: Sequence[Tensor | None]) -> Tensor | None:
-    """Seeds (count,) as a compiled op takes them; nobody reads that of a closed member."""
-    if all(seed is None for seed in seeds):
-        return None
-    unread = torch.zeros(1, dtype=torch.int64, device="cpu")
-    return torch.cat([unread if seed is None else seed for seed in seeds])

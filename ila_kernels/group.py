@@ -4,9 +4,9 @@
     [dA₁; dA₂; …] = diag(γα) [u₁, u₂, …]ᵀ x̂
 
 Apart, n linears read x 2n times forward and n times for dA, and autograd adds n gradients of shape
-(M, K); together x is read n + 1 times and once, and every dyᵢ Wᵢ accumulates into the same dx. With
-dropout each member has its own mask, as n separate layers have: T and dA are then made member by
-member.
+(M, K). Together they read x n + 1 times forward and once for dA, and every dyᵢ Wᵢ accumulates into
+the same dx. With dropout each member has its own mask, as n separate layers have, so T and dA are
+computed member by member.
 
 A member without an adapter (closed) is a bare linear that still shares dx.
 """
@@ -14,23 +14,32 @@ A member without an adapter (closed) is a bare linear that still shares dx.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ila_kernels import eager
 from ila_kernels.eager import Grads, Needs
+from ila_kernels.products import add_product, folded
 from ila_kernels.quant import PackedWeight, input_grad, linear
 
-NO_NEEDS = Needs(*[False] * 6)
-NO_GRADS = Grads(*[None] * 6)
+NO_NEEDS = Needs(x=False, weight=False, lora_a=False, lora_b=False, gate=False, bias=False)
+NO_GRADS = Grads(x=None, weight=None, lora_a=None, lora_b=None, gate=None, bias=None)
+
+T = TypeVar("T")
+
+
+def rows_of(flat: Sequence[T], kind: type[NamedTuple]) -> list[Sequence[T]]:
+    """Cut a flat sequence into rows as long as ``kind`` has fields, one row a member."""
+    width = len(kind._fields)
+    return [flat[i : i + width] for i in range(0, len(flat), width)]
 
 
 class Member(NamedTuple):
     """One linear of a group: W (N, K), A (R, K), B (N, R), γ (1 element), bias (N,), seed (1,).
 
-    In backward also t (M, R), where dB or dγ read it, and what is wanted; the bias is not read.
+    Backward also reads t (M, R) for dB or dγ, and ``needs``; it does not read the bias.
     """
 
     weight: Tensor | PackedWeight
@@ -45,12 +54,12 @@ class Member(NamedTuple):
 
     @property
     def is_open(self) -> bool:
-        """Whether this member has an adapter."""
+        """Tell whether this member has an adapter."""
         return self.lora_a is not None
 
 
 def shrink_all(x: Tensor, members: Sequence[Member], dropout_p: float) -> list[Tensor | None]:
-    """Every t = x̂ Aᵀ of the group; one GEMM over the concatenated A's where no mask differs."""
+    """Compute every t = x̂ Aᵀ; without dropout by one GEMM over the concatenated A's."""
     adapters = [m for m in members if m.is_open]
     if not adapters:
         return [None] * len(members)
@@ -73,10 +82,10 @@ def forward(
     ts = shrink_all(x, members, dropout_p)
     ys = []
     for m, t in zip(members, ts, strict=True):
-        y = linear(x, m.weight, m.bias)
-        if t is not None:
-            eager.add_product(y, t, m.lora_b.t(), m.scale, m.gate)
-        ys.append(y)
+        if t is None:
+            ys.append(linear(x, m.weight, m.bias))
+        else:
+            ys.append(eager.expand(x, m.weight, t, m.lora_b, m.gate, m.bias, m.scale))
     return ys, ts
 
 
@@ -86,34 +95,56 @@ def shared_input_grad(
     members: Sequence[Member],
     dropout_p: float,
 ) -> Tensor | None:
-    """dx (M, K), accumulated in place over the members whose output was used."""
-    dx = None
-    for dy, m in zip(dys, members, strict=True):
-        if dy is not None:
-            if dx is None:
-                dx = input_grad(dy, m.weight)
-                continue
-            if isinstance(m.weight, PackedWeight):
-                dx.add_(m.weight.input_grad(dy))
-                continue
-            # Backward under autocast: mm has then rounded dx, and an in-place addmm casts nothing.
-            dx.addmm_(dy.to(dx.dtype), m.weight.to(dx.dtype))
-    if dx is None:
+    """Compute dx (M, K), accumulated in place over the members whose output was used."""
+    used = [(dy, m) for dy, m in zip(dys, members, strict=True) if dy is not None]
+    adapted = [(u, m) for u, m in zip(us, members, strict=True) if u is not None]
+    if not used:
         return None
-    used = [(u, m) for u, m in zip(us, members, strict=True) if u is not None]
-    if used and dropout_p == 0.0:
-        stacked = [eager.folded(m.lora_a, m.scale, m.gate, u.dtype) for u, m in used]
-        u = torch.cat([u for u, _ in used], dim=1)
-        return eager.add_product(dx, u, torch.cat(stacked), 1.0, None)
-    for u, m in used:
-        eager.add_lowrank_dx(dx, u, m.lora_a, m.gate, m.seed, m.scale, dropout_p)
+    first = adapted and all(eager.base_adds(dy, m.weight) for dy, m in used)
+    dx = add_base_grads(
+        _lowrank_dx(adapted, dropout_p).to(used[0][0].dtype) if first else None, used
+    )
+    if first or not adapted:
+        return dx
+    if dropout_p > 0.0:
+        return dx.add_(_lowrank_dx(adapted, dropout_p))
+    return add_product(dx, *stacked(adapted), 1.0, None)
+
+
+def add_base_grads(dx: Tensor | None, used: Sequence[tuple[Tensor, Member]]) -> Tensor:
+    """dx += Σ dyᵢ Wᵢ, in place; ``None`` stands for zeros."""
+    for dy, m in used:
+        if dx is None:
+            dx = input_grad(dy, m.weight)
+        elif isinstance(m.weight, PackedWeight):
+            dx.add_(m.weight.input_grad(dy))
+        else:
+            # Backward under autocast: `mm` has rounded dx, and an in-place addmm casts nothing.
+            dx.addmm_(dy.to(dx.dtype), m.weight.to(dx.dtype))
     return dx
+
+
+def stacked(adapted: Sequence[tuple[Tensor, Member]]) -> tuple[Tensor, Tensor]:
+    """Put every u (M, ΣR) and every γα A (ΣR, K) of the group beside each other."""
+    adapters = [folded(m.lora_a, m.scale, m.gate, u.dtype) for u, m in adapted]
+    return torch.cat([u for u, _ in adapted], dim=1), torch.cat(adapters)
+
+
+def _lowrank_dx(adapted: Sequence[tuple[Tensor, Member]], dropout_p: float) -> Tensor:
+    """Σ γα (u A) ⊙ keep/(1−p), (M, K), each under the mask of its member."""
+    if dropout_p == 0.0:
+        return torch.mm(*stacked(adapted))
+    total = None
+    for u, m in adapted:
+        part, factor = eager.lowrank_dx(u, m.lora_a, m.gate, m.seed, m.scale, dropout_p)
+        total = part.mul_(factor) if total is None else total.add_(part, alpha=factor)
+    return total
 
 
 def shared_grad_a(
     x: Tensor | None, us: Sequence[Tensor | None], members: Sequence[Member]
 ) -> list[Tensor | None]:
-    """dA = γα uᵀ x (R, K) of every member that wants it, without dropout, from one read of x."""
+    """Compute each wanted dA = γα uᵀ x (R, K) from one read of x; not for dropout."""
     wanted = [u is not None and m.needs.lora_a for u, m in zip(us, members, strict=True)]
     if not any(wanted):
         return [None] * len(members)
@@ -125,14 +156,14 @@ def shared_grad_a(
 
 
 def _scaled(part: Tensor, m: Member) -> Tensor:
-    da = eager.folded(part, m.scale, m.gate, m.lora_a.dtype)
+    da = folded(part, m.scale, m.gate, m.lora_a.dtype)
     return da.clone() if da is part else da  # a gradient holds no memory but its own
 
 
 def backward(
     dys: Sequence[Tensor | None], x: Tensor | None, members: Sequence[Member], dropout_p: float
 ) -> tuple[Tensor | None, list[Grads]]:
-    """dx of the group and the parameter gradients of every member (their ``Grads.x`` is None)."""
+    """Compute dx and the parameter gradients of every member (their ``Grads.x`` is None)."""
     makes_u = [
         dy is not None and m.is_open and m.needs.makes_u for dy, m in zip(dys, members, strict=True)
     ]

@@ -1,11 +1,11 @@
-"""Base weights that exist only packed: ``y = x Wᵀ + bias``, with W made for a moment and dropped.
+"""Base weights that exist only packed: ``y = x Wᵀ + bias``, where W is unpacked for each use.
 
 A packed weight takes the place of W in ``masked_lora_linear``. Forward is the quantisation
-library's own matmul, and dx = dy W is its own rule too: W is unpacked once more in backward.
-Between the two nothing but the packed bytes lives, which are the model's anyway; a dense W kept for
-backward would cost 2·N·K bytes per layer in bf16 where NF4 stores N·K/2.
+library's own matmul, and dx = dy W follows its rule too: backward unpacks W once more. Between the
+two only the packed bytes live, which belong to the model; a dense W kept for backward would cost
+2·N·K bytes a layer in bf16, where NF4 stores N·K/2.
 
-bitsandbytes is imported by the first call that needs it; nothing else here knows it.
+The first call that needs bitsandbytes imports it; no other file of this package does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 
 class PackedWeight(abc.ABC):
-    """W (N, K), frozen, known by what packs it.
+    """A frozen W (N, K) in the layout of a quantisation library.
 
     Attributes:
         shape: (N, K).
@@ -73,7 +73,7 @@ class Packed4bit(PackedWeight):
     def dense(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        # By way of the dtype that W had before it was packed, as in bitsandbytes' own backward.
+        # Through the dtype that W had before it was packed, as in bitsandbytes' own backward.
         return dequantize_4bit(self.data, self.state).to(dtype)
 
 

@@ -1,14 +1,16 @@
-"""FLOPs and HBM bytes of a masked LoRA linear as written, and what a GPU allows at best.
+"""FLOPs and HBM bytes of a masked LoRA linear, and the least time that a GPU allows.
 
-FLOPs are those of the GEMMs, 2 per multiply-add. Bytes count a tensor once for each kernel that
-reads or writes it: what several of its programs read of the same tensor is taken to come from a
-cache. Casts of A and B, scalars, the bias and element-wise work on (M, R) are left out. Extra
-elements over the bare linear for R → 0, one dtype, no dropout, with dx, dA and dB wanted:
+FLOPs count the GEMMs, 2 per multiply-add. Bytes count a tensor once for each kernel that reads or
+writes it: programs of one kernel that read the same tensor are assumed to find it in a cache. Casts
+of A and B, scalars, the bias and element-wise work on (M, R) are left out. Extra elements over the
+bare linear for R → 0, one dtype, no dropout, with dx, dA and dB wanted:
 
     frozen   x Wᵀ + bias                                  forward 0          backward 0
     peft     base + B(A(dropout(x)))·s                    M·K + 6·M·N        5·M·K + 4·M·N
     addmm    `ila_kernels.eager`                          M·K + 2·M·N        3·M·K + 2·M·N
     fused    one GEMM x Wᵀ + t Bᵀ, one read of dy         M·K                M·K + M·N
+
+Of several linears of one x the fused kernels read x twice: for every t, and for every output.
 
 R is small, but the fused kernels leave fp32 shares of their sums: u from every 256 columns of dy,
 dB and dA from every 256 to 1024 rows. At M = 8192, N = 4096, R = 16 the shares of u and dB add 38 %
@@ -16,7 +18,7 @@ to the M·N of the one read of dy; what sharing that read saves is 100 %.
 
 With fp32 adapters over a 16-bit base peft's low-rank branch lives in fp32: x is copied to it, and
 its (M, N) tensors are twice as wide. With dropout addmm redraws the mask in backward and saves no
-x̂: less memory than peft, more traffic. peft has no gate, frozen no adapter: what is wanted of a
+x̂: less memory than peft, more traffic. peft has no gate, frozen no adapter: a gradient of a
 parameter that a contestant does not have costs it nothing.
 """
 
@@ -42,7 +44,7 @@ PARAMETERS = frozenset({"x", "weight", "lora_a", "lora_b", "gate", "bias"})
 class Problem:
     """One layer: M tokens, K in-features, N out-features, rank R, widths of the dtypes, dropout.
 
-    ``block_n`` are the columns of dy in one program of ``grad_out``, those of ``config.grad_tile``.
+    ``block_n``: columns of dy in one program of ``grad_out``, from ``config.grad_tile``.
     """
 
     m: int
@@ -56,7 +58,7 @@ class Problem:
 
     @property
     def masked_copy_bytes(self) -> int:
-        """Bytes per element of masking x into a copy: mask written and read, x read, x̂ written."""
+        """Count bytes per element of a masked copy: mask written and read, x read, x̂ written."""
         return 2 + 2 * self.base_bytes if self.dropout else 0
 
 
@@ -203,7 +205,7 @@ def group_backward_cost(
 
 
 def saved_bytes(contestant: str, p: Problem, needs: AbstractSet[str]) -> int:
-    """Count what one forward keeps for backward: activations, not parameters.
+    """Count the bytes of activations that one forward keeps for backward.
 
     ``addmm`` and ``fused`` keep x where dA or dW reads it, and t (M, R) for dB and dγ; a dropout
     mask is drawn again. ``peft`` keeps its branch's own x (a copy in the adapters' dtype), and with
@@ -258,5 +260,5 @@ def ceiling_of(device_name: str) -> Ceiling | None:
 
 
 def time_bound_ms(flops: float, moved_bytes: float, ceiling: Ceiling) -> float:
-    """Least time: traffic and arithmetic overlap perfectly, and every FLOP runs at bf16 speed."""
+    """Compute the least time: traffic and arithmetic overlap, and every FLOP runs at bf16 speed."""
     return max(flops / ceiling.bf16_tflops / 1e9, moved_bytes / ceiling.memory_gb_s / 1e6)

@@ -9,7 +9,7 @@ fourth, h. Two of the four are a pointwise function of the other two: recomputin
 operations an element, beside the 4·K a linear layer spends on it. Down_proj's part of that is
 ``masked_lora_linear(h, …, swiglu=(pre, up))``.
 
-Every product is rounded where plain autograd rounds it, so results and gradients are the same bits.
+Every product is rounded where plain autograd rounds it: results and gradients have the same bits.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def swiglu_product(pre: Tensor, up: Tensor) -> Tensor:
 
         h = silu(pre) ⊙ up
 
-    Under ``torch.compile`` it is the plain expression: there the compiler decides what to keep.
+    Under ``torch.compile`` it is the plain expression: the compiler decides which tensors to keep.
 
     Args:
         pre: Output of gate_proj, any shape, floating dtype. Differentiable.

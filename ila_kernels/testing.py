@@ -1,4 +1,4 @@
-"""Inputs of realistic size and a tolerance nobody can tune, shared by tests and benchmarks."""
+"""Inputs of realistic size and a tolerance without a knob, shared by tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def make_inputs(
     seed: int = 0,
     requires: Iterable[str] = NAMES,
 ) -> Inputs:
-    """Draw inputs whose sizes are those of a transformer in training.
+    """Draw inputs as large as the tensors of a transformer in training.
 
     x is normalised (σ = 1), W and A keep that size (σ = 1/√K), the update is 0.3 of the base
     output. dy is noise plus the direction of the update itself: dγ = ⟨dy, update⟩ is one sum over
@@ -118,7 +118,7 @@ def make_inputs(
 
 
 def values_and_grads(function: Callable[[Inputs], Tensor], inputs: Inputs) -> dict[str, Tensor]:
-    """Run ``function`` and its backward from dy: ``{"y": …, "dx": …, …}`` for what is wanted."""
+    """Run ``function`` and its backward; return ``{"y": …, "dx": …}`` with wanted gradients."""
     y = function(inputs)
     wanted = inputs.wanted()
     grads = torch.autograd.grad(y, list(wanted.values()), inputs.dy) if wanted else ()

@@ -1,6 +1,6 @@
-"""Checks of the public functions: each error names the argument, the expectation, what came.
+"""Checks of the public functions: each error names the argument, the expectation and the value.
 
-One chain of comparisons on the hot path; messages are only built once something is wrong.
+One chain of comparisons on the hot path; a message is built only for an error.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def check_group(
 
 
 def check_swiglu(pre: Tensor, up: Tensor, x: Tensor | None = None) -> None:
-    """Raise unless both are floating tensors of one shape, that of x, and of one dtype."""
+    """Raise unless both are floating tensors of one dtype and of the shape of x."""
     for name, tensor in (("pre", pre), ("up", up)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")

@@ -90,7 +90,7 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
     """Run a Python script on two CPU processes that train as one; fail with what both of them said.
 
     The script gets the remaining arguments as ``sys.argv[1:]`` and ends with
-    ``ila.ranks.leave_process_group()``, as every distributed script should.
+    ``ila.runs.processes.leave_process_group()``, as every distributed script should.
     """
 
     def launch(script: str, *arguments: object, timeout: float = 240.0) -> list[str]:

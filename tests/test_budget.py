@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ila.budget import CostTable, Frontier, Step
+from ila.price.knapsack import CostTable, Frontier, Step
 
 COST = st.integers(0, 9)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ila.claims import check, claim, read
+from ila.runs.folder import check, claim, read
 
 MINE = {"what": "train", "inputs": {"rank": 8, "seed": 0}, "open": ["a", "b"]}
 

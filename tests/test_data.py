@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ila.data import IGNORED, Collator, DataSummary, encode, pad_token_id
-from ila.rows import load_rows, to_messages
+from ila.data.encoding import IGNORED, Collator, DataSummary, encode, pad_token_id
+from ila.data.rows import load_rows, to_messages
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ("arithmetic", "polite", "extraction")
@@ -274,7 +274,7 @@ def test_progress_never_writes_to_stdout_nor_changes_rows(plain, capsys, monkeyp
     rows = [{"text": "a b"}] * 3
     wanted = encode(rows, plain)
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr("ila.data._ROWS_WORTH_A_BAR", 2)
+    monkeypatch.setattr("ila.data.encoding._ROWS_WORTH_A_BAR", 2)
     assert encode(rows, plain) == wanted
     assert capsys.readouterr().out == ""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ila.rows import load_rows, to_messages
+from ila.data.rows import load_rows, to_messages
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "data"
 NAMES = ("arithmetic", "polite", "extraction")

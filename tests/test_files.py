@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ila.files import (
+from ila.runs.atomic import (
     move_in,
     write_bytes_atomic,
     write_folder_atomic,
@@ -215,7 +215,7 @@ def test_a_process_killed_while_replacing_loses_nothing(tmp_path, renames):
     (tmp_path / "run" / "a").write_text("old")
     code = f"""
         import os, shutil, signal
-        from ila.files import write_folder_atomic
+        from ila.runs.atomic import write_folder_atomic
         rename, calls = os.rename, []
         def die(*_, **__):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The house rules that a program can read: the order of the storeys, and what an import may do.
+"""The house rules that a program can read: the order of the rooms, and what an import may do.
 
 The tests marked `static` read sources only, so `make check` runs them without torch.
 """
@@ -7,94 +7,158 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Bottom first. A file imports from its own storey or from those before it. A storey is a module or
-# a subpackage; `__init__` is the package's own and stands where its public names are complete.
-STOREYS = {
-    "ila_kernels": (
-        "_version",
-        "choice",
-        "config",
-        "device",
-        "quant",
-        "validate",
-        "dropout",
-        "reference",
-        "swiglu",
-        "eager",
-        "group",
-        "kernels",
-        "traced",
-        "ops",
-        "roofline",
-        "time_budget",
-        "functional",
-        "testing",
-        "__init__",
-    ),
-    "ila": (
-        "files",
-        "claims",
-        "mask",
-        "budget",
-        "shapes",
-        "costs",
-        "speed",
-        "spending",
-        "selection",
-        "messages",
-        "layer",
-        "quantized",
-        "checkpointing",
-        "swapped",
-        "shared_input",
-        "attention",
-        "mlp",
-        "model",
-        "explanation",
-        "rows",
-        "rendering",
-        "data",
-        "ranks",
-        "checkpoint",
-        "memory",
-        "measure",
-        "calibration",
-        "states",
-        "cached_rows",
-        "halves",
-        "prefix",
-        "trainer",
-        "full",
-        "signals",
-        "baselines",
-        "stability",
-        "stages",
-        "updates",
-        "gated_weights",
-        "search_config",
-        "work",
-        "scoring",
-        "search",
-        "train",
-        "loading",
-        "pipeline",
-        "runs",
-        "report",
-        "figures",
-        "pareto",
-        "budgeted",
-        "__init__",
-        "commands",
-        "demo",
-        "cli",
-        "__main__",
-    ),
+# Bottom first. A file imports from the files before it, in its own room or in a room before that.
+# A room is a subpackage; a name without files is a file that stands alone. The `__init__` of a
+# package stands where its public names are complete.
+ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "ila_kernels": {
+        "_version": (),
+        "verdict": (),
+        "store": (),
+        "choice": (),
+        "config": (),
+        "device": (),
+        "quant": (),
+        "autocast": (),
+        "validate": (),
+        "dropout": (),
+        "reference": (),
+        "swiglu": (),
+        "products": (),
+        "eager": (),
+        "group": (),
+        "kernels": (
+            "launch",
+            "philox",
+            "partials",
+            "shrink",
+            "lowrank_gemm",
+            "joined_gemm",
+            "grad_out",
+            "grad_a",
+            "linear",
+            "group",
+            "selfcheck",
+        ),
+        "hybrid": (),
+        "hybrid_group": (),
+        "paths": (),
+        "traced": (),
+        "ops": (),
+        "group_ops": (),
+        "dispatch": (),
+        "roofline": (),
+        "time_budget": (),
+        "functional": (),
+        "measuring": (),
+        "tuning": (),
+        "testing": (),
+        "__init__": (),
+    },
+    "ila": {
+        "boundary": (),
+        "runs": (
+            "atomic",
+            "records",
+            "lock",
+            "folder",
+            "processes",
+            "checkpoints",
+            "meter",
+            "metrics",
+        ),
+        "masks": ("checks", "names", "mask_file", "mask", "agreement"),
+        "data": (
+            "turns",
+            "messages",
+            "tables",
+            "rows",
+            "rendering",
+            "pieces",
+            "row_encoder",
+            "columns",
+            "encoding",
+            "__init__",
+        ),
+        "models": (
+            "sizes",
+            "loading",
+            "recomputation",
+            "layer",
+            "quantized",
+            "blocks",
+            "checkpointing",
+            "class_swap",
+            "shared_input",
+            "attention",
+            "mlp",
+            "undo",
+            "targets",
+            "lean_loss",
+            "lean_paths",
+            "lean_families",
+            "lean_head",
+            "edit",
+            "merge",
+            "open_weights",
+            "explain",
+        ),
+        "prefix": ("state_file", "batches", "frozen_prefix", "cache"),
+        "price": ("knapsack", "shapes", "costs", "speed", "budget", "choice", "calibration"),
+        "training": (
+            "arguments",
+            "batches",
+            "config",
+            "callbacks",
+            "loop",
+            "trained",
+            "card",
+            "adapter",
+            "switch",
+            "train",
+        ),
+        "search": (
+            "gate_gradients",
+            "baselines",
+            "stage2",
+            "config",
+            "stage",
+            "adapter_updates",
+            "weight_updates",
+            "methods",
+            "stage1",
+            "learn",
+            "in_place",
+            "selection",
+            "select_layers",
+            "one_run",
+        ),
+        "reports": ("texts", "tables", "figures", "pareto"),
+        "__init__": (),
+        "commands": (
+            "options",
+            "inputs",
+            "select_share",
+            "select_budget",
+            "measure",
+            "tune",
+            "learn",
+            "train",
+            "explain",
+            "report",
+            "export",
+            "demo",
+        ),
+        "cli": (),
+        "__main__": (),
+    },
 }
 
 # Tensors and no models: what ila_kernels leaves to the package above it.
@@ -109,9 +173,37 @@ MODEL_LIBRARIES = {
     "trl",
 }
 # Below the public functions of ila_kernels; `ila` does not reach past those.
-INNER_STOREYS = {"validate", "dropout", "swiglu", "eager", "group", "kernels", "ops"}
+INNER_ROOMS = {
+    "autocast",
+    "validate",
+    "dropout",
+    "swiglu",
+    "products",
+    "eager",
+    "group",
+    "kernels",
+    "hybrid",
+    "hybrid_group",
+    "store",
+    "paths",
+    "ops",
+    "group_ops",
+    "dispatch",
+    "measuring",
+}
 # Importable in a millisecond, wherever a mask or a row is read.
-PURE_STOREYS = {"files", "claims", "mask", "budget", "selection", "messages"}
+PURE = {
+    "ila/runs/atomic.py",
+    "ila/boundary.py",
+    "ila/runs/folder.py",
+    "ila/runs/lock.py",
+    "ila/runs/records.py",
+    *(f"ila/data/{name}.py" for name in ("turns", "messages", "tables")),
+    "ila/price/knapsack.py",
+    "ila/commands/options.py",
+    "ila/commands/select_share.py",
+    *(f"ila/masks/{name}.py" for name in ROOMS["ila"]["masks"]),
+}
 
 # "path": {"VARIABLE", ...}. Empty: no environment variable chooses numerics or back ends here.
 ENVIRONMENT_READS: dict[str, set[str]] = {}
@@ -125,10 +217,20 @@ def name_of(path: Path) -> str:
     return path.relative_to(REPOSITORY).as_posix()
 
 
-def storey_of(path: str) -> tuple[str, str]:
-    """Return package and storey of `package/storey.py` or `package/storey/....py`."""
-    package, storey = path.split("/")[:2]
-    return package, storey.removesuffix(".py")
+def place_of(path: str) -> tuple[str, str, str | None]:
+    """Return package, room and file of `package/room/file.py`; file None of `package/room.py`."""
+    package, room, *rest = path.removesuffix(".py").split("/")
+    return package, room, rest[0] if rest else None
+
+
+def number_of(package: str, room: str, file: str | None) -> tuple[int, int] | None:
+    """Return where a file stands, counted from below; None if it is in no list."""
+    rooms = ROOMS[package]
+    if room not in rooms or (file not in rooms[room] and file not in (None, "__init__")):
+        return None
+    # The `__init__` of a room holds its docstring, so it stands below the files unless listed.
+    inside = rooms[room].index(file) if file in rooms[room] else -1
+    return list(rooms).index(room), inside
 
 
 def imported(path: str, source: str) -> Iterator[tuple[int, str]]:
@@ -140,59 +242,74 @@ def imported(path: str, source: str) -> Iterator[tuple[int, str]]:
             above = path.split("/")[: -node.level] if node.level else []
             module = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:
-                # `from ila import mask` means the module, `from ila import LayerMask` the package.
-                is_storey = alias.name in STOREYS.get(module, ())
-                yield node.lineno, f"{module}.{alias.name}" if is_storey else module
+                # `from ila import masks` means the room, `from ila import LayerMask` the package.
+                package, _, room = module.partition(".")
+                rooms = ROOMS.get(package, {})
+                is_module = alias.name in (rooms.get(room, ()) if room else rooms)
+                yield node.lineno, f"{module}.{alias.name}" if is_module else module
 
 
-def target_of(module: str) -> tuple[str, str]:
-    package, _, rest = module.partition(".")
-    return package, rest.split(".")[0] or "__init__"
+def target_of(module: str) -> tuple[str, str, str | None]:
+    package, *rest = module.split(".")
+    rooms = ROOMS.get(package, {})
+    room = rest[0] if rest else "__init__"
+    file = rest[1] if len(rest) > 1 else None
+    if rooms.get(room) and file is None:
+        file = "__init__"
+    return package, room, file
+
+
+def why_not(path: str, module: str) -> str | None:
+    """Return what forbids an import, or None."""
+    package, room, file = place_of(path)
+    to_package, to_room, to_file = target_of(module)
+    if to_package in ROOMS and to_package == package:
+        here, there = number_of(package, room, file), number_of(to_package, to_room, to_file)
+        if there is None:
+            return f"{module} is in no room; list it in ROOMS"
+        if there[0] > here[0] or (there[0] == here[0] and there >= here):
+            return f"{module} stands above {room if file is None else f'{room}.{file}'}"
+    if package == "ila_kernels" and to_package in MODEL_LIBRARIES:
+        return "ila_kernels knows tensors and no models"
+    if package == "ila" and to_package == "ila_kernels" and to_room in INNER_ROOMS:
+        return "ila calls the public functions of ila_kernels"
+    if path in PURE and to_package in {"torch", "transformers"}:
+        return f"{path} is pure"
+    if to_package in {"tests", "benchmarks", "examples", "setup"}:
+        return "nothing imports tests, benchmarks or examples"
+    return None
 
 
 def arrows_that_point_up(path: str, source: str) -> list[str]:
-    """Return one message for each import of `source` that the order of the storeys forbids."""
-    package, storey = storey_of(path)
-    order = STOREYS[package]
-    wrong = []
-    for line, module in imported(path, source):
-        to_package, to_storey = target_of(module)
-        if to_package == package and to_storey not in order:
-            why = f"{to_storey!r} is in no storey; list it in STOREYS"
-        elif to_package == package and order.index(to_storey) > order.index(storey):
-            why = f"{to_storey} stands above {storey}"
-        elif package == "ila_kernels" and to_package in MODEL_LIBRARIES:
-            why = "ila_kernels knows tensors and no models"
-        elif package == "ila" and to_package == "ila_kernels" and to_storey in INNER_STOREYS:
-            why = "ila calls the public functions of ila_kernels"
-        elif (
-            package == "ila" and storey in PURE_STOREYS and to_package in {"torch", "transformers"}
-        ):
-            why = f"{storey} is pure"
-        elif to_package in {"tests", "benchmarks", "examples", "setup"}:
-            why = "nothing imports tests, benchmarks or examples"
-        else:
-            continue
-        wrong.append(f"{path}:{line}: imports {module}: {why}")
+    """Return one message for each import of `source` that the order of the rooms forbids."""
+    wrong = [
+        f"{path}:{line}: imports {module}: {why}"
+        for line, module in imported(path, source)
+        if (why := why_not(path, module)) is not None
+    ]
     return list(dict.fromkeys(wrong))
 
 
 @pytest.mark.static
-@pytest.mark.parametrize("package", STOREYS)
-def test_every_file_has_a_storey(package):
-    unlisted = [
-        name_of(p) for p in sources(package) if storey_of(name_of(p))[1] not in STOREYS[package]
-    ]
+@pytest.mark.parametrize("package", ROOMS)
+def test_every_file_has_a_room(package):
+    unlisted = [name_of(p) for p in sources(package) if number_of(*place_of(name_of(p))) is None]
     assert not unlisted, (
-        f"no storey for {unlisted}: add each to STOREYS[{package!r}] in tests/test_house.py, "
+        f"no room for {unlisted}: add each to ROOMS[{package!r}] in tests/test_house.py, "
         "below everything that imports it and above everything it imports"
     )
+    listed = {
+        f"{package}/{room}/{file}.py" if file else f"{package}/{room}.py"
+        for room, files in ROOMS[package].items()
+        for file in (files or (None,))
+    }
+    assert not listed - {name_of(p) for p in sources(package)}
 
 
 @pytest.mark.static
-@pytest.mark.parametrize("package", STOREYS)
+@pytest.mark.parametrize("package", ROOMS)
 def test_arrows_point_down(package):
-    known = [p for p in sources(package) if storey_of(name_of(p))[1] in STOREYS[package]]
+    known = [p for p in sources(package) if number_of(*place_of(name_of(p))) is not None]
     wrong = [w for p in known for w in arrows_that_point_up(name_of(p), p.read_text("utf-8"))]
     assert not wrong, "\n".join(wrong)
 
@@ -206,15 +323,22 @@ def test_arrows_point_down(package):
         ("ila_kernels/config.py", "from . import ops"),
         ("ila_kernels/config.py", "import ila_kernels.ops as o"),
         ("ila_kernels/kernels/shrink.py", "from ..ops import op"),
+        ("ila_kernels/kernels/shrink.py", "from .linear import forward"),
         # The package itself: half made while its own modules are imported.
         ("ila_kernels/ops.py", "from ila_kernels import __version__"),
         ("ila_kernels/ops.py", "def lazy():\n    import transformers"),
-        ("ila_kernels/ops.py", "from ila.mask import LayerMask"),
+        ("ila_kernels/ops.py", "from ila.masks.mask import LayerMask"),
         ("ila_kernels/ops.py", "from ila_kernels.helpers import f"),
-        ("ila/mask.py", "import torch.nn"),
-        ("ila/search.py", "from ila_kernels import ops"),
-        ("ila/search.py", "import benchmarks.run"),
-        ("ila/demo.py", "from ila.cli import main"),
+        ("ila/masks/mask.py", "import torch.nn"),
+        ("ila/masks/mask.py", "from ila.masks.agreement import compare_table"),
+        ("ila/masks/mask.py", "from ila.masks import agreement"),
+        ("ila/models/edit.py", "from ila.training.train import train"),
+        ("ila/models/edit.py", "def lazy():\n    from ila import training"),
+        ("ila/models/edit.py", "from ila.models.helpers import f"),
+        ("ila/search/learn.py", "from ila_kernels import ops"),
+        ("ila/search/learn.py", "import benchmarks.run"),
+        ("ila/search/stage1.py", "from ila.search.stage1 import StopWhenStable"),
+        ("ila/commands/demo.py", "from ila.cli import main"),
     ],
 )
 def test_an_arrow_up_is_reported(path, source):
@@ -229,15 +353,75 @@ def test_an_arrow_up_is_reported(path, source):
             "ila_kernels/ops.py",
             "from . import config, eager\nfrom .kernels import shrink\nimport torch",
         ),
-        ("ila_kernels/kernels/shrink.py", "from ila_kernels.kernels.pieces import f"),
+        ("ila_kernels/kernels/shrink.py", "from ila_kernels.kernels.launch import f"),
         ("ila_kernels/__init__.py", "from .functional import masked_lora_linear"),
-        ("ila/search.py", "import ila_kernels\nfrom ila_kernels import masked_lora_linear"),
-        ("ila/cli.py", "import ila\nfrom ila import LayerMask, demo"),
+        ("ila/search/learn.py", "import ila_kernels\nfrom ila_kernels import masked_lora_linear"),
+        ("ila/search/learn.py", "from ila.search import stage2\nfrom ila import masks"),
+        ("ila/cli.py", "import ila\nfrom ila import LayerMask\nfrom ila.commands import demo"),
         ("ila/__main__.py", "from ila.cli import main"),
     ],
 )
 def test_an_arrow_down_is_not_reported(path, source):
     assert arrows_that_point_up(path, source) == []
+
+
+def graph(texts: dict[str, str]) -> dict[str, set[str]]:
+    """Return module -> modules of `texts` that it imports, of path -> source."""
+    modules = {
+        path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in texts
+    }
+    arrows: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        found = arrows.setdefault(module, set())
+        for node in ast.walk(ast.parse(texts[path])):
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                above = path.split("/")[: -node.level] if node.level else []
+                base = ".".join([*above, *([node.module] if node.module else [])])
+                for alias in node.names:
+                    inner = f"{base}.{alias.name}"
+                    found.add(inner if inner in modules else base)
+        found &= set(modules)
+    return arrows
+
+
+def circle_in(texts: dict[str, str]) -> list[str]:
+    """Return the modules of a circle of imports, the first one again at its end; [] without one."""
+    try:
+        tuple(TopologicalSorter(graph(texts)).static_order())
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+@pytest.mark.static
+@pytest.mark.parametrize("folder", [*ROOMS, "benchmarks", "tests", "examples"])
+def test_no_circle_of_imports(folder):
+    circle = circle_in({name_of(p): p.read_text("utf-8") for p in sources(folder)})
+    assert not circle, " -> ".join(circle)
+
+
+@pytest.mark.static
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"b/a.py": "from b.c import f", "b/c.py": "def lazy():\n    from b import a"},
+        {"b/a.py": "from . import c", "b/c.py": "import b.d", "b/d.py": "from .a import x"},
+        {"b/r/a.py": "from b.s import x", "b/s/__init__.py": "from b.r.a import y"},
+        {"b/a.py": "from b.a import f"},
+    ],
+)
+def test_a_circle_of_imports_is_reported(texts):
+    assert circle_in(texts)
+
+
+@pytest.mark.static
+def test_the_init_of_a_room_holds_its_purpose_alone():
+    for room, files in ROOMS["ila"].items():
+        if files and "__init__" not in files:
+            body = ast.parse((REPOSITORY / "ila" / room / "__init__.py").read_text("utf-8")).body
+            assert len(body) == 1 and ast.get_docstring(ast.Module(body, [])), room
 
 
 @pytest.mark.static
@@ -270,7 +454,7 @@ def environment_reads(source: str) -> Iterator[tuple[int, str]]:
 
 
 @pytest.mark.static
-@pytest.mark.parametrize("package", STOREYS)
+@pytest.mark.parametrize("package", ROOMS)
 def test_no_environment_variable_is_read(package):
     wrong = [
         f"{name_of(path)}:{line}: {what}"
@@ -287,6 +471,103 @@ def test_an_environment_read_is_reported():
     assert len(list(environment_reads("from os import environ, path"))) == 1
 
 
+_WRITES = {"pop", "popitem", "update", "setdefault", "clear"}
+
+
+def _is_dictionary(node: ast.expr, aliases: set[str]) -> bool:
+    """Whether an expression is the dictionary of an object's attributes."""
+    if isinstance(node, ast.Name):
+        return node.id in aliases
+    if isinstance(node, ast.Attribute):
+        return node.attr == "__dict__"
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "vars"
+
+
+def _edits(node: ast.AST, aliases: set[str]) -> Iterator[ast.AST]:
+    """Yield what in a node changes a class or an attribute behind an object's back."""
+    targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+    if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Delete)):
+        for target in targets:
+            for part in ast.walk(target):
+                if isinstance(part, ast.Attribute) and part.attr == "__class__":
+                    yield part
+                if isinstance(part, ast.Subscript) and _is_dictionary(part.value, aliases):
+                    yield part
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        if node.func.attr in _WRITES and _is_dictionary(node.func.value, aliases):
+            yield node
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+        if len(node.args) > 1 and ast.unparse(node.args[1]) == "'__class__'":
+            yield node
+
+
+def _undoes_itself(function: ast.AST) -> bool:
+    """Whether a function is one half of a `with`."""
+    if getattr(function, "name", None) in ("__enter__", "__exit__"):
+        return True
+    names = [ast.unparse(decorator) for decorator in getattr(function, "decorator_list", [])]
+    return any(name.rpartition(".")[2] == "contextmanager" for name in names)
+
+
+def edits_for_good(source: str) -> list[tuple[int, str]]:
+    """Return (line, expression) of each such edit outside of a `with` that undoes it."""
+    found = []
+
+    def visit(node: ast.AST, aliases: set[str], undone: bool) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            aliases, undone = set(aliases), undone or _undoes_itself(node)
+        if isinstance(node, ast.Assign) and _is_dictionary(node.value, aliases):
+            aliases |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if not undone:
+            found.extend((edit.lineno, ast.unparse(edit)) for edit in _edits(node, aliases))
+        for child in ast.iter_child_nodes(node):
+            visit(child, aliases, undone)
+
+    visit(ast.parse(source), set(), False)
+    return found
+
+
+@pytest.mark.static
+def test_only_models_edits_a_model_for_good():
+    wrong = [
+        f"{name_of(path)}:{line}: {what}"
+        for path in sources("ila")
+        if not name_of(path).startswith("ila/models/")
+        for line, what in edits_for_good(path.read_text("utf-8"))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.static
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "layer.__class__ = Other",
+        "a, layer.__class__ = 1, Other",
+        "setattr(layer, '__class__', Other)",
+        "vars(layer)['forward'] = other",
+        "del vars(layer)['forward']",
+        "layer.__dict__['forward'] = other",
+        "layer.__dict__.pop('forward')",
+        "vars(layer).update(before)",
+        "own = vars(layer)\n    own['forward'] = other",
+        "own = layer.__dict__\n    own.pop('forward', None)",
+    ],
+)
+def test_an_edit_for_good_is_reported(edit):
+    assert len(edits_for_good(f"def planted(layer):\n    {edit}")) == 1
+    assert len(edits_for_good(f"class A:\n  def close(self, layer):\n    {edit}")) == 1
+    for head in ("@contextmanager\ndef f(layer)", "@contextlib.contextmanager\ndef f(layer)"):
+        assert edits_for_good(f"{head}:\n    {edit}\n    yield") == []
+    assert edits_for_good(f"class A:\n  def __exit__(self, layer):\n    {edit}") == []
+
+
+@pytest.mark.static
+def test_reading_a_dictionary_of_attributes_is_no_edit():
+    read = "own = vars(a)\nb = own.get('c'), a.__dict__['c'], {**vars(a)}, a.__class__\nd = {}\n"
+    assert edits_for_good(read + "d['c'] = 1\nd.update(b)\nd.pop('c')") == []
+
+
 def in_fresh_process(code: str) -> str:
     """Run `code` in a new interpreter at the root of the repository; return what it printed."""
     done = subprocess.run(
@@ -296,7 +577,7 @@ def in_fresh_process(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("package", STOREYS)
+@pytest.mark.parametrize("package", ROOMS)
 def test_import_works_with_triton_absent_and_touches_no_gpu(package):
     printed = in_fresh_process(
         "import sys\n"

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ila.mask import LayerMask, chance_jaccard, parse_module_name
+from ila.masks.mask import LayerMask, chance_jaccard
+from ila.masks.names import parse_module_name
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 # Few distinct scores make ties; the rest are any finite floats, subnormal and huge ones included.
@@ -366,7 +367,7 @@ def test_module_names_are_parsed(name, parsed):
 
 def test_masks_need_neither_torch_nor_matplotlib():
     code = (
-        "import sys, ila.mask, ila.files\n"
+        "import sys, ila.masks.mask, ila.runs.atomic\n"
         "heavy = {'torch', 'transformers', 'peft', 'matplotlib', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ila.figures import KINDS, draw_runs, heatmap, heatmap_figure, runs_figure
-from ila.mask import LayerMask, chance_jaccard
-from ila.report import compare_table, render_compare, runs_markdown, runs_table
-from ila.runs import load_run
+from ila.masks.agreement import compare_table
+from ila.masks.mask import LayerMask, chance_jaccard
+from ila.reports.figures import KINDS, draw_runs, heatmap, heatmap_figure, runs_figure
+from ila.reports.tables import render_compare, runs_markdown, runs_table
+from ila.runs.metrics import load_run
 
 matplotlib = pytest.importorskip("matplotlib")
 FigureCanvasAgg = pytest.importorskip("matplotlib.backends.backend_agg").FigureCanvasAgg
@@ -329,7 +330,7 @@ def test_bars_and_curves_hold_the_numbers_of_the_runs():
 
 def test_pictures_leave_matplotlib_and_the_import_alone():
     code = (
-        "import sys, ila.figures as r\n"
+        "import sys, ila.reports.figures as r\n"
         "assert not {'matplotlib', 'rich', 'torch'} & set(sys.modules)\n"
         "r.heatmap_figure(r.LayerMask({'layers.0.q_proj': 1.0}))\n"
         "assert 'matplotlib.pyplot' not in sys.modules"

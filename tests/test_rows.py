@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ila.rows import fingerprint, load_rows, split_rows, to_messages
+from ila.data.rows import fingerprint, load_rows, split_rows, to_messages
 
 ROWS = [
     {"question": "Größe? 🙂", "answer": "drei"},

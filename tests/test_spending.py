@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ila.costs import Work
-from ila.mask import LayerMask
-from ila.pareto import pareto_figure
-from ila.shapes import KINDS, Shape
-from ila.speed import Speed, fit, works
-from ila.spending import TIME, Budget, Spending
+from ila.masks.mask import LayerMask
+from ila.masks.names import KINDS
+from ila.price.budget import TIME, Budget, Spending
+from ila.price.costs import Work
+from ila.price.shapes import Shape
+from ila.price.speed import Speed, fit, works
+from ila.reports.pareto import pareto_figure
 
 SHAPE = Shape(
     blocks=3, hidden=64, mlp=160, heads=4, kv_heads=2, head_dim=16, vocabulary=500, tied=True,

@@ -18,8 +18,8 @@ import torch
 from benchmarks.harness.busy import Busy, load_average
 from benchmarks.harness.gate import GateRedError
 from benchmarks.harness.timing import Watch
-from ila.files import write_json_atomic
-from ila.pipeline import versions
+from ila.commands.inputs import versions
+from ila.runs.atomic import write_json_atomic
 
 Row = dict[str, Any]
 SIZES = ("smoke", "quick", "full")

@@ -2,11 +2,11 @@
 
 A section is a module here with
 
-- ``markdown(found) -> list[str]``: paragraphs and tables from the results (file stem -> content;
+- ``markdown(results) -> list[str]``: paragraphs and tables from the results (file stem -> content;
   a ``.jsonl`` is a list), ``[]`` where its files are missing;
-- ``figures(found) -> {file name: draw}``, optional: ``draw(path)`` saves a PNG or SVG there. Read
+- ``figures(results) -> {file name: draw}``, optional: ``draw(path)`` saves a PNG or SVG there. Read
   every result before returning; a picture that ``markdown`` does not show comes after its text;
-- ``summary(found) -> list[str]``, optional: what of it the README shows;
+- ``summary(results) -> list[str]``, optional: what of it the README shows;
 - ``PAGE``: ``"benchmarks"`` (the default) or ``"study"``; ``TITLE``: its heading, by default the
   first line of its docstring; ``ORDER``: smaller comes first, 50 by default, then by name.
 

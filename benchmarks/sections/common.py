@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,27 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def picture(name: str, says: str) -> str:
     """Show a figure of this section; ``says`` is for who cannot see it."""
     return f"![{says}](figures/{name})"
+
+
+_PLACE = re.compile(r"(top|bottom) (\d+) ?%|(\d+) ?% (?:at the )?(top|bottom|scattered|learned)")
+_PLACES = {"top": "last {} %", "bottom": "first {} %"}
+
+
+def placed(name: str) -> str:
+    """Name the layers of a contestant by place: the last ones are next to the output.
+
+    Result files call them top, and the first ones bottom. A mask's top is its best layers, so pages
+    and figures use other words.
+
+    >>> placed("ours, 30% top"), placed("ours, 30 % at the bottom"), placed("below the top 30%")
+    ('ours, last 30 %', 'ours, first 30 %', 'below the last 30 %')
+    """
+
+    def words(match: re.Match[str]) -> str:
+        place, share = match[1] or match[4], match[2] or match[3]
+        return _PLACES.get(place, f"{{}} % {place}").format(share)
+
+    return _PLACE.sub(words, name)
 
 
 def gib(count: float | None, digits: int = 1) -> str:

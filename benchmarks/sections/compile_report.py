@@ -11,10 +11,10 @@ TITLE = "Kernels, compiled for GPUs that were not there"
 ORDER = 80
 
 
-def markdown(found: Mapping[str, Any]) -> list[str]:
-    if "compile-report" not in found:
+def markdown(results: Mapping[str, Any]) -> list[str]:
+    if "compile-report" not in results:
         return []
-    result = found["compile-report"]
+    result = results["compile-report"]
     rows = []
     for target in dict.fromkeys(row["target"] for row in result["rows"]):
         here = [row for row in result["rows"] if row["target"] == target]

@@ -15,9 +15,9 @@ COMMAND = "`pytest benchmarks/test_layer.py`"
 SPEEDS = ("ours, Triton", "PEFT", "frozen")
 
 
-def markdown(found: Mapping[str, Any]) -> list[str]:
+def markdown(results: Mapping[str, Any]) -> list[str]:
     """Paragraphs for the page of benchmarks."""
-    return by_device(found, "layer", _one)
+    return by_device(results, "layer", _one)
 
 
 def _one(document: Mapping[str, Any]) -> list[str]:
@@ -80,12 +80,12 @@ def _phases(rows: list[Mapping[str, Any]]) -> str:
     return table(header + beside, lines)
 
 
-def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
+def figures(results: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
     """The roofline of each device that was measured."""
     return {
-        f"roofline{stem.removeprefix('layer')}.png": lambda path, d=found[stem]: _draw(d, path)
+        f"roofline{stem.removeprefix('layer')}.png": lambda path, d=results[stem]: _draw(d, path)
         for stem in ("layer", "layer-gpu")
-        if stem in found
+        if stem in results
     }
 
 

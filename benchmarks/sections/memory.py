@@ -7,18 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fits import at, longest, total
+from benchmarks.memory.capacity import at, longest, total
 from benchmarks.sections import memory_figures
-from benchmarks.sections.common import picture, table
+from benchmarks.sections.common import picture, placed, table
 from benchmarks.sections.memory_counts import (
     BASES,
     CARDS_GB,
     GB,
     NAMES,
     OURS,
-    PEFT_BF16,
-    RESTRICTED,
-    RESTRICTED_BF16,
     ROWS,
     TOKENS,
     chosen,
@@ -36,18 +33,11 @@ FIGURES = {
         "Lines: memory of a training step against the share of layers that is trained",
     ),
 }
-IN_SUMMARY = (
-    ("PEFT", 1.0, "all"),
-    (PEFT_BF16, 1.0, "all"),
-    (OURS, 1.0, "all"),
-    *((who, 0.3, "scattered") for who in (RESTRICTED, RESTRICTED_BF16, OURS)),
-    *((who, 0.3, "top") for who in (RESTRICTED, RESTRICTED_BF16, OURS)),
-)
 
 
-def parts_table(found: Mapping[str, Any], model: str, base: str) -> str:
+def parts_table(results: Mapping[str, Any], model: str, base: str) -> str:
     """Bytes by part at one length, without checkpoints; the last column with them."""
-    plain, short = (chosen(found, model, base, on) for on in (False, True))
+    plain, short = (chosen(results, model, base, on) for on in (False, True))
     rows = []
     for key in (key for key in ROWS if key in plain):
         row = plain[key]
@@ -58,9 +48,9 @@ def parts_table(found: Mapping[str, Any], model: str, base: str) -> str:
     return table(["", *names], rows)
 
 
-def cards_table(found: Mapping[str, Any], model: str, base: str) -> str:
+def cards_table(results: Mapping[str, Any], model: str, base: str) -> str:
     """The longest row of tokens for each card, without checkpoints and with them."""
-    tables = [chosen(found, model, base, on) for on in (False, True)]
+    tables = [chosen(results, model, base, on) for on in (False, True)]
     header = [f"{card} GB{how}" for how in ("", ", checkpoints") for card in CARDS_GB]
     rows = []
     for key in (key for key in ROWS if key in tables[0]):
@@ -69,11 +59,11 @@ def cards_table(found: Mapping[str, Any], model: str, base: str) -> str:
     return table(["", *header], rows)
 
 
-def peaks(found: Mapping[str, Any], model: str) -> str:
+def peaks(results: Mapping[str, Any], model: str) -> str:
     """How far the contestants are apart without and with gradient checkpointing, in a sentence."""
     ranges = []
     for checkpointing in (False, True):
-        rows = chosen(found, model, "bf16", checkpointing)
+        rows = chosen(results, model, "bf16", checkpointing)
         sizes = [total(rows[key], TOKENS) / GB for key in ROWS if key in rows]
         ranges.append(f"{min(sizes):.1f} to {max(sizes):.1f} GB")
     return (
@@ -84,10 +74,10 @@ def peaks(found: Mapping[str, Any], model: str) -> str:
     )
 
 
-def spread(found: Mapping[str, Any]) -> list[str]:
+def spread(results: Mapping[str, Any]) -> list[str]:
     """How far the scatterings of different seeds are apart."""
     cases: dict[tuple, list[int]] = {}
-    for r in found["rows"]:
+    for r in results["rows"]:
         if r["position"] == "scattered" and r["contestant"] == OURS and not r["checkpointing"]:
             if r["base"] == "bf16":
                 cases.setdefault((r["model"], r["share"]), []).append(at(r["kept"], TOKENS))
@@ -101,14 +91,14 @@ def spread(found: Mapping[str, Any]) -> list[str]:
     return [f"Kept over three random scatterings of the open layers: {'; '.join(ranges)}."]
 
 
-def checked(found: Mapping[str, Any]) -> list[str]:
+def checked(results: Mapping[str, Any]) -> list[str]:
     """The count beside a real step."""
-    if "memory-check" not in found:
+    if "memory-check" not in results:
         return []
-    result = found["memory-check"]
+    result = results["memory-check"]
     options, rows = result["options"], []
     for row in result["rows"]:
-        name = row["contestant"] + (", checkpoints" if row["checkpointing"] else "")
+        name = placed(row["contestant"]) + (", checkpoints" if row["checkpointing"] else "")
         counted, measured = row["counted"], row["measured"]
         cells = []
         for key in ("optimizer", "kept", "peak"):
@@ -128,18 +118,19 @@ def checked(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def markdown(found: Mapping[str, Any]) -> list[str]:
-    if "memory" not in found:
-        return checked(found)
-    result = found["memory"]
+def markdown(results: Mapping[str, Any]) -> list[str]:
+    if "memory" not in results:
+        return checked(results)
+    result = results["memory"]
     models = [
         m for m in sorted(NAMES, key=FIRST.__ne__) if any(r["model"] == m for r in result["rows"])
     ]
     parts = [
         f"One row of tokens, rank {result['options']['rank']} on all seven kinds of linear layer, "
         "AdamW. The whole step runs on tensors that have shapes and no data, and every tensor that "
-        "is alive is counted: logits and loss (in fp32, as transformers computes them), states in "
-        "the dtypes that AdamW gives them, NF4 with its scales and tables. *Kept* is what is there "
+        "is alive is counted: logits and loss (in fp32, as transformers computes them; with ours "
+        "and with *fused loss* a chunk at a time, every token being a label), states in the "
+        "dtypes that AdamW gives them, NF4 with its scales and tables. *Kept* is what is there "
         "between forward and backward; *peak* is the most at any moment of a step, with gradients "
         "standing all the time as they do where they are accumulated "
         "(`python -m benchmarks.memory --json FILE`). The adapters are in fp32, PEFT's default, "
@@ -157,7 +148,7 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
         for base in BASES:
             parts += _model(result, model, base)
         parts += ["</details>"] if folded else []
-    return [*parts, *spread(result), *checked(found)]
+    return [*parts, *spread(result), *checked(results)]
 
 
 def _model(result: Mapping[str, Any], model: str, base: str) -> list[str]:
@@ -179,37 +170,13 @@ def _model(result: Mapping[str, Any], model: str, base: str) -> list[str]:
     ]
 
 
-def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
-    if "memory" not in found:
+def figures(results: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
+    if "memory" not in results:
         return {}
-    result = found["memory"]
+    result = results["memory"]
     return {
         name.format(base=base): partial(draw, result, FIRST, base)
         for base in BASES
         for name, (draw, _) in FIGURES.items()
         if chosen(result, FIRST, base, False)
     }
-
-
-def summary(found: Mapping[str, Any]) -> list[str]:
-    if "memory" not in found:
-        return []
-    bases = {base: chosen(found["memory"], FIRST, base, False) for base in BASES}
-    rows = []
-    for key in IN_SUMMARY:
-        lora, qlora = (bases[base][key] for base in ("bf16", "nf4"))
-        sizes = [f"{total(row, TOKENS) / GB:.1f} GB" for row in (lora, qlora)]
-        lengths = [longest(lora, 40 * GB), longest(qlora, 24 * GB)]
-        rows.append([label(key), *sizes, *(f"{n:,}" if n else "–" for n in lengths)])
-    return [
-        f"**Memory of a training step**, {NAMES[FIRST]}, rank 16, AdamW, no gradient "
-        f"checkpointing: the most that is alive, counted with tensors that hold no data "
-        f"(`python -m benchmarks.memory`), at {TOKENS} tokens; and the longest row of tokens that "
-        "fits on a card. No GPU has confirmed it; what is not in the count stands beside the "
-        "full tables.",
-        table(
-            ["", "LoRA, bf16", "QLoRA, NF4", "tokens, LoRA on 40 GB", "tokens, QLoRA on 24 GB"],
-            rows,
-        ),
-        picture("memory-step-bf16.png", f"Memory of a training step of {NAMES[FIRST]}"),
-    ]

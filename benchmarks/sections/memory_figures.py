@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.fits import STANDING, at, total
+from benchmarks.memory.capacity import STANDING, at, total
 from benchmarks.sections.common import (
     BLUE,
     FAINT,
@@ -45,15 +45,15 @@ SAYS = {
 }
 
 
-def stacked(found: Mapping[str, Any], model: str, base: str, path: Path) -> None:
+def stacked(results: Mapping[str, Any], model: str, base: str, path: Path) -> None:
     """Stacked bars of one model and base: without checkpoints left, with them right."""
-    tables = [chosen(found, model, base, on) for on in (False, True)]
+    tables = [chosen(results, model, base, on) for on in (False, True)]
     keys = [key for key in ROWS if key in tables[0] and key[1] != 0.75]
     figure, (left, right) = new_figure(
         f"Memory of one training step: {NAMES[model]}, {BASES[base]}",
-        f"One row of {TOKENS} tokens, rank {found['options']['rank']}, AdamW; counted, not "
-        "measured on a GPU. “30 %” of the linear layers are trained: at the top (next to the "
-        "output),\nat the bottom, or scattered at random. The number at a bar is its whole length.",
+        f"One row of {TOKENS} tokens, rank {results['options']['rank']}, AdamW; counted, not "
+        "measured on a GPU. “30 %” of the linear layers are trained: the last (next to the "
+        "output),\nthe first, or scattered at random. The number at a bar is its whole length.",
         width=10, height=0.8 + 0.42 * len(keys) + 1.4, ncols=2, sharey=True,
         sharex=True,
     )  # fmt: skip
@@ -114,28 +114,46 @@ def _stack(row: Mapping[str, Any]) -> dict[str, float]:
 LINES = (("top", BLUE), ("scattered", GREEN), ("bottom", ORANGE))
 
 
-def by_share(found: Mapping[str, Any], model: str, base: str, path: Path) -> None:
+def by_share(results: Mapping[str, Any], model: str, base: str, path: Path) -> None:
     """The peak against the share of the layers that is open: ours, and PEFT on the same layers."""
-    rows = chosen(found, model, base, False)
+    rows = chosen(results, model, base, False)
     figure, axes = new_figure(
         f"Memory of one training step, by what is trained: {NAMES[model]}, {BASES[base]}",
         f"Most memory of one training step, one row of {TOKENS} tokens, without gradient "
         "checkpointing; counted, not measured on a GPU.",
         width=9.6, height=5.4,
     )  # fmt: skip
+    _peaks_by_share(axes, rows)
+    _peaks_of_all(axes, rows)
+    axes.set_xlim(0, 118)
+    axes.set_ylim(0)
+    axes.set_xticks([10, 30, 75, 100], ["10 %", "30 %", "75 %", "all"])
+    axes.set_xlabel("linear layers that are trained", color=INK)
+    axes.set_ylabel("GB (10⁹ bytes)", color=INK)
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=9,
+        handlelength=3.2,
+    )  # fmt: skip
+    save(figure, path)
+
+
+def _peaks_by_share(axes: Axes, rows: Mapping[tuple, Mapping[str, Any]]) -> None:
+    """Draw a line for each place of the open layers: ours whole, PEFT's dashed."""
     for position, colour in LINES:
         for who, line in ((OURS, "-"), (RESTRICTED, (0, (4, 2)))):
             keys = sorted(k for k in rows if k[0] == who and k[2] == position)
-            if who == OURS:
-                keys.append((OURS, 1.0, "all"))
-            else:
-                keys.append(("PEFT", 1.0, "all"))
+            keys.append((OURS if who == OURS else "PEFT", 1.0, "all"))
             heights = [total(rows[key], TOKENS) / GB for key in keys]
             axes.plot(
                 [key[1] * 100 for key in keys], heights, color=colour, linestyle=line, marker="o",
                 markersize=4, linewidth=1.8,
                 label=f"{'ours' if who == OURS else 'PEFT, same layers'}, {_where(position)}",
             )  # fmt: skip
+
+
+def _peaks_of_all(axes: Axes, rows: Mapping[tuple, Mapping[str, Any]]) -> None:
+    """Name the points of all layers, and draw the weights as a floor."""
     for key, says in (
         (("PEFT", 1.0, "all"), "PEFT"),
         ((PEFT_BF16, 1.0, "all"), "PEFT,\nbf16 adapters"),
@@ -150,17 +168,6 @@ def by_share(found: Mapping[str, Any], model: str, base: str, path: Path) -> Non
         "the frozen weights alone", (1, weights), (0, -4), textcoords="offset points",
         fontsize=9, color=FAINT, va="top",
     )  # fmt: skip
-    axes.set_xlim(0, 118)
-    axes.set_ylim(0)
-    axes.set_xticks([10, 30, 75, 100], ["10 %", "30 %", "75 %", "all"])
-    axes.set_xlabel("linear layers that are trained", color=INK)
-    axes.set_ylabel("GB (10⁹ bytes)", color=INK)
-    handles, names = axes.get_legend_handles_labels()
-    figure.legend(
-        handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=9,
-        handlelength=3.2,
-    )  # fmt: skip
-    save(figure, path)
 
 
 def _where(position: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sections.common import NOT_MEASURED, save, table
+from benchmarks.sections.common import placed, save, table
 from benchmarks.sections.pieces import (
     COLOURS,
     by_device,
@@ -20,12 +20,8 @@ from benchmarks.sections.pieces import (
 
 TITLE = "A training step of a model"
 COMMAND = "`pytest benchmarks/test_model.py`"
-# What the README shows.
-HEADLINES = (
-    "PEFT", "ours", "PEFT, 30% top", "ours, 30% top", "ours, 30% top, cache", "frozen",
-)  # fmt: skip
 OTHER_BATCH = re.compile(r"model-\d+x\d+(-gpu)?")
-PEERS = ("PEFT, base dtype", "PEFT, dropout", "PEFT, compiled", "addmm")
+PEERS = ("PEFT, base dtype", "PEFT, fused loss", "PEFT, dropout", "PEFT, compiled", "addmm")
 
 
 def _sentence(document: Mapping[str, Any]) -> str:
@@ -47,12 +43,12 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def markdown(found: Mapping[str, Any]) -> list[str]:
+def markdown(results: Mapping[str, Any]) -> list[str]:
     """Paragraphs for the page of benchmarks."""
-    parts = by_device(found, "model", _one)
-    for stem in sorted(filter(OTHER_BATCH.fullmatch, found)):
-        cell = next(iter(found[stem]["cells"].values()))
-        parts += [f"### With {cell['rows']}×{cell['width']} tokens", *_one(found[stem])]
+    parts = by_device(results, "model", _one)
+    for stem in sorted(filter(OTHER_BATCH.fullmatch, results)):
+        cell = next(iter(results[stem]["cells"].values()))
+        parts += [f"### With {cell['rows']}×{cell['width']} tokens", *_one(results[stem])]
     return parts
 
 
@@ -63,34 +59,18 @@ def _one(document: Mapping[str, Any]) -> list[str]:
         "gradients were held to fp64 before. Ratios are medians over rounds of the time in the "
         "same round, with p10–p90; peak is what the step allocates beside the weights. "
         + _sentence(document),
-        table(["", *columns], [[row["contestant"], *_cells(row)] for row in document["rows"]]),
+        table(
+            ["", *columns], [[placed(row["contestant"]), *_cells(row)] for row in document["rows"]]
+        ),
     ]
 
 
-def summary(found: Mapping[str, Any]) -> list[str]:
-    """What of it belongs in the README: both ratios of the main contestants."""
-    if "model" not in found:
-        return []
-    rows = {row["contestant"]: row for row in found["model"]["rows"]}
-    gpu = {row["contestant"]: row for row in found.get("model-gpu", {"rows": []})["rows"]}
-    lines = []
-    for name in (n for n in HEADLINES if n in rows):
-        other = share(gpu[name]["ratio_to_peft"]) if name in gpu else NOT_MEASURED
-        lines.append([name, *_cells(rows[name]), other])
-    columns = ["", "time / PEFT's", "/ PEFT's on the same layers", "ms", "tokens/s", "peak", "GPU"]
-    return [
-        "**A training step**: time relative to PEFT on all layers, and to PEFT restricted to the "
-        f"same layers; top are the last layers. {_sentence(found['model'])}",
-        table(columns, lines),
-    ]
-
-
-def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
+def figures(results: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
     """Step time and peak memory against the open share."""
     made: dict[str, Callable[[Path], None]] = {}
     for stem, suffix in (("model", ""), ("model-gpu", "-gpu")):
-        if stem in found:
-            document = found[stem]
+        if stem in results:
+            document = results[stem]
             made[f"step-time{suffix}.png"] = lambda path, d=document: _draw(d, "time", path)
             made[f"step-memory{suffix}.png"] = lambda path, d=document: _draw(d, "memory", path)
     return made
@@ -106,10 +86,10 @@ LINES = (
 )
 
 
-def _draw(document: Mapping[str, Any], what: str, path: Path) -> None:
+def _draw(document: Mapping[str, Any], quantity: str, path: Path) -> None:
     """One figure: lines by open share, the floor, peers at 100 %."""
     plain = [row for row in document["rows"] if not row["checkpoints"]]
-    unit = (lambda row: 100 * row["ratio_to_peft"]) if what == "time" else _mib
+    unit = (lambda row: 100 * row["ratio_to_peft"]) if quantity == "time" else _mib
     figure, axes = untitled(size=(8.5, 5.2))
     axis = axes[0, 0]
     ends: list[tuple[float, float, str, str]] = []
@@ -121,7 +101,7 @@ def _draw(document: Mapping[str, Any], what: str, path: Path) -> None:
             continue
         xs, ys = [100 * r["share"] for r in own], [unit(r) for r in own]
         axis.plot(xs, ys, style, color=COLOURS[colour], marker="o", linewidth=2, markersize=5)
-        if what == "time":
+        if quantity == "time":
             low = [y - 100 * r["p10"] for r, y in zip(own, ys, strict=True)]
             high = [100 * r["p90"] - y for r, y in zip(own, ys, strict=True)]
             errors = [[max(0.0, e) for e in part] for part in (low, high)]
@@ -132,7 +112,7 @@ def _draw(document: Mapping[str, Any], what: str, path: Path) -> None:
     floor = next((unit(r) for r in plain if r["kind"] == "frozen"), None)
     if floor is not None:
         axis.plot([0, 100], [floor, floor], color=COLOURS["frozen"], linestyle="--", linewidth=1.2)
-    _frame(axis, document, what)
+    _frame(axis, document, quantity)
     save(figure, path)
 
 
@@ -147,10 +127,10 @@ def _spaced(values: list[float], gap: float) -> list[float]:
     [1.0, 2.0, 5.0]
     """
     order = sorted(range(len(values)), key=values.__getitem__)
-    found, last = list(values), float("-inf")
+    moved, last = list(values), float("-inf")
     for at in order:
-        last = found[at] = max(values[at], last + gap)
-    return found
+        last = moved[at] = max(values[at], last + gap)
+    return moved
 
 
 def _label_starts(axis: Any, ends: list[tuple[float, float, str, str]]) -> None:
@@ -188,12 +168,12 @@ def _leader(colour: str, from_x: float) -> dict[str, Any]:
     return {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "relpos": (from_x, 0.5)}
 
 
-def _frame(axis: Any, document: Mapping[str, Any], what: str) -> None:
+def _frame(axis: Any, document: Mapping[str, Any], quantity: str) -> None:
     cell = next(iter(document["cells"].values()))
     axis.set_xlim(-42, 154)
     axis.set_xticks([10, 30, 75, 100])
     axis.set_xlabel("Linear layers that are trained, % of all")
-    if what == "time":
+    if quantity == "time":
         axis.set_ylabel("Time of a training step,\n% of PEFT on all layers")
         title = "Training fewer layers: what a step takes"
     else:

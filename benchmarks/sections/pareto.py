@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.sections.common import table
 from benchmarks.sections.pieces import quietness
-from ila.figures import save_png
-from ila.pareto import pareto_figure
+from ila.reports.figures import save_png
+from ila.reports.pareto import pareto_figure
 
 PAGE = "study"
 TITLE = "A selection that knows its price"
@@ -18,9 +18,9 @@ FIGURE = "pareto.png"
 _ALL, _BLUE, _ORANGE = "all layers", "#2f6db3", "#d9822b"
 
 
-def markdown(found: Mapping[str, Any]) -> list[str]:
+def markdown(results: Mapping[str, Any]) -> list[str]:
     """The paragraphs of the page; none where nothing was measured."""
-    result = found.get("budget")
+    result = results.get("budget")
     if result is None:
         return []
     options, where = result["options"], result["speed"]["measured"]
@@ -45,22 +45,9 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def summary(found: Mapping[str, Any]) -> list[str]:
-    """What the README shows: the comparisons."""
-    result = found.get("budget")
-    if result is None or not comparisons(result):
-        return []
-    options = result["options"]
-    title = (
-        f"**A budgeted selection against the plain top-k of its step time**, {options['model']} on "
-        f"{options['data']}, {options['steps']} steps; tables and figure are in docs/study.md:"
-    )
-    return [title, "\n".join(comparisons(result))]
-
-
 def comparisons(result: Mapping[str, Any]) -> list[str]:
     """A sentence for each budget: how far it is ahead of its rivals, seed by seed."""
-    found, step_ms = [], result["step_ms"]
+    lines, step_ms = [], result["step_ms"]
     for name in result["contestants"]:
         if not name.startswith("as top "):
             continue
@@ -72,11 +59,11 @@ def comparisons(result: Mapping[str, Any]) -> list[str]:
         ]
         took = step_ms[name] / step_ms[plain]
         if parts:
-            found.append(
+            lines.append(
                 f"- {_title(name).capitalize()}, whose step took {took:.2f} of the plain one's: "
                 f"held-out loss {' and '.join(parts)}."
             )
-    return found
+    return lines
 
 
 def _pairs(result: Mapping[str, Any], name: str, rival: str) -> list[tuple[str, float, float]]:
@@ -90,9 +77,9 @@ def _gains(result: Mapping[str, Any], name: str, rival: str) -> str:
     return f"{each} (seed {', '.join(seed for seed, _, _ in pairs)})"
 
 
-def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
+def figures(results: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
     """The Pareto curve with the sets that were trained."""
-    result = found.get("budget")
+    result = results.get("budget")
     return {} if result is None else {FIGURE: lambda path: _draw(result, path)}
 
 

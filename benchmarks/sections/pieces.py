@@ -30,15 +30,15 @@ def quietness(document: Mapping[str, Any]) -> str:
 
 
 def by_device(
-    found: Mapping[str, Any], stem: str, one: Callable[[Mapping[str, Any]], list[str]]
+    results: Mapping[str, Any], stem: str, one: Callable[[Mapping[str, Any]], list[str]]
 ) -> list[str]:
     """The paragraphs that ``one`` makes of a CPU's and a GPU's result; of neither, none."""
     stems = (("CPU", stem), ("GPU", f"{stem}-gpu"))
-    if not any(name in found for _, name in stems):
+    if not any(name in results for _, name in stems):
         return []
     parts: list[str] = []
     for title, name in stems:
-        parts += one(found[name]) if name in found else [f"On a {title}: {NOT_MEASURED}."]
+        parts += one(results[name]) if name in results else [f"On a {title}: {NOT_MEASURED}."]
     return parts
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.sections.common import table
+from benchmarks.sections.common import placed, table
 from benchmarks.sections.pieces import mebibytes
 
 TITLE = "QLoRA beside PEFT's"
 ORDER = 35
 
 
-def markdown(found: Mapping[str, Any]) -> list[str]:
-    runs = [found[name] for name in sorted(found) if name.startswith("qlora-")]
+def markdown(results: Mapping[str, Any]) -> list[str]:
+    runs = [results[name] for name in sorted(results) if name.startswith("qlora-")]
     if not runs:
         return []
     rows = []
@@ -25,7 +25,7 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
                 over = row["peak_bytes"] - row["loaded_bytes"]
             rows.append(
                 [
-                    f"{name}, {options['load_in']}, computing in {options['dtype']}",
+                    f"{placed(name)}, {options['load_in']}, computing in {options['dtype']}",
                     f"{row['losses'][0]:.4f} → {row['losses'][-1]:.4f}",
                     # Who trains fewer layers has other losses.
                     f"{row['largest_relative_difference']:.1e}" if name == "ours" else "",

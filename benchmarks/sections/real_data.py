@@ -67,9 +67,9 @@ def trainings(method: str, result: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def _results(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _results(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Method -> its result."""
-    return {name.removeprefix(PREFIX): found[name] for name in found if name.startswith(PREFIX)}
+    return {name.removeprefix(PREFIX): results[name] for name in results if name.startswith(PREFIX)}
 
 
 def _setting(result: Mapping[str, Any]) -> str:
@@ -97,8 +97,8 @@ def _trained(real: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def markdown(found: Mapping[str, Any]) -> list[str]:
-    real = _results(found)
+def markdown(results: Mapping[str, Any]) -> list[str]:
+    real = _results(results)
     if not real:
         return []
     return [
@@ -116,9 +116,3 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
         ),
         *_trained(real),
     ]
-
-
-def summary(found: Mapping[str, Any]) -> list[str]:
-    """The trainings alone."""
-    real = _results(found)
-    return [_setting(next(iter(real.values()))), *_trained(real)] if real else []

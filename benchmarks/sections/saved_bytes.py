@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.sections.common import gib, table
+from benchmarks.sections.common import gib, placed, table
 
 TITLE = "What a step keeps for backward"
 ORDER = 30
@@ -22,13 +22,13 @@ def _said(result: Mapping[str, Any]) -> str:
     )
 
 
-def markdown(found: Mapping[str, Any]) -> list[str]:
-    if "saved-bytes" not in found:
+def markdown(results: Mapping[str, Any]) -> list[str]:
+    if "saved-bytes" not in results:
         return []
-    result = found["saved-bytes"]
+    result = results["saved-bytes"]
     places = list(next(iter(result["rows"].values()))["by_place"])
     rows = [
-        [name, gib(row["bytes"]), *(gib(row["by_place"][place]) for place in places)]
+        [placed(name), gib(row["bytes"]), *(gib(row["by_place"][place]) for place in places)]
         for name, row in result["rows"].items()
     ]
     return [
@@ -37,12 +37,3 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
         "By place: the part of a block, over all blocks, in which a tensor is kept. A tensor that "
         "two parts keep counts once.",
     ]
-
-
-def summary(found: Mapping[str, Any]) -> list[str]:
-    """The table without places, where nothing else in the README speaks of memory."""
-    if "saved-bytes" not in found or "memory" in found:
-        return []
-    result = found["saved-bytes"]
-    rows = [[name, gib(row["bytes"])] for name, row in result["rows"].items()]
-    return [_said(result), table(["", "kept"], rows)]

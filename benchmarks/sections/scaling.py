@@ -11,29 +11,31 @@ from benchmarks.sections.pieces import COLOURS, by_device, machine, quietness, u
 
 TITLE = "How cost grows"
 COMMAND = "`pytest benchmarks/test_scaling.py`"
-# The axis in words, and what one step along it is called.
+# Sweep in the file -> its name in the table, the axis of its panel, one step along that axis.
 AXES = {
-    "tokens": ("Tokens of a batch", "token"),
-    "rank": ("Rank of the adapters", "rank"),
-    "depth": ("Blocks of the model", "block"),
-    "open layers, from the top": ("Open linear layers, the last ones", "layer"),
-}
+    "tokens": ("tokens", "Tokens of a batch", "token"),
+    "rank": ("rank", "Rank of the adapters", "rank"),
+    "depth": ("depth", "Blocks of the model", "block"),
+    "open layers, from the top": (
+        "open layers, the last ones", "Open linear layers, the last ones", "layer",
+    ),
+}  # fmt: skip
 
 
-def markdown(found: Mapping[str, Any]) -> list[str]:
+def markdown(results: Mapping[str, Any]) -> list[str]:
     """Paragraphs for the page of benchmarks."""
-    return by_device(found, "scaling", _one)
+    return by_device(results, "scaling", _one)
 
 
 def _one(document: Mapping[str, Any]) -> list[str]:
     cell = next(iter(document["cells"].values()))
     lines = []
     for row in (r for r in document["rows"] if r.get("fit")):
-        step = AXES[row["sweep"]][1]
+        name, _, step = AXES[row["sweep"]]
         spread = f"{row['slope_ms']:.3g} ({row['slope_p10_ms']:.3g}–{row['slope_p90_ms']:.3g})"
         lines.append(
             [
-                f"{row['sweep']}, {row['kind']}", f"{spread} ms per {step}",
+                f"{name}, {row['kind']}", f"{spread} ms per {step}",
                 f"{row['intercept_ms']:.3g} ms", f"{100 * row['bend']:.0f} %",
             ]
         )  # fmt: skip
@@ -46,19 +48,19 @@ def _one(document: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
+def figures(results: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
     """One figure of four panels for each device that was measured."""
     return {
-        f"{stem}.png": lambda path, d=found[stem]: _draw(d, path)
+        f"{stem}.png": lambda path, d=results[stem]: _draw(d, path)
         for stem in ("scaling", "scaling-gpu")
-        if stem in found
+        if stem in results
     }
 
 
 def _draw(document: Mapping[str, Any], path: Path) -> None:
     figure, axes = untitled(2, 2, (9.0, 6.8))
     cell = next(iter(document["cells"].values()))
-    for axis, (sweep, (label, _)) in zip(axes.flat, AXES.items(), strict=True):
+    for axis, (sweep, (_, label, _)) in zip(axes.flat, AXES.items(), strict=True):
         rows = [row for row in document["rows"] if row["sweep"] == sweep]
         for kind in ("PEFT", "ours"):
             points = [r for r in rows if r["kind"] == kind and not r.get("fit")]

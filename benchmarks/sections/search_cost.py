@@ -12,9 +12,9 @@ TITLE = "What the search costs"
 COMMAND = "`pytest benchmarks/test_search_cost.py`"
 
 
-def markdown(found: Mapping[str, Any]) -> list[str]:
+def markdown(results: Mapping[str, Any]) -> list[str]:
     """Paragraphs for the page of benchmarks."""
-    return by_device(found, "search-cost", _one)
+    return by_device(results, "search-cost", _one)
 
 
 def _one(document: Mapping[str, Any]) -> list[str]:

@@ -8,17 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.agreement import halves
 from benchmarks.sections import study_figures
 from benchmarks.sections.common import picture, table
 from benchmarks.sections.study_claims import RULE, claims
 from benchmarks.sections.study_numbers import ALL, Estimate, Study, studies
-from ila.mask import chance_jaccard
-from ila.search_config import SearchConfig
+from benchmarks.study.agreement import halves
+from ila.masks.mask import chance_jaccard
 
 PAGE = "study"
 TITLE = "Does the ranking repeat, and is it useful?"
-DEFAULT = SearchConfig.method
 _PLACES = ("first", "middle", "last")
 _FACTORS = {
     "seed": "two seeds of one data set",
@@ -30,10 +28,10 @@ _FACTORS = {
 }
 
 
-def markdown(found: Mapping[str, Any]) -> list[str]:
+def markdown(results: Mapping[str, Any]) -> list[str]:
     """The paragraphs of the page, of every study there is."""
     parts = []
-    for stem, study in studies(found).items():
+    for stem, study in studies(results).items():
         parts += [f"### {study.name}", _setting(study), *_costs(study), *_agreements(study)]
         parts.append(picture(f"{stem}-heat.png", "scores by block and kind of module"))
         parts.append(picture(f"{stem}-agreement.png", "rank correlation of masks"))
@@ -45,24 +43,10 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def summary(found: Mapping[str, Any]) -> list[str]:
-    """The verdicts on the method that is the default, of the studies that trained."""
-    parts = []
-    for study in studies(found).values():
-        said = [text for text in claims(study) if f"`{DEFAULT}`" in text]
-        if study.trained and said:
-            parts.append(
-                f"**What the search's ranking is worth**, {study.name}, `{DEFAULT}`; the rule of "
-                "the verdicts, the other methods and figures are in docs/study.md:"
-            )
-            parts.append("\n".join(f"- {text}" for text in said))
-    return parts
-
-
-def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
+def figures(results: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
     """Heat maps, agreement and loss, of every study there is."""
     drawn: dict[str, Callable[[Path], None]] = {}
-    for stem, study in studies(found).items():
+    for stem, study in studies(results).items():
         drawn[f"{stem}-heat.png"] = partial(study_figures.heat, study)
         drawn[f"{stem}-agreement.png"] = partial(study_figures.agreement, study)
         if study.cuts():
@@ -116,19 +100,19 @@ def _agreements(study: Study) -> list[str]:
     rows = []
     for factor, words in _FACTORS.items():
         for method in study.methods:
-            found = [result for _, result in study.agreed(factor, method)]
-            rho = [r["spearman"] for r in found if r["spearman"] is not None]
+            agreed = [result for _, result in study.agreed(factor, method)]
+            rho = [r["spearman"] for r in agreed if r["spearman"] is not None]
             # Places are the same in every mask, and a random draw is that of its seed.
             if not rho or method in _PLACES or (method == "random" and factor != "seed"):
                 continue
-            inside = [r["interval"] for r in found if r["interval"]]
+            inside = [r["interval"] for r in agreed if r["interval"]]
             width = statistics.mean(high - low for low, high in inside) if inside else None
             rows.append(
                 [
                     f"{words}, `{method}`",
                     f"{statistics.mean(rho):.2f} ({min(rho):.2f} … {max(rho):.2f})",
                     "none" if width is None else f"±{width / 2:.2f}",
-                    *(_jaccard(found, share) for share in (0.1, 0.3, 0.5, 0.75, 0.9)),
+                    *(_jaccard(agreed, share) for share in (0.1, 0.3, 0.5, 0.75, 0.9)),
                     str(len(rho)),
                 ]
             )
@@ -143,8 +127,8 @@ def _agreements(study: Study) -> list[str]:
     ]
 
 
-def _jaccard(found: list[Mapping[str, Any]], share: float) -> str:
-    return f"{statistics.mean(r['jaccard'][str(share)] for r in found):.2f}"
+def _jaccard(results: list[Mapping[str, Any]], share: float) -> str:
+    return f"{statistics.mean(r['jaccard'][str(share)] for r in results):.2f}"
 
 
 def _trainings(study: Study) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from benchmarks.sections.study_numbers import Estimate, Study
-from ila.mask import chance_jaccard
+from ila.masks.mask import chance_jaccard
 
 HOLDS, FAILS, OPEN = "holds", "fails", "can't be told here"
 FAR = 0.5  # of the way from chance to identity
@@ -67,24 +67,24 @@ def losing_little(study: Study, method: str, share: float, bound: float, claim: 
 def beats(study: Study, method: str, cut: str, share: float) -> list[str]:
     """A method against every other that was trained at the same cut."""
     others = dict.fromkeys(m for _, _, m, c, s in study.trained if (c, s) == (cut, share))
-    found = []
+    sentences = []
     for other in others:
         behind = study.losing(other, cut, share, against=method)
         if other != method and behind:
             said = Estimate.of(behind)
             by = "by count" if cut == "count" else "of the parameters"
-            found.append(
+            sentences.append(
                 f"`{method}` beats `{other}` at {share:.0%} {by}: by {said.text(4, ' nats')}: "
                 f"**{verdict(said, 0.0, above=True)}**."
             )
-    return found
+    return sentences
 
 
 def claims(study: Study) -> list[str]:
     """All sentences that the lines of a study allow."""
-    found = [overlap(study, m, share) for m in ("path", "ila") for share in (0.75, 0.3, 0.1)]
+    said = [overlap(study, m, share) for m in ("path", "ila") for share in (0.75, 0.3, 0.1)]
     for method in ("path", "ila"):
-        found.append(
+        said.append(
             losing_little(
                 *(study, method, 0.75, HURT),
                 "Freezing the worst 25 % of the layers does not hurt held-out loss",
@@ -92,8 +92,8 @@ def claims(study: Study) -> list[str]:
         )
         for share in (0.3, 0.1):
             text = f"Training the best {share:.0%} of the layers comes near all layers"
-            found.append(losing_little(study, method, share, NEAR, text))
-    sentences = [text for text in found if text]
+            said.append(losing_little(study, method, share, NEAR, text))
+    sentences = [text for text in said if text]
     for cut, share in study.cuts():
         if share == 0.3:
             for method in ("path", "ila"):

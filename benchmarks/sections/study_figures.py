@@ -7,20 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.agreement import spearman
 from benchmarks.sections.common import BLUE, FAINT, INK, ORANGE, new_figure, save
 from benchmarks.sections.study_numbers import Estimate, Study
-from ila.mask import parse_module_name
+from benchmarks.study.agreement import spearman
+from ila.masks.names import parse_module_name
 
 SHOWN = ("path", "ila")
 
 
 def _mean_scores(study: Study, data: str, method: str) -> np.ndarray | None:
-    found = [r["scores"] for (d, _, m), r in study.masks.items() if (d, m) == (data, method)]
-    if not found:
+    rankings = [r["scores"] for (d, _, m), r in study.masks.items() if (d, m) == (data, method)]
+    if not rankings:
         return None
     # Ranks: methods and data sets have units of their own.
-    ranks = [np.argsort(np.argsort(scores)) / (len(scores) - 1) for scores in found]
+    ranks = [np.argsort(np.argsort(scores)) / (len(scores) - 1) for scores in rankings]
     return np.mean(ranks, axis=0)
 
 
@@ -86,14 +86,14 @@ def agreement(study: Study, path: Path) -> None:
 
 def _between_methods(study: Study) -> np.ndarray:
     count = len(study.methods)
-    found = np.full((count, count), np.nan)
+    matrix = np.full((count, count), np.nan)
     for i, a in enumerate(study.methods):
         for j, b in enumerate(study.methods):
             shared = [(d, s) for d, s, m in study.masks if m == a and (d, s, b) in study.masks]
             pairs = [[study.masks[(*key, m)]["scores"] for m in (a, b)] for key in shared]
             if pairs:
-                found[i, j] = np.mean([spearman(np.array(x), np.array(y)) for x, y in pairs])
-    return found
+                matrix[i, j] = np.mean([spearman(np.array(x), np.array(y)) for x, y in pairs])
+    return matrix
 
 
 def _matrix(axes: Any, values: np.ndarray, names: list[str]) -> None:

@@ -91,8 +91,8 @@ class Study:
 
     def cuts(self) -> list[tuple[str, float]]:
         """(cut, share) of the trainings, in order."""
-        found = {(cut, share) for _, _, _, cut, share in self.trained if cut}
-        return sorted(found)
+        pairs = {(cut, share) for _, _, _, cut, share in self.trained if cut}
+        return sorted(pairs)
 
     def losing(self, method: str, cut: str, share: float, against: str = ALL) -> list[float]:
         """Held-out loss minus that of another, one for each data set and seed that has both."""
@@ -106,33 +106,33 @@ class Study:
 
     def lost_share(self, method: str, cut: str, share: float) -> list[float]:
         """What is lost against all layers as a share of what all layers gain over none."""
-        found = []
+        shares = []
         for (data, seed, m, c, s), result in self.trained.items():
             whole = self.trained.get((data, seed, ALL, "", 1.0))
             if (m, c, s) == (method, cut, share) and whole:
                 gain = self.losses[data, seed] - whole["held_out_loss"]
-                found.append((result["held_out_loss"] - whole["held_out_loss"]) / gain)
-        return found
+                shares.append((result["held_out_loss"] - whole["held_out_loss"]) / gain)
+        return shares
 
     def agreed(self, factor: str, method: str) -> list[tuple[Mapping, Mapping]]:
         """Agreements of one method's masks that differ in a factor, else at the usual options."""
-        found = []
+        cells = []
         for key, result in self.agreements:
             of = {k: v for k, v in result["of"].items() if k != factor}
             if key["factor"] == factor and of.get("method") == method and self.is_usual(of):
-                found.append((of, result))
-        return found
+                cells.append((of, result))
+        return cells
 
 
 def _place(key: Mapping[str, Any]) -> tuple[str, int]:
     return key["data"], key["seed"]
 
 
-def studies(found: Mapping[str, Any]) -> dict[str, Study]:
+def studies(results: Mapping[str, Any]) -> dict[str, Study]:
     """File stem -> study, of every ``study-*.jsonl`` that has a mask."""
-    stems = sorted(name for name in found if name.startswith("study-"))
+    stems = sorted(name for name in results if name.startswith("study-"))
     return {
-        stem: Study(found[stem])
+        stem: Study(results[stem])
         for stem in stems
-        if {"mask", "layers"} <= {line["kind"] for line in found[stem]}
+        if {"mask", "layers"} <= {line["kind"] for line in results[stem]}
     }

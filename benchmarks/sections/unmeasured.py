@@ -22,20 +22,20 @@ NEVER = (
 )
 
 
-def on_gpu(found: Mapping[str, Any]) -> list[str]:
+def on_gpu(results: Mapping[str, Any]) -> list[str]:
     """Names of the results that come from a GPU."""
     names = []
-    for name, result in found.items():
+    for name, result in results.items():
         where = result.get("environment", {}) if isinstance(result, Mapping) else {}
         if str(where.get("device", "cpu")).startswith("cuda"):
             names.append(name)
     return names
 
 
-def markdown(found: Mapping[str, Any]) -> list[str]:
-    if not found:
+def markdown(results: Mapping[str, Any]) -> list[str]:
+    if not results:
         return []
-    names = on_gpu(found)
+    names = on_gpu(results)
     said = (
         f"Measured on a GPU: {', '.join(f'`{name}`' for name in names)}. What is left of this list "
         "has to be read with them."

@@ -50,7 +50,7 @@ def ila(monkeypatch, capsys) -> Callable[..., Answer]:
 
     def run(*arguments: object) -> Answer:
         monkeypatch.setattr(sys, "argv", ["ila", *map(str, arguments)])
-        monkeypatch.setattr(cli, "screen", cli.Console(width=200))
+        monkeypatch.setattr(cli, "screen", cli.Console(width=200, markup=False))
         capsys.readouterr()
         code = 0
         try:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from ila.mask import LayerMask
+from ila.masks.mask import LayerMask
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ila import demo
 from ila.cli import app
-from ila.mask import LayerMask
+from ila.commands import demo
+from ila.masks.mask import LayerMask
 
 
 @pytest.fixture

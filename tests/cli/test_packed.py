@@ -6,9 +6,9 @@ import pytest
 from peft import PeftModel
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from ila import loading
-from ila.mask import LayerMask
-from ila.runs import load_run
+from ila.masks.mask import LayerMask
+from ila.models import loading
+from ila.runs.metrics import load_run
 
 pytest.importorskip("bitsandbytes")
 

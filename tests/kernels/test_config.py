@@ -5,7 +5,7 @@ import torch
 
 import ila_kernels
 from ila_kernels import choice, config
-from ila_kernels.choice import Call, Measured, gpu_impl, most_gemm_ratio, prefer
+from ila_kernels.choice import Call, prefer
 from ila_kernels.config import (
     GEMM_16BIT,
     GEMM_PERSISTENT,
@@ -23,7 +23,7 @@ from ila_kernels.config import (
 
 TARGETS = [*GEMM_16BIT, "sm_75", "sm_86", "gfx942", "unknown", ""]
 RANKS = [1, 2, 15, 16, 17, 64, 70, 256, 1000]
-CALL = Call(8192, 4096, 4096, "bfloat16", "sm_90")
+CALL = Call(8192, 4096, (4096,), 16, "bfloat16", "float32", False, "a GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -204,91 +204,46 @@ def test_no_form_runs_unasked_that_was_not_measured():
 # --- which implementation
 
 
-def test_asking_for_triton_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr(config, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="triton is not installed; use impl='auto'"):
-        resolve_impl("triton", "cuda")
-    monkeypatch.setattr(config, "find_spec", lambda name: object())
-    assert resolve_impl("triton", "cuda") == ("triton", "asked for")
+@pytest.mark.parametrize("impl", config.KERNEL_IMPLS)
+def test_asking_for_kernels_says_what_is_missing(impl, monkeypatch):
+    monkeypatch.setattr(config, "has_triton", lambda: False)
+    with pytest.raises(RuntimeError, match=f"'{impl}' .* triton is not installed; use impl='auto'"):
+        resolve_impl(impl, "cuda")
+    monkeypatch.setattr(config, "has_triton", lambda: True)
+    assert resolve_impl(impl, "cuda") == (impl, "asked for")
     with pytest.raises(RuntimeError, match="the tensors are on mps; use impl='auto'"):
-        resolve_impl("triton", "mps")
+        resolve_impl(impl, "mps")
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942", "unknown"])
+@pytest.mark.parametrize("gpu", ["a GPU", "NVIDIA H100 80GB HBM3", "unknown"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_auto_claims_nothing_that_was_not_measured(target, dtype):
-    chosen, why = resolve_impl("auto", "cuda", Call(8192, 4096, 4096, dtype, target))
+def test_auto_claims_nothing_that_was_not_measured(gpu, dtype):
+    call = CALL._replace(dtype=dtype, gpu=gpu)
+    chosen, why = resolve_impl("auto", "cuda", call)
     assert chosen == "eager"
-    assert f"no measurement yet of the fused kernels on {target}" in why
+    assert f"not measured on {gpu} yet" in why
 
 
-def test_a_preference_for_triton_is_taken_or_raises(monkeypatch):
-    prefer(auto="triton")
-    monkeypatch.setattr(config, "find_spec", lambda name: object())
+@pytest.mark.parametrize("impl", config.KERNEL_IMPLS)
+def test_a_preference_for_kernels_is_taken_or_raises(impl, monkeypatch):
+    prefer(auto=impl)
+    monkeypatch.setattr(config, "has_triton", lambda: True)
     assert resolve_impl("auto", "cuda", CALL) == (
-        "triton",
-        "auto: ila_kernels.prefer(auto='triton')",
+        impl,
+        f"auto: ila_kernels.prefer(auto='{impl}')",
     )
     assert resolve_impl("auto", "cpu")[0] == "eager"
-    fp64 = Call(8192, 4096, 4096, "float64", "sm_90")
+    fp64 = CALL._replace(dtype="float64")
     assert resolve_impl("auto", "cuda", fp64)[0] == "eager"
     assert resolve_impl("eager", "cuda", CALL) == ("eager", "asked for")
-    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    monkeypatch.setattr(config, "has_triton", lambda: False)
     with pytest.raises(RuntimeError, match="triton is not installed"):
         resolve_impl("auto", "cuda", CALL)
 
 
 def test_a_preference_is_one_of_the_words():
     for wrong in ({"auto": "fast"}, {"gemm": "tma"}):
-        with pytest.raises(ValueError, match=r"must be '\w+', '\w+' or None, got"):
+        with pytest.raises(ValueError, match=r"must be ('\w+', )+('\w+') or None, got"):
             prefer(**wrong)
     assert choice.preference() == choice.Preference()
     assert ila_kernels.prefer is prefer
-
-
-# At K = N = 4096 with these figures fusing pays below 1 + 2·295·5/(4·4096) = 1.18.
-ROW = Measured(gemm_ratio=1.10, flop_per_byte=295.0, least_rows=256, source="made up")
-
-
-@pytest.mark.parametrize(
-    ("call", "row", "impl", "why"),
-    [
-        (CALL, {}, "triton", "pays below 1.18"),
-        (CALL, {"gemm_ratio": 1.19}, "eager", "1.19 of the library's time"),
-        (CALL, {"flop_per_byte": 100.0}, "eager", "pays below 1.06"),
-        (Call(255, 4096, 4096, "bfloat16", "sm_90"), {}, "eager", "launches dominate below 256"),
-        (Call(256, 4096, 4096, "bfloat16", "sm_90"), {}, "triton", "1.10"),
-        (Call(None, 4096, 4096, "float16", "sm_90"), {}, "triton", "from 256 rows"),
-        (Call(8192, 4096, 4096, "float32", "sm_90"), {}, "eager", "16 bits only"),
-        (Call(8192, 4096, 4096, "float64", "sm_90"), {}, "eager", "no fused kernel for float64"),
-        (Call(8192, 4096, 4096, "bfloat16", "sm_80"), {}, "eager", "no measurement yet"),
-        (Call(8192, 0, 4096, "bfloat16", "sm_90"), {}, "eager", "no products"),
-        # Of a long K the update is a smaller part, and a slow GEMM costs more.
-        (Call(8192, 14336, 4096, "bfloat16", "sm_90"), {"gemm_ratio": 1.12}, "eager", "K = 14336"),
-        (CALL, {"gemm_ratio": 1.12}, "triton", "1.12"),
-    ],
-)
-def test_auto_goes_by_measurement(call, row, impl, why):
-    measured = {"sm_90": Measured(**{**vars(ROW), **row})}
-    chosen, reason = gpu_impl(call, None, measured)
-    assert chosen == impl
-    assert why in reason
-
-
-def test_break_even_is_where_both_take_the_same_time():
-    m, k, n, flops, bandwidth = 8192, 4096, 11008, 400e12, 2e12
-    ratio = most_gemm_ratio(k, n, flops / bandwidth)
-    gemms = 4 * m * n * k / flops
-    saved = 2 * (3 * m * n + 2 * m * k) / bandwidth
-    assert gemms * ratio == pytest.approx(gemms + saved, rel=1e-12)
-
-
-def test_the_bytes_in_the_break_even_are_those_of_the_roofline():
-    from ila_kernels.roofline import Problem, backward_cost, forward_cost
-
-    # R = 0 leaves no thin tensor, and no shares of u, which the break-even does not know.
-    p = Problem(m=8192, k=4096, n=11008, r=0)
-    needs = {"x", "lora_a", "lora_b"}
-    addmm = forward_cost("addmm", p).bytes + backward_cost("addmm", p, needs).bytes
-    fused = forward_cost("fused", p).bytes + backward_cost("fused", p, needs).bytes
-    assert addmm - fused == 2 * (3 * p.m * p.n + 2 * p.m * p.k)

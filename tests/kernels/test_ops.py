@@ -5,7 +5,7 @@ from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 from ila_kernels import masked_lora_linear, masked_lora_linear_group
-from ila_kernels.ops import absent
+from ila_kernels.group_ops import absent
 from ila_kernels.testing import make_inputs, values_and_grads
 
 OPS = torch.ops.ila

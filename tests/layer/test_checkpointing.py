@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments
 
 import ila
-from ila.checkpointing import PrefixAware, find_blocks, frozen_blocks
+from ila.models.blocks import find_blocks, frozen_blocks
+from ila.models.checkpointing import PrefixAware
 
 BLOCKS, WIDTH, INNER, RANK = 8, 32, 48, 4
 CHECKPOINTED = [pytest.param(False, id="non-reentrant"), pytest.param(True, id="reentrant")]

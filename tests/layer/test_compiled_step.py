@@ -8,10 +8,10 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ila
-from ila import stages
-from ila.loading import find_source, load_model
-from ila.mask import LayerMask
-from ila.model import masked_layers
+from ila.masks.mask import LayerMask
+from ila.models.edit import masked_layers
+from ila.models.loading import find_source, load_model
+from ila.search import stage2
 
 STEPS = 3
 
@@ -103,11 +103,11 @@ def test_a_compiled_step_of_the_scores_is_the_eager_step():
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, backend="aot_eager")
     own, others = (masked_layers(each, "default") for each in (model, twin))
-    with stages.scored(model, own, "default", 2.0), stages.scored(twin, others, "default", 2.0):
+    with stage2.scored(model, own, "default", 2.0), stage2.scored(twin, others, "default", 2.0):
         check_same_steps(compiled, model, twin)
         with torch.no_grad():  # as the path method does between steps
             for layer in (*own.values(), *others.values()):
-                layer.lora_score["default"].fill_(-1.0)
+                layer.lora_S["default"].fill_(-1.0)
         check_same_steps(compiled, model, twin)
         assert graphs() == 1
 

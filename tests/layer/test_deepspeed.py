@@ -21,9 +21,9 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 from transformers import LlamaForCausalLM
 import ila
-from ila.layer import MaskedLoraLinear
-from ila.model import masked_layers
-from ila.ranks import leave_process_group
+from ila.models.layer import MaskedLoraLinear
+from ila.models.edit import masked_layers
+from ila.runs.processes import leave_process_group
 
 paths = Counter()
 for path, owner, name in (("eager", MaskedLoraLinear, "_operands"), ("peft", Linear, "forward")):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ila
-from ila.checkpointing import find_blocks
+from ila.models.blocks import find_blocks
 
 LENGTH, ROWS = 30, 3  # more tokens than eager.SHORT_ROWS
 

@@ -10,8 +10,8 @@ from peft import LoraConfig
 from torch import nn
 
 import ila
-from ila import stages
-from ila.layer import PEFT, MaskedLoraLinear
+from ila.models.layer import PEFT, MaskedLoraLinear
+from ila.search import stage2
 
 
 def make_model() -> nn.Module:
@@ -62,7 +62,7 @@ def test_partitioned_weights_take_the_path_that_runs_their_hooks():
 def test_partitioned_weights_cannot_be_scored_and_the_error_says_why():
     model = make_model()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, MaskedLoraLinear)}
-    with stages.scored(model, layers, "default", 2.0):
+    with stage2.scored(model, layers, "default", 2.0):
         partition(model)
         with pytest.raises(RuntimeError, match=r"being scored.*has hooks"):
             model(torch.randn(3, 6, dtype=torch.float64))

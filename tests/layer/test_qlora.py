@@ -223,7 +223,7 @@ def test_a_closed_layer_is_the_base_layer_bit_for_bit(pair, tiny, load, kind):
 
 
 def masked(model: nn.Module) -> dict[str, nn.Module]:
-    from ila.layer import MaskedLoraLayer
+    from ila.models.layer import MaskedLoraLayer
 
     return {n: m for n, m in model.named_modules() if isinstance(m, MaskedLoraLayer)}
 

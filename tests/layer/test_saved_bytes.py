@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from benchmarks import saved_bytes
+import ila
+from benchmarks.memory.kept import saved_bytes
+from benchmarks.memory.true_size import build
 from benchmarks.saved_bytes import GIB, contestants, count
 
 TOKENS = (4, 1024)
@@ -11,7 +13,7 @@ ROWS = contestants()
 
 
 def gib(row: str) -> float:
-    return sum(count(ROWS[row](saved_bytes.build("llama-2-7b")), *TOKENS).values()) / GIB
+    return sum(count(ROWS[row](build("llama-2-7b")), *TOKENS).values()) / GIB
 
 
 @pytest.mark.parametrize(("row", "known"), [("PEFT", 34.2), ("PEFT, dropout", 51.4)])
@@ -44,14 +46,12 @@ def test_fake_tensors_are_counted_like_real_ones(tiny):
                 base = tiny.base(dtype=torch.bfloat16).to(device)
             model = tiny.attached(tiny.config(target_modules="all-linear"), base)
             close = tiny.mask(model, closed)
-            saved_bytes.ila.apply_mask(model, close)
+            ila.apply_mask(model, close)
             if device == "meta":
                 counts.append(count(model, *ids.shape))
                 continue
             counts.append(
-                saved_bytes.saved_bytes(
-                    model, lambda m=model: m(ids, labels=ids, attention_mask=padded).loss
-                )
+                saved_bytes(model, lambda m=model: m(ids, labels=ids, attention_mask=padded).loss)
             )
         return counts
 

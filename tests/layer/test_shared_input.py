@@ -15,9 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
 import ila
-from ila import shared_input
-from ila.attention import FusedQkv, FusedQkvLlamaAttention, FusedQkvMistralAttention
-from ila.swapped import Swapped, swapped
+from ila.models import shared_input
+from ila.models.attention import FusedQkv, FusedQkvLlamaAttention, FusedQkvMistralAttention
+from ila.models.class_swap import Swapped, swapped
 
 BF16, FP64 = torch.bfloat16, torch.float64
 LAYER = "base_model.model.model.layers.0"
@@ -62,7 +62,7 @@ def attentions(model: nn.Module) -> list[str]:
 
 
 def no_traces(model: nn.Module) -> bool:
-    return not any("_shared_input" in vars(module) for module in model.modules())
+    return not any(getattr(module, "_shared_input", None) for module in model.modules())
 
 
 # --- the same numbers
@@ -124,7 +124,7 @@ def test_scores_get_the_same_gradients(tiny, groups, apart):
     model = tiny.attached(tiny.config(**ALL))
     model.requires_grad_(False)
     for layer in tiny.layers(model).values():
-        layer.lora_score["default"] = nn.Parameter(torch.full((1,), 0.4, dtype=FP64))
+        layer.lora_S["default"] = nn.Parameter(torch.full((1,), 0.4, dtype=FP64))
     together = tiny.run(model, input_ids=tiny.tokens(ROWS))
     assert len(groups) == 4
     assert len(together) == 1 + 14

@@ -21,9 +21,10 @@ from peft.tuners.lora.layer import Linear
 from transformers import LlamaForCausalLM, Trainer
 
 import ila
-from ila.layer import MaskedLoraLinear
-from ila.ranks import leave_process_group
-from ila.train import TrainConfig, train
+from ila.models.layer import MaskedLoraLinear
+from ila.runs.processes import leave_process_group
+from ila.training.config import TrainConfig
+from ila.training.train import train
 
 WORDS = 24
 

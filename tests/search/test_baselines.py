@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from ila.baselines import BASELINES, POSITIONS, UNTRAINED, TokenMean, by_position
-from ila.data import Collator
-from ila.full import open_layers
-from ila.model import masked_layers
-from ila.search import SearchConfig, learn_mask
+from ila.data.encoding import Collator
+from ila.models.edit import masked_layers
+from ila.models.open_weights import open_layers
+from ila.search.baselines import BASELINES, POSITIONS, UNTRAINED, TokenMean, by_position
+from ila.search.learn import SearchConfig, learn_mask
 
 STEPS = {"stage1_steps": 3, "stage2_steps": 2, "batch_size": 4, "learning_rate": 2e-2}
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ila.checkpoint import MARKER, MarkComplete, is_finished, last_complete, save_adapter
-from ila.memory import peak_bytes, reset_peak
-from ila.train import ADAPTER_FILES, TrainConfig, train
+from ila.runs.checkpoints import MARKER, MarkComplete, is_finished, last_complete
+from ila.runs.meter import peak_bytes, reset_peak
+from ila.training.adapter import save_adapter
+from ila.training.config import TrainConfig
+from ila.training.train import ADAPTER_FILES, train
 
 CPU = torch.device("cpu")
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import ila
-from ila.baselines import FORWARD, UNTRAINED
-from ila.model import masked_layers
-from ila.search import METHODS, adapt, begin, mask_of, score
-from ila.search_config import SearchConfig
+from ila.models.edit import masked_layers
+from ila.search.baselines import FORWARD, UNTRAINED
+from ila.search.config import SearchConfig
+from ila.search.learn import METHODS, begin, mask_of, score
+from ila.search.stage1 import run_stage1
 
 JOB = Path(__file__).with_name("ranks_job.py")
 READS_BATCHES = ("ila", "path", "gradient_norm", *FORWARD)
@@ -71,7 +72,7 @@ def test_one_stage_1_scored_in_several_ways(make_llama, rows, search, tmp_path):
         after_step=lambda step, signal: seen.append((step, signal.mean())),
         **where,
     )
-    stage1 = adapt(work)
+    stage1 = run_stage1(work)
     assert [step for step, _ in seen] == [1, 2, 3, 4] and seen[-1][1] == stage1["gate_gradient"]
     for method in ("path", "ila", "update_norm"):
         alike = begin(model, rows, SearchConfig(**config, method=method), **where)
@@ -84,7 +85,7 @@ RANKS = """
 import json, os, runpy, sys
 import torch
 import ila
-from ila.ranks import leave_process_group
+from ila.runs.processes import leave_process_group
 torch.set_num_threads(1)
 job = runpy.run_path(sys.argv[1], run_name="job")
 found = {}

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 import ila
-from ila.loading import find_source, load_model
-from ila.ranks import leave_process_group, processes
-from ila.train import TrainConfig, train
+from ila.models.loading import find_source, load_model
+from ila.runs.processes import leave_process_group, processes
+from ila.training.config import TrainConfig
+from ila.training.train import train
 
 ROWS = [{"input_ids": [1, 6 + i, 9 + i, *range(8, 8 + i), 2]} for i in range(8)]
 ROWS = [{**row, "labels": [-100, -100, *row["input_ids"][2:]]} for row in ROWS]

@@ -8,8 +8,8 @@ import pytest
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
-from ila.data import Collator
-from ila.trainer import held_out_loss
+from ila.data.encoding import Collator
+from ila.training.loop import held_out_loss
 
 JOB = Path(__file__).with_name("ranks_job.py")
 METHODS = ["path", "ila"]

@@ -10,11 +10,18 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import ila
-from ila.full import CHANGED_FILE, OpenLinear, close_layers, load_changed, open_layers
-from ila.mask import LayerMask
-from ila.model import masked_layers
-from ila.runs import load_run
-from ila.train import TrainConfig, train
+from ila.masks.mask import LayerMask
+from ila.models.edit import masked_layers
+from ila.models.open_weights import (
+    CHANGED_FILE,
+    OpenLinear,
+    close_layers,
+    load_changed,
+    open_layers,
+)
+from ila.runs.metrics import load_run
+from ila.training.config import TrainConfig
+from ila.training.train import train
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
 OPEN = ("model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj")
@@ -121,7 +128,7 @@ class Killed(BaseException):
 def test_a_resumed_run_ends_where_an_unbroken_one_does(opened, rows, tmp_path, monkeypatch):
     whole = train(opened(), rows, CONFIG, output_dir=tmp_path / "whole", progress=False)
 
-    from ila.trainer import LogFile
+    from ila.training.callbacks import LogFile
 
     write, broken = LogFile.write, tmp_path / "broken"
 
@@ -169,7 +176,7 @@ def test_mistakes_are_named_and_change_nothing(opened, base, rows, tmp_path):
 
 def test_a_packed_layer_has_no_weight_to_train(tiny_model_folder):
     pytest.importorskip("bitsandbytes")
-    from ila.loading import find_source, load_model
+    from ila.models.loading import find_source, load_model
 
     packed = load_model(find_source(str(tiny_model_folder)), load_in="4bit")
     model = ila.attach(packed, LoraConfig(target_modules=TARGETS))

@@ -10,11 +10,11 @@ from torch.func import functional_call
 from transformers import LlamaForCausalLM, Trainer
 
 import ila
-from ila.data import Collator
-from ila.full import OpenLinear, close_layers, open_layers
-from ila.gated_weights import FullUpdates, GatedLinear, UpdateGradient
-from ila.model import masked_layers
-from ila.stages import PATH_POINTS
+from ila.data.encoding import Collator
+from ila.models.edit import masked_layers
+from ila.models.open_weights import OpenLinear, close_layers, open_layers
+from ila.search.stage2 import PATH_POINTS
+from ila.search.weight_updates import GatedLinear, UpdateGradient, WeightUpdates
 
 
 def batch_of(rows):
@@ -54,7 +54,7 @@ def copied(model):
 @pytest.fixture
 def moved(make_toy, rows):
     """Return the updates of a float64 model whose open weights and biases were changed, and W₀."""
-    updates = FullUpdates(open_layers(make_toy()))
+    updates = WeightUpdates(open_layers(make_toy()))
     start = copied(updates.model)
     with torch.no_grad():
         for parameter in updates.model.parameters():
@@ -77,7 +77,7 @@ def test_the_gradient_of_a_gate_is_that_of_the_interpolated_weights(moved, gamma
         loss = updates.model(**gates.batch)["loss"]
         loss.backward()
         found = {
-            name: layer.lora_score["full"].grad.item() / (gamma * (1 - gamma))
+            name: layer.lora_S["full"].grad.item() / (gamma * (1 - gamma))
             for name, layer in updates.layers.items()
         }
     assert loss.item() == pytest.approx(gates.loss(dict.fromkeys(updates.layers, gamma)), rel=1e-12)
@@ -103,7 +103,7 @@ def test_path_scores_are_the_mean_slopes_along_the_path(make_toy, rows, search):
     mask = search(opened, rows, method="path", stage1_steps=6, stage2_steps=10, batch_size=10)
     assert [p.requires_grad for p in opened.model.parameters()] == flags
     assert not any(isinstance(m, GatedLinear) for m in opened.model.modules())
-    updates = FullUpdates(opened)
+    updates = WeightUpdates(opened)
     assert list(mask.scores) == list(updates.layers)
     gates = Gates(updates, start, batch_of(rows))
     slopes = [gates.slopes(gamma) for gamma in PATH_POINTS]
@@ -117,7 +117,7 @@ def test_path_scores_are_the_mean_slopes_along_the_path(make_toy, rows, search):
 def test_a_gate_of_one_is_the_trained_weight_bit_for_bit(tiny_model_folder):
     base = LlamaForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.bfloat16)
     model = ila.attach(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    updates = FullUpdates(open_layers(model))
+    updates = WeightUpdates(open_layers(model))
     before = {n: p.detach().clone() for n, p in updates.model.named_parameters()}
     with torch.no_grad():
         for parameter in updates.model.parameters():
@@ -198,8 +198,8 @@ import torch
 from peft import LoraConfig
 from transformers import LlamaForCausalLM
 import ila
-from ila.full import open_layers
-from ila.ranks import leave_process_group
+from ila.models.open_weights import open_layers
+from ila.runs.processes import leave_process_group
 
 
 def run(folder, size):

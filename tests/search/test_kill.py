@@ -24,9 +24,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 import ila
-from ila.checkpoint import last_complete
-from ila.search import SearchConfig, learn_mask
-from ila.train import TrainConfig, train
+from ila.runs.checkpoints import last_complete
+from ila.search.learn import SearchConfig, learn_mask
+from ila.training.config import TrainConfig
+from ila.training.train import train
 
 folder, out, kills_wanted, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 torch.set_num_threads(1)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ila import loading
-from ila.loading import Source, find_source, identity, load_model, load_tokenizer
+from ila.models import loading
+from ila.models.loading import Source, find_source, identity, load_model, load_tokenizer
 
 PACKAGES = [
     path

@@ -10,15 +10,16 @@ from peft import LoraConfig
 from transformers import GraniteConfig, GraniteForCausalLM
 
 import ila
-import ila.files
-import ila.states
-from ila.checkpointing import find_blocks
-from ila.data import Collator
-from ila.mask import LayerMask
-from ila.model import masked_layers
-from ila.prefix import PrefixCache
-from ila.states import CacheError, open_states, write_states
-from ila.train import TrainConfig, train
+import ila.prefix.state_file
+import ila.runs.atomic
+from ila.data.encoding import Collator
+from ila.masks.mask import LayerMask
+from ila.models.blocks import find_blocks
+from ila.models.edit import masked_layers
+from ila.prefix.cache import PrefixCache
+from ila.prefix.state_file import CacheError, open_states, write_states
+from ila.training.config import TrainConfig
+from ila.training.train import train
 
 
 def ragged(count=9, seed=0):
@@ -222,9 +223,9 @@ def test_a_kill_leaves_the_old_cache_or_none(when, make_llama, tmp_path, break_o
     model = opened(make_llama())
     old = prepare(model, rows, tmp_path)
     if when == "while it computes":
-        break_off(ila.states.zlib, "crc32", len(other) + 3, error=killed)
+        break_off(ila.prefix.state_file.zlib, "crc32", len(other) + 3, error=killed)
     else:
-        break_off(ila.files, "_swap_in", 1, error=killed)
+        break_off(ila.runs.atomic, "_swap_in", 1, error=killed)
     with pytest.raises(killed):
         prepare(model, other, tmp_path)
     assert open_states(tmp_path / "states", old.states.source).bytes == old.states.bytes
@@ -308,7 +309,7 @@ def test_too_large_a_cache_is_refused_before_it_is_computed(make_llama, tmp_path
 
 def test_a_full_disk_is_refused_before_it_is_computed(make_llama, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(ila.prefix.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(ila.prefix.cache.shutil, "disk_usage", lambda _: usage)
     refused(opened(make_llama()), ragged(), tmp_path, "does not fit on its disk, 10 bytes free")
 
 

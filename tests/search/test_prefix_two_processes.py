@@ -10,9 +10,10 @@ from pathlib import Path
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, set_seed
 import ila
-from ila.model import masked_layers
-from ila.ranks import leave_process_group
-from ila.train import TrainConfig, train
+from ila.models.edit import masked_layers
+from ila.runs.processes import leave_process_group
+from ila.training.config import TrainConfig
+from ila.training.train import train
 
 folder, out = sys.argv[1], Path(sys.argv[2])
 rows = [{"input_ids": [1, 6 + i, 9, 2], "labels": [-100, 6 + i, 9, 2]} for i in range(8)]

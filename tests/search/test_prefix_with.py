@@ -9,12 +9,13 @@ import torch
 from peft import LoraConfig
 
 import ila
-from ila.checkpointing import find_blocks
-from ila.full import open_layers
-from ila.halves import Prefix
-from ila.loading import find_source, load_model
-from ila.model import masked_layers
-from ila.train import TrainConfig, train
+from ila.models.blocks import find_blocks
+from ila.models.edit import masked_layers
+from ila.models.loading import find_source, load_model
+from ila.models.open_weights import open_layers
+from ila.prefix.frozen_prefix import Prefix
+from ila.training.config import TrainConfig
+from ila.training.train import train
 
 # Rows of one length: the same products, so the same losses but for a rounding or two.
 ROWS = [
@@ -84,8 +85,8 @@ import json, sys
 from collections import Counter
 from pathlib import Path
 import ila
-from ila.layer import MaskedLoraLinear
-from ila.ranks import leave_process_group
+from ila.models.layer import MaskedLoraLinear
+from ila.runs.processes import leave_process_group
 from peft.tuners.lora.layer import Linear
 
 folder, out = sys.argv[1], Path(sys.argv[2])

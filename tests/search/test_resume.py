@@ -15,13 +15,14 @@ import pytest
 import torch
 from transformers import Trainer
 
-import ila.search
-import ila.train
-import ila.updates
-from ila.checkpoint import MarkComplete, last_complete
-from ila.mask import thawed
-from ila.signals import PathGradient
-from ila.train import TrainConfig, train
+import ila.search.learn
+import ila.training.adapter
+import ila.training.train
+from ila.masks.checks import thawed
+from ila.runs.checkpoints import MarkComplete, last_complete
+from ila.search.gate_gradients import PathGradient
+from ila.training.config import TrainConfig
+from ila.training.train import train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEP, RNG, MARK = (
@@ -92,7 +93,12 @@ def check_each_step_once(folder, stage1=8, stage2=7):
         ("ila", RNG, 2, False),  # while the second checkpoint is being written
         ("ila", MARK, 2, False),  # it is written, but nothing says so
         ("ila", TRAIN, 1, True),  # stage 1 is done, its adapter not saved
-        ("ila", (ila.updates, "save_adapter"), 1, True),  # saved, but in a folder of no name yet
+        (
+            "ila",
+            (ila.training.adapter, "save_adapter"),
+            1,
+            True,
+        ),  # saved, but in a folder of no name yet
         ("ila", STEP, 9, False),  # in the first step of stage 2
         ("ila", STEP, 13, True),
         ("ila", RNG, 5, False),
@@ -180,7 +186,7 @@ def test_after_resuming_stage_2_only_scores_require_grad(
         loss = original(self, model, *args, **kwargs)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad or parameter.grad is not None:
-                seen.add(".lora_score." in name)
+                seen.add(".lora_S." in name)
         return loss
 
     monkeypatch.setattr(Trainer, "training_step", training_step)
@@ -343,7 +349,7 @@ def check_same_training(found, expected):
         (RNG, 2, False),
         (MARK, 2, False),
         (TRAIN, 1, True),
-        ((ila.updates, "save_adapter"), 1, True),
+        ((ila.training.adapter, "save_adapter"), 1, True),
     ],
 )
 def test_a_training_broken_off_anywhere_resumes_to_the_same_bits(
@@ -366,8 +372,9 @@ import torch
 from peft import LoraConfig
 from transformers import LlamaForCausalLM, Trainer
 import ila
-from ila.search import SearchConfig, learn_mask
-from ila.train import TrainConfig, train
+from ila.search.learn import SearchConfig, learn_mask
+from ila.training.config import TrainConfig
+from ila.training.train import train
 
 torch.set_num_threads(1)
 job = json.loads(sys.argv[1])

@@ -10,16 +10,16 @@ from peft.utils import load_peft_weights
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 import ila
-from ila import stages
-from ila.data import Collator
-from ila.layer import MaskedLoraLinear
-from ila.mask import LayerMask
-from ila.model import masked_layers
-from ila.search import SearchConfig, learn_mask
-from ila.search_config import SEARCHES
-from ila.signals import GateGradient
-from ila.stability import StopWhenStable
-from ila.train import TrainConfig
+from ila.data.encoding import Collator
+from ila.masks.mask import LayerMask
+from ila.models.edit import masked_layers
+from ila.models.layer import MaskedLoraLinear
+from ila.search import stage2
+from ila.search.config import SEARCHES
+from ila.search.gate_gradients import GateGradient
+from ila.search.learn import SearchConfig, learn_mask
+from ila.search.stage1 import StopWhenStable
+from ila.training.config import TrainConfig
 
 
 def adapter(model):
@@ -201,10 +201,10 @@ def test_the_score_gradient_is_that_of_the_loss(make_toy, rows):
         return model(**batch)["loss"]
 
     for s in (-2.0, 0.0, 4.0):
-        with stages.scored(model, layers, "default", s):
+        with stage2.scored(model, layers, "default", s):
             loss().backward()
             for name, layer in layers.items():
-                score = layer.lora_score["default"]
+                score = layer.lora_S["default"]
                 assert score.shape == (1,) and score.dtype == torch.float64
                 step = 1e-5
                 with torch.no_grad():
@@ -222,9 +222,9 @@ def test_the_score_gradient_is_the_gate_gradient_through_the_sigmoid(make_toy, r
     model, batch = make_toy(), whole(rows)
     layers = masked_layers(model, "default")
     truth = slopes_at(model, batch, gamma)
-    with stages.scored(model, layers, "default", math.log(gamma / (1 - gamma))):
+    with stage2.scored(model, layers, "default", math.log(gamma / (1 - gamma))):
         model(**batch)["loss"].backward()
-        found = {n: -layer.lora_score["default"].grad.item() for n, layer in layers.items()}
+        found = {n: -layer.lora_S["default"].grad.item() for n, layer in layers.items()}
     expected = {name: gamma * (1 - gamma) * slope for name, slope in truth.items()}
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-14)
 
@@ -236,7 +236,7 @@ def test_in_stage_2_only_scores_get_gradients_and_nothing_else_moves(
     seen = []
     kept = {}
 
-    class Spy(stages.ScoreTrainer):
+    class Spy(stage2.ScoreTrainer):
         def training_step(self, model, inputs, *args, **kwargs):
             if not seen:
                 kept.update(adapter(model))
@@ -245,12 +245,12 @@ def test_in_stage_2_only_scores_get_gradients_and_nothing_else_moves(
             seen.append((with_grad, {n for n, p in model.named_parameters() if p.requires_grad}))
             return loss
 
-    monkeypatch.setattr(stages, "ScoreTrainer", Spy)
+    monkeypatch.setattr(stage2, "ScoreTrainer", Spy)
     model = make_llama()
     search(model, rows, method=method)
-    scores = {f"{name}.lora_score.default" for name in masked_layers(model, "default")}
+    scores = {f"{name}.lora_S.default" for name in masked_layers(model, "default")}
     assert seen == [(scores, scores)] * 7
-    assert same({n: p for n, p in kept.items() if ".lora_score." not in n}, adapter(model))
+    assert same({n: p for n, p in kept.items() if ".lora_S." not in n}, adapter(model))
 
 
 def saved_shapes(model, batch):
@@ -273,7 +273,7 @@ def test_in_stage_2_the_input_of_a_layer_is_not_saved(make_toy, rows):
     sizes = [math.prod(shape) for shape in saved_shapes(model, batch)]
     assert sizes.count(m * k) == 1  # training wants it for dA
     model.zero_grad()
-    with stages.scored(model, layers, "default", 4.0):
+    with stage2.scored(model, layers, "default", 4.0):
         sizes = [math.prod(shape) for shape in saved_shapes(model, batch)]
     assert sizes.count(m * k) == 0
     assert sizes.count(m * r) >= 1  # t, which dγ is made of
@@ -286,7 +286,7 @@ def test_path_scores_are_the_mean_slopes_and_add_up_to_the_loss_removed(make_toy
     model, batch = make_toy(), whole(rows)
     mask = search(model, rows, method="path", stage1_steps=6, stage2_steps=10, batch_size=len(rows))
     # The adapter is now the one that was scored.
-    at_points = [slopes_at(model, batch, gamma) for gamma in stages.PATH_POINTS]
+    at_points = [slopes_at(model, batch, gamma) for gamma in stage2.PATH_POINTS]
     mean = {name: sum(p[name] for p in at_points) / len(at_points) for name in mask.scores}
     assert mask.scores == pytest.approx(mean, rel=1e-9, abs=1e-12)
 
@@ -316,12 +316,12 @@ def test_path_needs_a_step_for_every_point():
 def test_training_args_do_not_clip_or_decay_the_scores(method, make_toy, rows, search, monkeypatch):
     seen = []
 
-    class Spy(stages.ScoreTrainer):
+    class Spy(stage2.ScoreTrainer):
         def __init__(self, model, args, *more, **options):
             seen.append(args)
             super().__init__(model, args, *more, **options)
 
-    monkeypatch.setattr(stages, "ScoreTrainer", Spy)
+    monkeypatch.setattr(stage2, "ScoreTrainer", Spy)
     model, batch = make_toy(), whole(rows)
     user = {"max_grad_norm": 1e-6, "weight_decay": 0.5, "adam_beta1": 0.8}
     user |= {"lr_scheduler_type": "cosine", "optim": "adamw_torch"}
@@ -333,7 +333,7 @@ def test_training_args_do_not_clip_or_decay_the_scores(method, make_toy, rows, s
     assert args.lr_scheduler_type == "constant"
     assert args.learning_rate == (0.0 if method == "path" else 1e-2)
     if method == "path":
-        at_points = [slopes_at(model, batch, gamma) for gamma in stages.PATH_POINTS]
+        at_points = [slopes_at(model, batch, gamma) for gamma in stage2.PATH_POINTS]
         mean = {name: sum(p[name] for p in at_points) / len(at_points) for name in mask.scores}
         assert mask.scores == pytest.approx(mean, rel=1e-9, abs=1e-12)
 
@@ -350,7 +350,7 @@ def test_the_search_leaves_the_model_as_it_found_it(method, make_llama, rows, se
     before, base = trace(model), frozen(model)
     search(model, rows, method=method)
     assert trace(model) == before and same(base, frozen(model))
-    assert not any("lora_score" in name for name in model.state_dict())
+    assert not any("lora_S" in name for name in model.state_dict())
     assert all(not layer.is_closed("default") for layer in masked_layers(model, "default").values())
 
 
@@ -396,17 +396,17 @@ def test_an_exception_in_the_middle_leaves_a_clean_model(
     with pytest.raises(type(error)):
         search(model, rows, method=method)
     assert {**trace(model), "gradients": []} == before
-    assert not any("lora_score" in name for name in model.state_dict())
+    assert not any("lora_S" in name for name in model.state_dict())
     search(model, rows, method=method)  # and the model can be searched again
 
 
 def test_the_progress_bar_is_closed_when_training_fails(make_toy, rows, break_off, monkeypatch):
-    from ila import trainer
+    from ila.training import loop
 
     bars = []
-    original = trainer.ProgressBar.__init__
+    original = loop.ProgressBar.__init__
     monkeypatch.setattr(
-        trainer.ProgressBar,
+        loop.ProgressBar,
         "__init__",
         lambda bar, title: (bars.append(bar), original(bar, title))[0],
     )

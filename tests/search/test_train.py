@@ -10,14 +10,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM, Trainer
 
 import ila
-import ila.measure
-from ila.data import Collator
-from ila.mask import LayerMask
-from ila.measure import Costs
-from ila.model import masked_layers
-from ila.runs import load_run
-from ila.train import TrainConfig, train
-from ila.trainer import default_collator, held_out_loss
+import ila.runs.meter
+from ila.data.encoding import Collator
+from ila.masks.mask import LayerMask
+from ila.models.edit import masked_layers
+from ila.runs.meter import StepMeter
+from ila.runs.metrics import load_run
+from ila.training.config import TrainConfig
+from ila.training.loop import default_collator, held_out_loss
+from ila.training.train import train
 
 
 def quick(**changes):
@@ -241,7 +242,7 @@ def test_rows_without_labels_do_not_turn_the_held_out_loss_into_nan(make_llama, 
 
 
 def test_step_times_are_ordered_and_leave_out_the_warm_up():
-    costs = Costs(torch.device("cpu"))
+    costs = StepMeter(torch.device("cpu"))
     costs.times_ms = [900.0, 800.0, 700.0, *map(float, range(101))]
     assert costs.step_time_ms() == {"median": 50.0, "p10": 10.0, "p90": 90.0}
     costs.times_ms = [3.0, 1.0]  # a run shorter than the warm-up reports what it has
@@ -253,9 +254,9 @@ def test_step_times_are_ordered_and_leave_out_the_warm_up():
 )
 def test_costs_of_a_resumed_run_are_those_of_all_its_parts(peaks, expected, tmp_path, monkeypatch):
     found = iter(peaks)
-    monkeypatch.setattr(ila.measure, "reset_peak", lambda device: True)
-    monkeypatch.setattr(ila.measure, "peak_bytes", lambda device: next(found))
-    first, second = (Costs(torch.device("cpu")) for _ in range(2))
+    monkeypatch.setattr(ila.runs.meter, "reset_peak", lambda device: True)
+    monkeypatch.setattr(ila.runs.meter, "peak_bytes", lambda device: next(found))
+    first, second = (StepMeter(torch.device("cpu")) for _ in range(2))
     first.begin()
     first.times_ms = [0.1, 1 / 3]
     first.save(tmp_path)
@@ -269,8 +270,8 @@ def test_a_run_killed_and_resumed_reports_the_higher_peak(
     make_llama, rows, tmp_path, monkeypatch, break_off, killed
 ):
     peak = 3 << 40
-    monkeypatch.setattr(ila.measure, "reset_peak", lambda device: True)
-    monkeypatch.setattr(ila.measure, "peak_bytes", lambda device: peak)
+    monkeypatch.setattr(ila.runs.meter, "reset_peak", lambda device: True)
+    monkeypatch.setattr(ila.runs.meter, "peak_bytes", lambda device: peak)
     options = {"output_dir": tmp_path / "run", "progress": False}
     break_off(Trainer, "training_step", 4)
     with pytest.raises(killed):

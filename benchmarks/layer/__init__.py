@@ -1,0 +1,1 @@
+"""One linear layer: contestants, their shapes, the truth they are held to, and a timed cell."""

@@ -1,0 +1,1 @@
+"""Memory of a training step at true size, counted without the hardware."""

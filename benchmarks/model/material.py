@@ -1,0 +1,76 @@
+"""The model and the batches that the model benchmarks share: a real model and real rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from benchmarks.harness.session import Options
+from ila.commands.demo import unpack_model
+from ila.data.encoding import Collator, encode
+from ila.data.rows import load_rows
+from ila.models.loading import find_source, load_model, load_tokenizer
+
+_LOADED: dict[str, nn.Module] = {}
+DEMO_MODEL = "SmolLM2-135M"
+
+
+def model_folder(options: Options) -> str:
+    """What ``--model`` names, else the demo's model, unpacked once into the scratch folder."""
+    if options.model is not None:
+        return options.model
+    folder = options.scratch / DEMO_MODEL
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unpack_model(folder, Console(stderr=True))
+    return str(folder)
+
+
+def base_model(options: Options) -> nn.Module:
+    """The frozen base in bf16; loaded once, never changed."""
+    folder = model_folder(options)
+    if folder not in _LOADED:
+        model = load_model(find_source(folder), "bfloat16", None, options.device)
+        _LOADED[folder] = model.requires_grad_(False)
+    return _LOADED[folder]
+
+
+@dataclass(frozen=True)
+class Material:
+    """Batches of rows × width from a file of instructions; the longest rows come first."""
+
+    rows: list[dict[str, list[int]]]
+    batch: int
+    width: int
+    device: torch.device
+
+    @classmethod
+    def read(cls, options: Options, batches: int, batch: int, width: int) -> Material:
+        """The longest rows of ``--data``, so that little is padding; cut at ``width`` tokens."""
+        tokenizer = load_tokenizer(find_source(model_folder(options)))
+        rows, _ = encode(load_rows(str(options.data)), tokenizer, max_length=width, progress=False)
+        rows = sorted(rows, key=lambda row: -len(row["input_ids"]))[: batches * batch]
+        if len(rows) < batches * batch:
+            raise ValueError(f"data must have {batches * batch} rows, {options.data} has less")
+        return cls(rows, batch, width, options.device)
+
+    @property
+    def collator(self) -> Collator:
+        return Collator(0, pad_to_multiple_of=self.width)
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of a batch on average, padding left out."""
+        return sum(len(row["input_ids"]) for row in self.rows) * self.batch / len(self.rows)
+
+    def members(self, turn: int) -> list[int]:
+        """Numbers of the rows in the batch of a turn; the batches come again and again."""
+        start = turn % (len(self.rows) // self.batch) * self.batch
+        return list(range(start, start + self.batch))
+
+    def __call__(self, turn: int) -> dict[str, Tensor]:
+        batch = self.collator([self.rows[i] for i in self.members(turn)])
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}

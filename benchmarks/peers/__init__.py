@@ -1,0 +1,1 @@
+"""The methods and kernels of other projects, as contestants."""

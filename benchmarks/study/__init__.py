@@ -1,0 +1,1 @@
+"""Masks on several data sets and seeds, how they agree, and trainings on the layers they keep."""

@@ -1,0 +1,286 @@
+"""From names to tensors: what every command does before its own work.
+
+A run is described by what it reads (model, data) and how (rank, split, seed); the description is
+kept beside its results, so that a folder can tell whether it is being resumed or misused.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from ila.boundary import InputError, reading
+from ila.data.encoding import Collator, DataSummary, encode, pad_token_id
+from ila.data.rows import fingerprint, load_rows, split_indices
+from ila.models.edit import attach, masked_layers, single_adapter
+from ila.models.loading import (
+    LOAD_IN,
+    check_runs,
+    find_source,
+    identity,
+    load_model,
+    load_tokenizer,
+)
+from ila.models.targets import Outside, outside, unmatched_targets
+from ila.runs.folder import RUN_MARKER, check, claim, read
+from ila.runs.processes import on_main_process, processes
+from ila_kernels._version import __version__
+
+# What must be the same for a run to be resumed; versions may differ.
+_SAME = ("what", "model", "data", "inputs", "open", "full")
+_HIGHEST_RANK = 2**16
+# A name of a module or its end; a dot alone is what a regular expression has too.
+_MODULE_NAME = re.compile(r"\w+(\.\w+)*")
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads and how; the fields are the command line's options of the same names."""
+
+    model: str
+    data: str
+    gguf_file: str | None = None
+    split: str = "train"
+    limit: int | None = None
+    held_out: float = 0.1
+    max_length: int = 1024
+    dtype: str = "auto"
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+    seed: int = 0
+    trust_remote_code: bool = False
+    load_in: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rank <= _HIGHEST_RANK:
+            at = f"at most {_HIGHEST_RANK}" if self.rank > _HIGHEST_RANK else "≥ 1"
+            raise ValueError(f"rank must be {at}, got {self.rank}")
+        if not 0.0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be positive and finite, got {self.alpha}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2³²), got {self.seed}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not 0.0 <= self.held_out < 1.0:
+            raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be ≥ 1, got {self.limit}")
+        read_targets(self.target_modules)
+        if self.load_in not in (None, *LOAD_IN):
+            raise ValueError(f"load_in must be one of {LOAD_IN}, got {self.load_in!r}")
+
+    def located(self) -> Inputs:
+        """Local paths made absolute: the run may be read again from another working folder."""
+        return replace(self, model=_located(self.model), data=_located(self.data))
+
+
+def _located(name: str) -> str:
+    path = os.path.abspath(os.path.expanduser(name))
+    return path if os.path.exists(path) else name
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model with a fresh adapter, encoded data, and what says where both came from."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    dataset: list[dict[str, list[int]]]
+    held_out: list[dict[str, list[int]]]
+    summary: DataSummary
+    held_out_summary: DataSummary | None
+    collator: Collator
+    description: dict[str, Any]
+    outside: Outside
+
+    @property
+    def note(self) -> str:
+        """What became of the rows, in a sentence for each part, and what no mask reaches."""
+        aside = "nothing." if self.held_out_summary is None else str(self.held_out_summary)
+        beside = f"\n{self.outside}." if self.outside.parameters else ""
+        return f"To train on: {self.summary}\nHeld out: {aside}{beside}"
+
+
+def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
+    """Read the data, load the model, attach a fresh adapter.
+
+    The data is read and encoded first: its mistakes are found before a large model is loaded.
+
+    Raises:
+        FileNotFoundError: If model or data cannot be found.
+        ValueError: If they do not fit; see ``load_rows``, ``encode``, ``attach``.
+    """
+    progress = progress and processes().is_main_process
+    inputs = inputs.located()
+    source = find_source(inputs.model, inputs.gguf_file, inputs.trust_remote_code)
+    with reading(inputs.data, "data"):
+        rows = load_rows(inputs.data, split=inputs.split, limit=inputs.limit)
+    places, aside = list(range(len(rows))), []
+    if inputs.held_out:
+        places, aside = split_indices(len(rows), inputs.held_out, inputs.seed)
+    tokenizer = load_tokenizer(source)
+    dataset, summary = _encode(rows, places, tokenizer, inputs, "to train on", progress)
+    held_out, held_out_summary = [], None
+    if aside:
+        held_out, held_out_summary = _encode(rows, aside, tokenizer, inputs, "held out", progress)
+    model = load_model(source, inputs.dtype, inputs.load_in, processes().device)
+    check_runs(model, source, [*dataset, *held_out])
+    description = {
+        "model": identity(model, source),
+        "data": {
+            "source": inputs.data,
+            "split": inputs.split,
+            "fingerprint": fingerprint(rows),
+            **summary.as_dict(),
+            "held_out": None if held_out_summary is None else held_out_summary.as_dict(),
+        },
+        "inputs": asdict(inputs),
+        "versions": versions(),
+        "seed": inputs.seed,
+    }
+    set_seed(inputs.seed)
+    adapted = attach_adapter(model, inputs)
+    return Prepared(
+        adapted,
+        tokenizer,
+        dataset,
+        held_out,
+        summary,
+        held_out_summary,
+        Collator(pad_token_id(tokenizer)),
+        description,
+        outside(adapted, masked_layers(adapted, single_adapter(adapted, None))),
+    )
+
+
+def attach_adapter(model: PreTrainedModel, inputs: Inputs) -> PeftModel:
+    """Attach the adapter that ``inputs`` describe."""
+    targets = read_targets(inputs.target_modules)
+    unmatched = unmatched_targets(model, targets if targets != "all-linear" else None)
+    if unmatched:
+        raise ValueError(
+            f"target_modules names {', '.join(map(repr, unmatched))}, and the model has no such "
+            f"module; its linear layers are {', '.join(_linear_names(model))}"
+        )
+    config = LoraConfig(
+        r=inputs.rank,
+        lora_alpha=inputs.alpha,
+        lora_dropout=inputs.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    with reading(
+        inputs.target_modules, f"an adapter cannot be put on model {inputs.model}, layers"
+    ):
+        return attach(model, config)
+
+
+def read_targets(text: str) -> str | list[str]:
+    r"""Read ``--target-modules``: ``all-linear``, names with commas, else a regular expression.
+
+    Raises:
+        ValueError: It is none of these.
+
+    >>> read_targets("q_proj, v_proj"), read_targets(r".*layers\.[0-9]{1,2}\.mlp.*")
+    (['q_proj', 'v_proj'], '.*layers\\.[0-9]{1,2}\\.mlp.*')
+    """
+    if text == "all-linear":
+        return text
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if names and all(_MODULE_NAME.fullmatch(name) for name in names):
+        return names
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            "target_modules must be all-linear, names with commas or a regular expression, got "
+            f"{text!r}: {error}"
+        ) from error
+    return text
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """The last names of the layers that an adapter may go to, in the order of the model."""
+    names = (n for n, m in model.named_modules() if hasattr(m, "in_features"))
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def _encode(
+    rows: list[dict], places: list[int], tokenizer, inputs: Inputs, part: str, progress: bool
+) -> tuple[list[dict[str, list[int]]], DataSummary]:
+    source = f"{inputs.data} ({part})"
+    try:
+        with reading(source, "data"):
+            return encode(
+                [rows[i] for i in places],
+                tokenizer,
+                max_length=inputs.max_length,
+                progress=progress,
+                numbers=[i + 1 for i in places],
+            )
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"data {source}: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the numbers."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return {**found, "ila-kernels": __version__}
+
+
+def check_folder(out: Path, inputs: Inputs, resume: bool, what: str) -> None:
+    """Find before anything is loaded what ``claim_folder`` would refuse for the inputs alone."""
+    known = {"what": what, "inputs": asdict(inputs)}
+    on_main_process(lambda: check(out, known, marker=RUN_MARKER, resume=resume))
+
+
+def claim_folder(out: Path, description: Mapping[str, Any], resume: bool, what: str) -> None:
+    """Make ``out`` this run's, or check that it is: same model, data, options, open layers.
+
+    Raises:
+        ValueError: If the folder holds another run, or one that was not asked to be resumed, or
+            anything that is no run at all.
+    """
+    described = {"what": what, **description}
+    same = {key: described[key] for key in _SAME if key in described}
+    also = {key: value for key, value in described.items() if key not in _SAME}
+    on_main_process(lambda: claim(out, same, marker=RUN_MARKER, resume=resume, also=also))
+
+
+def read_run(folder: str | Path, what: str) -> dict[str, Any]:
+    """The description that ``claim_folder`` wrote.
+
+    Raises:
+        FileNotFoundError: If the folder is not a run.
+        ValueError: If it is a run of another kind, or damaged.
+    """
+    found = read(Path(folder), RUN_MARKER)
+    if found.get("what") != what:
+        raise ValueError(f"{folder} holds a run of `ila {found.get('what')}`, not of `ila {what}`")
+    return found
+
+
+def refuse_packed(full: bool, inputs: Inputs) -> None:
+    """Raise if the base's own weights are to be trained and are packed."""
+    if full and inputs.load_in is not None:
+        raise ValueError("full training changes the base's own weights; leave out load_in")

@@ -1,0 +1,1 @@
+"""Which layers matter and which are open: plain data, no torch."""

@@ -1,0 +1,1 @@
+"""Hugging Face models: load, attach, convert, close and open layers, explain, restore."""

@@ -1,0 +1,201 @@
+"""Full fine-tuning of chosen layers: W itself is trained where an adapter would be, ΔW = W' − W.
+
+A mask means the same as for adapters: ΔW of a closed layer is 0, its weight is frozen, and backward
+makes no gradient for it.
+
+While they are trained, weights are float32 and rounded to the dtype of x at each use: AdamW moves
+a weight by about the learning rate, and bf16 cannot hold a step below 1/512 of the weight. They
+are written in the dtype that they had. An open parameter costs 16 bytes in training (weight,
+gradient, two moments) and 2 to 4 in the result, which holds the changed weights alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import Trainer
+
+from ila.boundary import reading
+from ila.masks.mask import LayerMask
+from ila.models.edit import apply_mask, masked_layers, single_adapter
+from ila.models.layer import MaskedLoraLayer
+from ila.runs.metrics import LayerCounts
+
+CHANGED_FILE = "changed.safetensors"
+PEFT_PREFIX = "base_model.model."  # of a PeftModel's modules before those of its base
+
+
+class OpenLinear(nn.Linear):
+    """A linear layer that is trained: float32 parameters, computed in the dtype of x."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+@dataclass(frozen=True)
+class OpenLayers:
+    """A base model with some of its linear layers open, ready for ``ila.training.train.train``.
+
+    Attributes:
+        model: The base model; only parameters of open layers require grad.
+        names: The open layers, as in ``model.named_modules()``.
+        total: Number of layers that could have been open.
+        dtypes: Parameter name -> dtype before it was opened, the dtype it is saved in.
+    """
+
+    model: nn.Module
+    names: tuple[str, ...]
+    total: int
+    dtypes: Mapping[str, torch.dtype]
+
+    def counts(self) -> LayerCounts:
+        """Return how many layers are open and how many parameters are trained."""
+        trainable = sum(self.model.get_parameter(name).numel() for name in self.dtypes)
+        return {
+            "open_modules": len(self.names),
+            "total_modules": self.total,
+            "fraction_open": len(self.names) / self.total,
+            "trainable_parameters": trainable,
+            "full": True,
+        }
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The changed weights in the dtypes of the base."""
+        return {
+            name: self.model.get_parameter(name).detach().to("cpu", dtype).contiguous()
+            for name, dtype in self.dtypes.items()
+        }
+
+    def save(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+        """Write what ``state`` returned into ``folder``."""
+        save_file(dict(state), folder / CHANGED_FILE, metadata={"format": "pt"})
+
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote."""
+        load_changed(self.model, folder)
+
+    def trainer_class(self, kind: type[Trainer] = Trainer) -> type[Trainer]:
+        """Return a ``Trainer`` whose checkpoints hold the open weights alone."""
+        return OpenTrainer
+
+
+def open_layers(peft_model: PeftModel, mask: LayerMask | None = None) -> OpenLayers:
+    """Take the adapter off a model and open the layers that a mask opens, all without one.
+
+    Args:
+        peft_model: From ``ila.attach``, for its choice of layers; the adapter is thrown away and
+            the base model modified in place.
+        mask: A mask over these layers, however it was learned.
+
+    Returns:
+        The open layers.
+
+    Raises:
+        ValueError: If the mask is for another model, or an open layer is packed (it has no W to
+            train) or shares its weight with another module, as an output layer with the
+            embedding does.
+    """
+    layers = masked_layers(peft_model, single_adapter(peft_model, None))
+    opened = list(layers) if mask is None else mask.open
+    _check(peft_model, {name: layers[name] for name in opened if name in layers})
+    if mask is not None:
+        apply_mask(peft_model, mask)
+    model = peft_model.unload()
+    vars(model).pop("peft_config", None)
+    names = tuple(name.removeprefix(PEFT_PREFIX) for name in opened)
+    modules = dict(model.named_modules())
+    model.requires_grad_(False)
+    dtypes = {}
+    for name in names:
+        module = modules[name]
+        module.__class__ = OpenLinear
+        for key, parameter in module.named_parameters(recurse=False):
+            dtypes[f"{name}.{key}"] = parameter.dtype
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            parameter.requires_grad_(True)
+    return OpenLayers(model, names, len(layers), dtypes)
+
+
+def load_changed(model: nn.Module, folder: str | Path) -> None:
+    """Put the changed weights of a run into its base model.
+
+    Args:
+        model: The model that the run started from.
+        folder: Of ``ila train --full``.
+
+    Raises:
+        FileNotFoundError: If the folder holds no changed weights.
+        ValueError: If they are damaged or another model's; then nothing is changed.
+    """
+    _put(model, _read(Path(folder) / CHANGED_FILE))
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} has no {file.name}: is it finished?")
+    with reading(f"{file} are damaged", "the weights in"):
+        return load_file(file)
+
+
+def _put(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, value in weights.items():
+        found = parameters.get(name)
+        if found is None or found.shape != value.shape:
+            has = "no such parameter" if found is None else f"shape {tuple(found.shape)}"
+            raise ValueError(
+                f"model must be the one that was trained: {name} has shape {tuple(value.shape)} "
+                f"in the run, and here {has}"
+            )
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+
+
+def _check(model: nn.Module, layers: Mapping[str, MaskedLoraLayer]) -> None:
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        if type(base) is not nn.Linear:
+            raise ValueError(
+                f"layer {name!r} must be a plain nn.Linear to train its weight, got "
+                f"{type(base).__name__}; load the model without load_in"
+            )
+        shared = holders[id(base.weight)]
+        if len(shared) > 1:
+            raise ValueError(f"layer {name!r} must not share its weight, but {shared} are one")
+
+
+class OpenTrainer(Trainer):
+    """Saves and loads what requires grad, as it is, where Trainer takes the whole model."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._names = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "full training of layers cannot shard them (FSDP): its checkpoints hold whole "
+                "weights; use several processes without FSDP, or adapters"
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model)
+        weights = {name: model.get_parameter(name).detach().cpu() for name in self._names}
+        save_file(weights, folder / CHANGED_FILE, metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        _put(model, _read(Path(resume_from_checkpoint) / CHANGED_FILE))

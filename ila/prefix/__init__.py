@@ -1,0 +1,1 @@
+"""The frozen part below the lowest open layer: computed once, kept on disk."""

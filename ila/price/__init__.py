@@ -1,0 +1,1 @@
+"""What a set of layers costs, and the best set for a budget."""

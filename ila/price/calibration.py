@@ -1,0 +1,173 @@
+"""Time training steps of a few masks side by side, and fit what a step of any mask takes.
+
+A step is forward, backward and AdamW's update of the open adapters. Steps of all masks are taken in
+turn, round after round, on one model; a mask's time is the median over rounds of its ratio to the
+step with all layers open in that round, times the median of that step: a machine that slows down
+slows all of them.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+
+from ila.masks.mask import LayerMask
+from ila.masks.names import KINDS
+from ila.models.edit import apply_mask, masked_layers, single_adapter
+from ila.models.lean_head import leaning
+from ila.price.shapes import Shape
+from ila.price.speed import Speed, fit, works
+
+ALL = "all layers"
+
+
+def designed(names: Sequence[str], seed: int = 0) -> dict[str, set[str]]:
+    """Sets that tell the rates apart.
+
+    Three depths, each full, scattered and with its lowest layer alone; the narrowest layers and the
+    widest, to tell what a layer costs from what its bytes cost; the last layer.
+    """
+    draw, sets = random.Random(seed), {ALL: set(names)}
+    for depth in (0, len(names) // 3, 2 * len(names) // 3, len(names) - 1):
+        above = list(names[depth:])
+        where = f"{len(above)} of {len(names)} layers from the output"
+        sets.setdefault(f"all {where}" if depth else ALL, set(above))
+        if len(above) > 3:
+            some = {above[0], *draw.sample(above[1:], max(1, round(0.3 * len(above)) - 1))}
+            sets[f"30 % of {where}"] = some
+            sets[f"the lowest of {where}"] = {above[0]}
+    for what, kinds in (("keys and values", ("k_proj", "v_proj")), ("MLPs", KINDS[4:])):
+        some = {name for name in names if name.rpartition(".")[2] in kinds}
+        sets |= {what: some} if some else {}
+    return sets
+
+
+def batch_of(model: nn.Module, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Random tokens; what they are changes nothing in the time."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (rows, length), generator=generator)
+    ids = ids.to(next(model.parameters()).device)
+    return {"input_ids": ids, "labels": ids}
+
+
+class Steps:
+    """Training steps of one model under several masks, with an optimiser for each.
+
+    Args:
+        model: A ``PeftModel``. Weights are not changed: the learning rate is 0.
+        sets: Name -> open layers.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        sets: Mapping[str, set[str]],
+        batch: Mapping[str, torch.Tensor],
+    ):
+        names = list(masked_layers(model, single_adapter(model, None)))
+        self.model, self.batch = model.train(), batch
+        self.masks = {
+            name: LayerMask(dict.fromkeys(names, 0.0), {n: n in opened for n in names})
+            for name, opened in sets.items()
+        }
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+
+    def take(self, name: str) -> float:
+        """Take one step under a mask; return its milliseconds."""
+        apply_mask(self.model, self.masks[name])
+        if name not in self.optimizers:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizers[name] = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+        self._wait()
+        begin = time.perf_counter()
+        self.model(**self.batch).loss.backward()
+        self.optimizers[name].step()
+        self.optimizers[name].zero_grad()
+        self._wait()
+        return (time.perf_counter() - begin) * 1e3
+
+    def _wait(self) -> None:
+        if self.batch["input_ids"].is_cuda:
+            torch.cuda.synchronize()
+
+    def measured(self, rounds: int, base: str = ALL, *, progress: bool = True) -> dict[str, float]:
+        """Median milliseconds of each mask, by its ratio to ``base`` in each round."""
+        for name in self.masks:  # warm-up: allocations, the optimisers' state
+            self.take(name)
+        ratios: dict[str, list[float]] = {name: [] for name in self.masks}
+        bases = []
+        screen = Console(stderr=True)
+        for _ in track(range(rounds), "Rounds of steps", console=screen, disable=not progress):
+            times = {name: self.take(name) for name in self.masks}
+            bases.append(times[base])
+            for name, value in times.items():
+                ratios[name].append(value / times[base])
+        middle = statistics.median(bases)
+        return {name: middle * statistics.median(found) for name, found in ratios.items()}
+
+
+def calibrate(
+    model: PeftModel,
+    shape: Shape,
+    *,
+    rounds: int = 5,
+    unseen: Mapping[str, set[str]] | None = None,
+    progress: bool = True,
+) -> Speed:
+    """Measure the designed masks and fit the rates.
+
+    Args:
+        model: With the adapter of ``shape`` attached; it is left with all layers open.
+        shape: Its sizes, and rows and length of the steps to take.
+        rounds: Steps of each mask, after one that is not counted.
+        unseen: Further sets to measure beside them and to leave out of the fit.
+        progress: Show a progress bar.
+
+    Returns:
+        The rates; ``measured`` holds each set's measured and fitted milliseconds.
+
+    Raises:
+        ValueError: If ``rounds`` is below 1, or the model is not what ``shape`` says.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be ≥ 1, got {rounds}")
+    names = list(masked_layers(model, single_adapter(model, None)))
+    sets, others = designed(names), dict(unseen or {})
+    amounts = works(shape, names, [*sets.values(), *others.values()])
+    steps = Steps(model, sets | others, batch_of(model, shape.rows, shape.length))
+    with leaning(model):  # as training does
+        times = steps.measured(rounds, progress=progress)
+        steps.take(ALL)
+    speed = fit(amounts[: len(sets)], [times[name] for name in sets])
+    rows = {
+        name: {
+            "open": len(opened),
+            "measured_ms": times[name],
+            "fitted_ms": speed.milliseconds(work),
+            "seen": name in sets,
+        }
+        for (name, opened), work in zip((sets | others).items(), amounts, strict=True)
+    }
+    return replace(speed, measured={**_where(model, shape), "rounds": rounds, "steps": rows})
+
+
+def _where(model: nn.Module, shape: Shape) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "rows": shape.rows,
+        "length": shape.length,
+        "rank": shape.rank,
+    }

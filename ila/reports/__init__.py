@@ -1,0 +1,1 @@
+"""Masks and runs as tables and pictures."""

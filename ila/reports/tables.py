@@ -1,0 +1,127 @@
+"""Masks and training runs as tables, for a terminal and for Markdown.
+
+rich is imported inside the functions: training on a cluster does not need it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ila.reports.texts import baseline_run, gib_text, loss_text, ms_text, ratio_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def render_compare(rows: Sequence[Mapping[str, Any]]) -> "Table":
+    """Lay out the rows of ``compare_table`` for a terminal.
+
+    Args:
+        rows: What ``compare_table`` returned.
+
+    Returns:
+        A table to print with rich.
+    """
+    tops = rows[0]["top"] if rows else []
+    header = ["Masks", "Rank correlation"]
+    header += [f"Same in top {_percent(top['fraction'])}" for top in tops]
+    body = []
+    for row in rows:
+        rho = "none, equal scores" if row["spearman"] is None else f"{row['spearman']:.2f}"
+        cells = [f"{top['jaccard']:.2f} (chance {top['chance']:.2f})" for top in row["top"]]
+        body.append([f"{row['a']} and {row['b']}", rho, *cells])
+    caption = (
+        "Rank correlation: Spearman's; 1 is the same order, 0 no relation; there is none where all "
+        "scores of a mask are equal, and its top layers are then the first by name.\n"
+        "Same in top p: layers both choose / layers either chooses (Jaccard), "
+        "beside what two random choices reach."
+    )
+    return _table("Agreement between masks", header, body, caption)
+
+
+def runs_table(runs: Sequence[Mapping[str, Any]]) -> "Table":
+    """Lay out training runs for a terminal, each beside the first run with the most layers open.
+
+    Args:
+        runs: What ``load_run`` returned, one or more.
+
+    Returns:
+        A table to print with rich; ``x`` is the ratio to that run.
+
+    Raises:
+        ValueError: No runs.
+    """
+    header, body, caption = _runs_cells(runs)
+    return _table("Training runs", header, body, caption)
+
+
+def runs_markdown(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Write the table of ``runs_table`` as Markdown.
+
+    Args:
+        runs: What ``load_run`` returned, one or more.
+
+    Returns:
+        Markdown that ends with a line break.
+
+    Raises:
+        ValueError: No runs.
+    """
+    header, body, caption = _runs_cells(runs)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
+    safe = [[" ".join(c.replace("|", "\\|").split()) for c in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in safe) + f"\n\n{caption}\n"
+
+
+def _outside_text(run: Mapping[str, Any]) -> str:
+    """How much of what is trained no mask can close, where that is something."""
+    beside = run.get("outside_parameters")
+    if not isinstance(beside, int) or not beside:
+        return ""
+    return f", {beside / run['trainable_parameters']:.0%} outside the mask"
+
+
+def _runs_cells(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], str]:
+    base = baseline_run(runs)
+    ratio = ratio_text if len(runs) > 1 else lambda value, of: ""
+    body = []
+    for run in runs:
+        time, memory = run["step_time_ms"], run["peak_memory_bytes"]
+        body.append(
+            [
+                run["name"],
+                f"{run['open_modules']} of {run['total_modules']} ({run['fraction_open']:.0%})"
+                + (f", {run['kept_modules']} kept" if run.get("kept_modules") else ""),
+                f"{run['trainable_parameters']:,}"
+                + ratio(run["trainable_parameters"], base["trainable_parameters"])
+                + _outside_text(run),
+                f"{loss_text(run['held_out_loss_before'])} → {loss_text(run['held_out_loss'])}",
+                ms_text(time["median"])
+                + ratio(time["median"], base["step_time_ms"]["median"])
+                + f" [{ms_text(time['p10'])}–{ms_text(time['p90'])}]",
+                gib_text(memory) + ratio(memory, base["peak_memory_bytes"]),
+            ]
+        )
+    header = ["Run", "Layers open", "Trainable parameters", "Held-out loss, before → after"]
+    header += ["ms per step, median [p10–p90]", "Peak memory, GiB"]
+    places = sorted({f"{run['device']}, {run['dtype']}" for run in runs})
+    caption = f"x: ratio to “{base['name']}”. " if len(runs) > 1 else ""
+    caption += f"Measured on: {'; '.join(places)}."
+    if len(places) > 1:
+        caption += " Times and memory of different devices or types cannot be compared."
+    return header, body, caption
+
+
+def _table(title: str, header: list[str], body: list[list[str]], caption: str) -> "Table":
+    from rich.table import Table
+    from rich.text import Text  # plain strings would be read as markup: "[p10]", "[bold]"
+
+    table = Table(title=title, caption=Text(caption), caption_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(Text(name), justify="right" if index else "left", overflow="fold")
+    for row in body:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.3g} %"

@@ -1,0 +1,1 @@
+"""Learn a mask: stage 1, stage 2, the methods."""

@@ -1,0 +1,144 @@
+"""The mask search: ``learn_mask`` trains LoRA until it settles, then scores every layer.
+
+Stage 1 is ordinary LoRA training until the loss is ε-stable or a budget is spent. Stage 2 freezes
+everything, gives each layer a gate γ = σ(s), and turns gates into scores by one of ``METHODS``.
+Source: Shi et al., "Understanding Layer Significance in LLM Alignment", arXiv 2410.17875.
+
+Use the parts, ``begin``, ``run_stage1``, ``score`` and ``mask_of``, to score one stage 1 by several
+methods.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from ila.masks.mask import LayerMask
+from ila.models.open_weights import OpenLayers
+from ila.runs.processes import on_main_process, owning
+from ila.search.adapter_updates import AdapterUpdates
+from ila.search.baselines import POSITIONS
+from ila.search.config import METHODS, SEARCHES, SearchConfig
+from ila.search.methods import Scored, parameters, score
+from ila.search.stage import Search, Updates
+from ila.search.stage1 import run_stage1
+from ila.search.weight_updates import WeightUpdates
+from ila.training.loop import check_dataset, default_collator
+
+__all__ = ["METHODS", "SearchConfig", "begin", "learn_mask", "mask_of", "run_stage1", "score"]
+
+
+def learn_mask(
+    peft_model: PeftModel | OpenLayers,
+    dataset: Sequence[Mapping[str, Any]],
+    config: SearchConfig | None = None,
+    *,
+    collator: Any = None,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> LayerMask:
+    """Learn how much each LoRA layer of a model, or each layer trained in full, matters.
+
+    Afterwards the model holds the adapter (the weights) as stage 1 left it, every layer open, no
+    gates.
+
+    Args:
+        peft_model: From ``ila.attach`` or ``ila.convert``, one active adapter, every layer open.
+            Or what ``ila.models.open_weights.open_layers`` returned without a mask: stage 1 then
+            trains the layers' own weights, and gates turn ΔW = W − W₀ of each.
+        dataset: Rows with ``input_ids`` and ``labels`` (-100 where there is no loss), e.g. from
+            ``ila.data.encode``.
+        config: How to search; ``None`` means the defaults.
+        collator: Rows to a batch; ``None`` pads on the right with the model's pad id.
+        output_dir: Where the search keeps checkpoints, ``adapter/`` (stage 1; ``changed/`` with
+            weights in float32 if they were trained) and ``log.jsonl``; ``None`` keeps nothing.
+        resume: Go on from what ``output_dir`` holds of the same search.
+        progress: Show progress bars on stderr.
+
+    Returns:
+        A mask with every layer open, its scores, and in ``provenance`` the configuration, the
+        course of both stages, the free signal of stage 1, what the scores cost in steps and
+        seconds, how many parameters each layer trains (a large one may win by its size alone), and
+        the scores that eighths of the batches give: how well a ranking repeats.
+
+    Raises:
+        ValueError: If the model has no layer to score, a layer is closed or does not take the
+            fused path, the data set is empty, or ``output_dir`` holds another search.
+        FloatingPointError: If the loss stops being finite.
+    """
+    if output_dir is None and resume:
+        raise ValueError("resume=True needs the output_dir of the search to go on with")
+    kept = None if output_dir is None else Path(output_dir)
+    with (
+        owning(kept),
+        tempfile.TemporaryDirectory() if kept is None else nullcontext(kept) as folder,
+    ):
+        search = begin(
+            *(peft_model, dataset, SearchConfig() if config is None else config),
+            collator=collator,
+            folder=Path(folder),
+            keep=output_dir is not None,
+            resume=resume,
+            progress=progress,
+        )
+        on_main_process(search.claim)
+        training = search.updates.model.training
+        try:
+            stage1 = run_stage1(search)
+            return mask_of(search, stage1, score(search, stage1))
+        finally:
+            search.updates.model.train(training)
+
+
+def begin(
+    peft_model: PeftModel | OpenLayers,
+    dataset: Sequence[Mapping[str, Any]],
+    config: SearchConfig,
+    *,
+    collator: Any = None,
+    **more: Any,
+) -> Search:
+    """Check what a search is given; arguments and errors as in ``learn_mask``.
+
+    Args:
+        peft_model: What to search.
+        dataset: Rows.
+        config: How to search.
+        collator: Rows to a batch.
+        **more: Further fields of ``Search``.
+    """
+    full = isinstance(peft_model, OpenLayers)
+    updates: Updates = WeightUpdates(peft_model) if full else AdapterUpdates(peft_model)
+    if full and config.method in set(METHODS) - {*SEARCHES, *POSITIONS}:
+        raise ValueError(
+            f"method must be one of {(*SEARCHES, *POSITIONS)} where weights are trained in full, "
+            f"got {config.method!r}"
+        )
+    check_dataset(dataset)
+    collator = default_collator(updates.model) if collator is None else collator
+    return Search(updates, dataset, collator, config, **more)
+
+
+def mask_of(search: Search, stage1: Mapping[str, Any], scored: Scored) -> LayerMask:
+    """A mask of the scores, every layer open, with all that is known of them."""
+    course = {k: v for k, v in stage1.items() if k not in ("gate_gradient", "folds", "seconds")}
+    provenance = {
+        "config": search.config.as_dict(),
+        "stage1": course,
+        "stage2": {"steps": scored.steps},
+        "signals": {"gate_gradient": stage1["gate_gradient"]},
+        "cost": {
+            "stage1": {"steps": stage1["steps"], "seconds": stage1["seconds"]},
+            "scores": {"steps": scored.steps, "seconds": scored.seconds},
+        },
+        "parameters": parameters(search.updates),
+        "folds": [list(fold) for fold in scored.folds],
+    }
+    mask = LayerMask(scored.scores, provenance=provenance)
+    return mask.with_provenance(spread=mask.spread())

@@ -1,0 +1,141 @@
+"""ε-stability: |E L(θₜ₊₁) − E L(θₜ)| < ε, with E taken over windows of steps.
+
+The expectation is the mean loss of a window; stage 1 ends when two successive windows differ by
+less than ε. Read from Trainer's own log, so that a resumed run decides as an unbroken one.
+Source: the stopping rule of stage 1 in arXiv 2410.17875.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback, TrainerState
+
+from ila.boundary import writing
+from ila.runs.atomic import write_folder_atomic, write_json_atomic
+from ila.runs.processes import on_main_process
+from ila.runs.records import COUNT, NUMBER, NUMBERS, RATE, TEXT, Field, is_number, read_record
+from ila.search.baselines import UNTRAINED
+from ila.search.gate_gradients import LayerMean, SignalTrainer
+from ila.search.stage import Search, train_stage
+from ila.training.loop import losses
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(map(is_number, value))
+
+
+_RESULT = {
+    **{"steps": COUNT, "stopped": TEXT, "gate_gradient": NUMBERS, "loss_window": COUNT},
+    **dict.fromkeys(("first_window_loss", "last_window_loss"), NUMBER),
+    "folds": Field(
+        "a list of lists of finite numbers",
+        lambda value: isinstance(value, list) and all(map(_are_numbers, value)),
+    ),
+}
+
+
+class StopWhenStable(TrainerCallback):
+    """Stops training at ε-stability.
+
+    Args:
+        epsilon: ε in nats; 0 never stops.
+        window: Steps in a window, ≥ 1.
+    """
+
+    def __init__(self, epsilon: float, window: int):
+        self.epsilon, self.window = epsilon, window
+
+    def on_log(self, args, state, control, **kwargs):
+        if self.stable(state):
+            control.should_training_stop = True
+
+    def stable(self, state: TrainerState) -> bool:
+        """Whether the last two whole windows differ by less than ε."""
+        recent = self._losses(state)[-2 * self.window :]
+        if self.epsilon == 0.0 or len(recent) < 2 * self.window:
+            return False
+        before, after = recent[: self.window], recent[self.window :]
+        return abs(sum(after) - sum(before)) / self.window < self.epsilon
+
+    @staticmethod
+    def _losses(state: TrainerState) -> list[float]:
+        return [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
+
+
+class _EachStep(TrainerCallback):
+    """Calls ``Search.after_step`` with the steps done and the free signal so far."""
+
+    def __init__(self, search: Search, signal: LayerMean):
+        self.search, self.signal = search, signal
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.search.after_step is not None:
+            self.search.after_step(state.global_step, self.signal)
+
+
+def run_stage1(search: Search) -> dict[str, Any]:
+    """Run stage 1, or read what it left; a method that needs none gets an empty course.
+
+    Returns:
+        Steps, why it stopped, the course of the loss, the wall time of its steps in seconds, and
+        the free signal of the gates with its folds. The model holds what was trained.
+    """
+    config, done = search.config, search.folder / "stage1.json"
+    if config.method in UNTRAINED:
+        return {"steps": 0, "gate_gradient": {}, "folds": [], "seconds": 0.0}
+    if search.resume and on_main_process(done.exists):
+        search.updates.load(search.folder / search.updates.folder)
+        cost = read_record(search.folder / "cost.json", {"seconds": RATE})
+        result = read_record(done, _RESULT)
+        if set(result["gate_gradient"]) != set(search.updates.layers):
+            raise ValueError(f"{done}: gate_gradient must name the layers of the model")
+        return {**result, **cost}
+    signal = search.updates.signal()
+    stable = StopWhenStable(config.epsilon, config.stability_window)
+    trained = train_stage(
+        search,
+        SignalTrainer,
+        stage="stage1",
+        title=f"Stage 1: {search.updates.label}",
+        steps=config.stage1_steps,
+        callbacks=[stable, _EachStep(search, signal)],
+        signal=signal,
+        learning_rate=config.learning_rate,
+        warmup_steps=round(0.03 * config.stage1_steps),
+    )
+    result = {
+        "steps": trained.steps,
+        "stopped": "stable" if stable.stable(trained.trainer.state) else "budget",
+        **_course([loss for _, loss in losses(trained.trainer)], config.stability_window),
+        "gate_gradient": signal.mean(),
+        "folds": signal.folds(),
+    }
+    cost = {"seconds": trained.seconds}
+    if search.keep:
+        state = search.updates.state()
+        on_main_process(lambda: _finish_stage1(search, state, result, cost))
+    return {**result, **cost}
+
+
+def _finish_stage1(
+    search: Search, state: dict[str, Tensor], result: Mapping[str, Any], cost: Mapping[str, float]
+) -> None:
+    place = search.folder / search.updates.folder
+    with write_folder_atomic(place, replace=True) as target, writing(place):
+        search.updates.save(target, state)
+    write_json_atomic(search.folder / "cost.json", cost)
+    write_json_atomic(search.folder / "stage1.json", result)
+
+
+def _course(losses: Sequence[float], window: int) -> dict[str, Any]:
+    """Mean loss of the first and of the last steps: as many of each, and none in both."""
+    window = max(1, min(window, len(losses) // 2))
+    first, last = losses[:window], losses[-window:]
+    return {
+        "first_window_loss": sum(first) / window,
+        "last_window_loss": sum(last) / window,
+        "loss_window": window,
+    }

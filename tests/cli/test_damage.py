@@ -1,0 +1,125 @@
+"""Damaged files of every kind: exit 0 or 2, at most three lines on stderr, nothing lost.
+
+`pytest --hypothesis-profile thorough` damages ten times as many.
+"""
+
+import resource
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+
+from tests.cli.damages import byte_damages, json_damages
+from tests.cli.whole_files import LEARN, TRAIN, make_all
+
+EXAMPLES = settings(max_examples=max(1, settings.default.max_examples // 30))
+
+
+@pytest.fixture(autouse=True)
+def no_memory_for_absurd_sizes():
+    """Let an allocation of many gigabytes fail here, as it would on a small machine."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 6 * 2**30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model_folder, tmp_path_factory) -> Path:
+    """Return a folder with one undamaged file of each kind."""
+    root = tmp_path_factory.mktemp("whole")
+    make_all(root, tiny_model_folder)
+    return root
+
+
+# What reads a file: {here} is the folder with the damaged file, {there} the one without damage, in
+# which the run was begun that is resumed.
+SHORT = ("train", "--rank", "2", "--steps", "1", "--batch-size", "2", "--held-out", "0")
+ROWS = (*SHORT, "--model", "{there}/model", "--out", "{here}/out", "--data")
+FROM = ("--model", "{there}/model", "--data", "{there}/rows.jsonl")
+MODEL = (*SHORT, "--model", "{here}/model", "--data", "{there}/rows.jsonl", "--out", "{here}/out")
+RESUMED = (*TRAIN, *FROM, "--rank", "2", "--resume", "--out")
+LEARNED = (*LEARN, *FROM, "--resume", "--out")
+CACHED = ("--cache-prefix", "--cache-folder", "{here}/cache", "--mask", "{there}/upper.json")
+MASKED = (*SHORT, *FROM, "--mask", "{here}/learned/mask.json", "--out", "{here}/out")
+TIME = ("select", "{there}/learned", "--budget", "time=0.9", "--speed", "{here}/speed.json")
+CHECKPOINTS = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "costs.json")
+
+READERS: dict[str, tuple[str, ...]] = {
+    **{f"model/{name}.json": MODEL for name in ("config", "generation_config")},
+    **{f"model/{name}.json": MODEL for name in ("tokenizer", "tokenizer_config")},
+    **{"model/model.safetensors": MODEL, "model/chat_template.jinja": MODEL},
+    "pickled/pytorch_model.bin": ("explain", "--model", "{here}/pickled"),
+    "pickled/config.json": ("explain", "--model", "{here}/pickled"),
+    "packed/model.gguf": (*SHORT, *FROM, "--model", "{here}/packed", "--out", "{here}/out"),
+    **{f"rows.{kind}": (*ROWS, f"{{here}}/rows.{kind}") for kind in ("json", "jsonl", "csv")},
+    "rows.parquet": (*ROWS, "{here}/rows.parquet"),
+    "learned/mask.json": MASKED,
+    "learned/mask.json ": ("select", "{here}/learned", "--top", "0.3"),
+    "learned/mask.json  ": ("select", "{here}/learned", "--budget", "memory=1GiB"),
+    "learned/mask.json   ": ("compare", "{here}/learned", "{there}/learned"),
+    "learned/mask.json    ": (*LEARNED, "{here}/learned"),
+    "speed.json": TIME,
+    **{f"cache/states/{name}": (*SHORT, *FROM, *CACHED, "--out", "{here}/out")
+       for name in ("index.json", "states.bin")},
+    "trained/metrics.json": ("report", "{here}/trained", "--out", "{here}/report"),
+    "trained/metrics.json ": (*RESUMED, "{here}/trained"),
+    **{f"trained/{name}": ("export", "{here}/trained", "--merge", "--out", "{here}/out")
+       for name in ("run.json", "adapter_config.json", "adapter_model.safetensors")},
+    "trained/adapter_config.json ": ("export", "{here}/trained", "--out", "{here}/out"),
+    "trained/adapter_model.safetensors ": (*RESUMED, "{here}/trained"),
+    "full/changed.safetensors": ("export", "{here}/full", "--merge", "--out", "{here}/out"),
+    **{f"trained-half/{name}": (*RESUMED, "{here}/trained-half")
+       for name in ("run.json", "train.json", "before.json", "log.jsonl")},
+    **{f"trained-half/checkpoints/checkpoint-2/{name}": (*RESUMED, "{here}/trained-half")
+       for name in (*CHECKPOINTS, "complete.json", "adapter_model.safetensors")},
+    **{f"learned-half/{name}": (*LEARNED, "{here}/learned-half")
+       for name in ("run.json", "search.json", "stage1.json", "cost.json", "log.jsonl",
+                    "adapter/adapter_model.safetensors", "adapter/adapter_config.json")},
+}  # fmt: skip
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def check(ila, whole: Path, reader: str, damage) -> None:
+    file = reader.strip()
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(shutil.copytree(whole, Path(folder) / "here"))
+        (here / file).write_bytes(damage((whole / file).read_bytes()))
+        before, begin = files_of(here), time.monotonic()
+        answer = ila(*(text.format(here=here, there=whole) for text in READERS[reader]))
+        assert time.monotonic() - begin < 30
+        lines = [line for line in answer.err.splitlines() if line.strip()]
+        assert answer.code in (0, 2) and "Traceback" not in answer.err, answer.err[-4000:]
+        assert len(lines) <= 3, answer.err
+        if answer.code == 2:
+            assert sum(line.startswith("error: ") for line in lines) == 1, answer.err
+            assert files_of(here) == before
+        elif not READERS[reader][-1].endswith(file.partition("/")[0]):  # a run that was resumed
+            assert (here / file).read_bytes() == before[file]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_damaged_bytes(reader, ila, whole):
+    @EXAMPLES
+    @given(byte_damages())
+    def damaged(damage):
+        check(ila, whole, reader, damage)
+
+    damaged()
+
+
+@pytest.mark.parametrize("reader", [name for name in READERS if ".json" in name])
+def test_damaged_values(reader, ila, whole):
+    @EXAMPLES
+    @given(json_damages())
+    def damaged(damage):
+        check(ila, whole, reader, damage)
+
+    damaged()
