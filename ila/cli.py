@@ -311,6 +311,7 @@ def explain(
     alpha: options.Alpha = 16.0,
     dropout: options.Dropout = 0.0,
     target_modules: options.Targets = "all-linear",
+    long: options.All = False,
     json_file: options.JsonFile = None,
     trust_remote_code: options.Trust = False,
 ) -> None:
@@ -320,6 +321,7 @@ def explain(
     """
     from ila.commands.explain import explain_layers
     from ila.commands.inputs import Inputs
+    from ila.reports.explained import explained
     from ila.runs.atomic import write_json_atomic
 
     inputs = Inputs(
@@ -335,7 +337,7 @@ def explain(
         trust_remote_code=trust_remote_code,
     )
     explanation = explain_layers(inputs, tokens, mask_file=mask)
-    screen.print(explanation.table())
+    screen.print(explanation.table() if long else explained(explanation))
     if json_file is not None:
         write_json_atomic(json_file, explanation.as_dict())
 

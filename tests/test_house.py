@@ -145,7 +145,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "select_layers",
             "one_run",
         ),
-        "reports": ("texts", "phases", "tables", "figures", "pareto"),
+        "reports": ("texts", "phases", "tables", "explained", "figures", "pareto"),
         "__init__": (),
         "commands": (
             "options",
