@@ -182,13 +182,15 @@ def _first_part(both: OneRun, step: int) -> None:
         **costs.measured(),
     }
     mask = mask.with_provenance(took=took)
+    before = {name for name, _ in updates.model.named_parameters()}
     apply_mask(updates.model, mask, closed=both.selection.closed)
+    dropped = before - {name for name, _ in updates.model.named_parameters()}
     state = updates.state()
     opened = {name for name, p in updates.model.named_parameters() if p.requires_grad}
 
     def switch() -> None:
         write_switch(
-            *(search / f"checkpoint-{step}", out / CHECKPOINTS, names or [], opened),
+            *(search / f"checkpoint-{step}", out / CHECKPOINTS, names or [], opened, dropped),
             lambda folder: updates.save(folder, state),
         )
         mask.save(out / MASK)

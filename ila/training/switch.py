@@ -26,6 +26,7 @@ def write_switch(
     folder: Path,
     names: Sequence[Sequence[str]],
     opened: Collection[str],
+    dropped: Collection[str],
     save: Callable[[Path], None],
 ) -> Path:
     """Write the checkpoint that the open layers go on from into ``folder``; whole or not at all.
@@ -35,6 +36,7 @@ def write_switch(
         folder: Gets ``checkpoint-N``.
         names: Of the parameters in each group of the optimiser of that run.
         opened: Names of the parameters that are trained from now on.
+        dropped: Names of those that the model holds no more.
         save: Writes the adapter, with its mask applied, into a folder.
 
     Returns:
@@ -48,6 +50,9 @@ def write_switch(
         if (made / _OPTIMIZER).is_file():  # FSDP writes a folder, by names of parameters
             state = torch.load(made / _OPTIMIZER, map_location="cpu", weights_only=True)
             torch.save(filtered(state, names, opened), made / _OPTIMIZER)
+        for file in made.glob("pytorch_model_fsdp*.bin"):  # FSDP's own form of the adapter
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+            torch.save({name: w for name, w in weights.items() if name not in dropped}, file)
         save(made)
         _go_on(made / _STATE)
         # Times and peak are those of the steps to come.
