@@ -57,6 +57,7 @@ setup(
         # Older ones do not say which huggingface_hub they stand; transformers 5 needs 1.3.
         "datasets>=4.2",
         "safetensors>=0.4.3",
+        "filelock>=3.12",
         "numpy>=1.26",
         # Where measurements of a GPU are kept.
         "platformdirs>=4",

@@ -60,9 +60,7 @@ def reading(source: object, kind: str) -> Iterator[None]:
         is_library_error = isinstance(error, Exception) or _is_panic(error)
         if not is_library_error or not _is_of_the_input(error):
             raise
-        text = in_one_line(error)
-        named = text if str(source) and str(source) in text else f"{kind} {source}: {text}"
-        raise InputError(named) from error
+        raise InputError(f"{kind} {source}: {in_one_line(error)}") from error
 
 
 @contextmanager

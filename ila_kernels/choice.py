@@ -1,7 +1,7 @@
 """The choice of ``impl="auto"`` on a GPU: a pure function of the call and of measurements.
 
-In this order: what ``prefer`` set, a verdict that was measured on this machine, a verdict that is
-shipped with the library, eager. Nothing is measured and no file is read here.
+In this order: the value of ``prefer``, a verdict measured on this machine, a verdict shipped with
+the library, eager. This module measures nothing and reads no file.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def prefer(*, auto: str | None = None, gemm: str | None = None) -> None:
 
 @contextmanager
 def nothing_preferred() -> Iterator[None]:
-    """Set aside what ``prefer`` was given, so that every implementation is itself."""
+    """Suspend ``prefer``, so that every implementation is itself."""
     global _preference
     before, _preference = _preference, Preference()
     try:

@@ -82,7 +82,7 @@ def measure(
     for candidate in CANDIDATES:
         try:
             _prove(problem, candidate, expected, device)
-        except Exception as error:  # compilers, drivers and allocators raise what they like
+        except Exception as error:  # compilers, drivers and allocators raise errors of any class
             left_out[candidate] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
             steps[candidate] = functools.partial(problem.step, candidate)

@@ -20,7 +20,7 @@ P, T = ParamSpec("P"), TypeVar("T")
 
 
 class PersistentPath:
-    """The fused kernels with the persistent form of their GEMM, whatever ``prefer`` says."""
+    """The fused kernels with the persistent form of their GEMM, under any ``prefer``."""
 
     def __init__(self, path: ModuleType):
         self.forward, self.backward = _persistently(path.forward), _persistently(path.backward)

@@ -33,7 +33,7 @@ def _name(cell: Cell) -> str:
 
 
 def save(verdicts: Iterable[Verdict]) -> Path | None:
-    """Write verdicts of one machine and return their folder; ``None`` if there are none.
+    """Write verdicts of one machine and return their folder; ``None`` without verdicts.
 
     Raises:
         OSError: If the folder cannot be written to.
@@ -60,7 +60,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def load(machine: Machine) -> list[Verdict]:
-    """Read the verdicts of a machine; what cannot be used is left out with one warning."""
+    """Read the verdicts of a machine; leave out unusable ones, with one warning."""
     verdicts, faults = [], []
     folder = folder_of(machine)
     try:

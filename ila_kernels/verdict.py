@@ -24,7 +24,7 @@ FORMAT, VERSION = "ila.verdict", 1
 CANDIDATES = ("eager", "hybrid", "triton", "persistent")
 MARGIN = 0.03
 LEAST_SHARE = 5 / 7
-# A verdict holds for rows up to this factor from those that were measured.
+# A verdict holds for rows up to this factor from the measured rows.
 REACH = 4
 
 
@@ -138,7 +138,7 @@ class Verdict:
         return f"{text}: {share:.2f} of eager's time, {self._wins(impl)}"
 
     def __str__(self) -> str:
-        """Write the medians, what they pick, and what could not run."""
+        """Write the medians, the choice by them, and the implementations that could not run."""
         chosen = self.pick()
         times = ", ".join(f"{name} {self.median(name):.3g}" for name in self.ms)
         wins = "" if chosen == "eager" else f" ({self._wins(chosen)})"

@@ -62,9 +62,21 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "ila": {
         "boundary": (),
-        "runs": ("atomic", "records", "folder", "processes", "checkpoints", "meter", "metrics"),
-        "masks": ("checks", "names", "mask_file", "mask", "agreement"),
+        "runs": (
+            "atomic",
+            "records",
+            "lock",
+            "folder",
+            "settings",
+            "progress",
+            "processes",
+            "checkpoints",
+            "metrics",
+            "meter",
+        ),
+        "masks": ("checks", "names", "mask_file", "mask", "provenance", "agreement"),
         "data": (
+            "contracts",
             "turns",
             "messages",
             "tables",
@@ -79,6 +91,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "models": (
             "sizes",
             "loading",
+            "recomputation",
             "layer",
             "quantized",
             "blocks",
@@ -87,11 +100,15 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "shared_input",
             "attention",
             "mlp",
+            "undo",
+            "targets",
             "lean_loss",
             "lean_paths",
             "lean_families",
+            "lean_forward",
             "lean_head",
             "edit",
+            "merge",
             "open_weights",
             "explain",
         ),
@@ -105,6 +122,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "callbacks",
             "loop",
             "trained",
+            "card",
             "adapter",
             "switch",
             "train",
@@ -117,8 +135,8 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "stage",
             "adapter_updates",
             "weight_updates",
-            "methods",
             "stage1",
+            "methods",
             "learn",
             "in_place",
             "selection",
@@ -133,6 +151,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "select_share",
             "select_budget",
             "measure",
+            "tune",
             "learn",
             "train",
             "train_once",
@@ -181,6 +200,7 @@ PURE = {
     "ila/runs/atomic.py",
     "ila/boundary.py",
     "ila/runs/folder.py",
+    "ila/runs/lock.py",
     "ila/runs/records.py",
     *(f"ila/data/{name}.py" for name in ("turns", "messages", "tables")),
     "ila/price/knapsack.py",
@@ -453,6 +473,103 @@ def test_no_environment_variable_is_read(package):
 def test_an_environment_read_is_reported():
     assert len(list(environment_reads("import os\nos.environ['A']\nos.getenv('B')"))) == 2
     assert len(list(environment_reads("from os import environ, path"))) == 1
+
+
+_WRITES = {"pop", "popitem", "update", "setdefault", "clear"}
+
+
+def _is_dictionary(node: ast.expr, aliases: set[str]) -> bool:
+    """Whether an expression is the dictionary of an object's attributes."""
+    if isinstance(node, ast.Name):
+        return node.id in aliases
+    if isinstance(node, ast.Attribute):
+        return node.attr == "__dict__"
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "vars"
+
+
+def _edits(node: ast.AST, aliases: set[str]) -> Iterator[ast.AST]:
+    """Yield what in a node changes a class or an attribute behind an object's back."""
+    targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+    if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Delete)):
+        for target in targets:
+            for part in ast.walk(target):
+                if isinstance(part, ast.Attribute) and part.attr == "__class__":
+                    yield part
+                if isinstance(part, ast.Subscript) and _is_dictionary(part.value, aliases):
+                    yield part
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        if node.func.attr in _WRITES and _is_dictionary(node.func.value, aliases):
+            yield node
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+        if len(node.args) > 1 and ast.unparse(node.args[1]) == "'__class__'":
+            yield node
+
+
+def _undoes_itself(function: ast.AST) -> bool:
+    """Whether a function is one half of a `with`."""
+    if getattr(function, "name", None) in ("__enter__", "__exit__"):
+        return True
+    names = [ast.unparse(decorator) for decorator in getattr(function, "decorator_list", [])]
+    return any(name.rpartition(".")[2] == "contextmanager" for name in names)
+
+
+def edits_for_good(source: str) -> list[tuple[int, str]]:
+    """Return (line, expression) of each such edit outside of a `with` that undoes it."""
+    found = []
+
+    def visit(node: ast.AST, aliases: set[str], undone: bool) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            aliases, undone = set(aliases), undone or _undoes_itself(node)
+        if isinstance(node, ast.Assign) and _is_dictionary(node.value, aliases):
+            aliases |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if not undone:
+            found.extend((edit.lineno, ast.unparse(edit)) for edit in _edits(node, aliases))
+        for child in ast.iter_child_nodes(node):
+            visit(child, aliases, undone)
+
+    visit(ast.parse(source), set(), False)
+    return found
+
+
+@pytest.mark.static
+def test_only_models_edits_a_model_for_good():
+    wrong = [
+        f"{name_of(path)}:{line}: {what}"
+        for path in sources("ila")
+        if not name_of(path).startswith("ila/models/")
+        for line, what in edits_for_good(path.read_text("utf-8"))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.static
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "layer.__class__ = Other",
+        "a, layer.__class__ = 1, Other",
+        "setattr(layer, '__class__', Other)",
+        "vars(layer)['forward'] = other",
+        "del vars(layer)['forward']",
+        "layer.__dict__['forward'] = other",
+        "layer.__dict__.pop('forward')",
+        "vars(layer).update(before)",
+        "own = vars(layer)\n    own['forward'] = other",
+        "own = layer.__dict__\n    own.pop('forward', None)",
+    ],
+)
+def test_an_edit_for_good_is_reported(edit):
+    assert len(edits_for_good(f"def planted(layer):\n    {edit}")) == 1
+    assert len(edits_for_good(f"class A:\n  def close(self, layer):\n    {edit}")) == 1
+    for head in ("@contextmanager\ndef f(layer)", "@contextlib.contextmanager\ndef f(layer)"):
+        assert edits_for_good(f"{head}:\n    {edit}\n    yield") == []
+    assert edits_for_good(f"class A:\n  def __exit__(self, layer):\n    {edit}") == []
+
+
+@pytest.mark.static
+def test_reading_a_dictionary_of_attributes_is_no_edit():
+    read = "own = vars(a)\nb = own.get('c'), a.__dict__['c'], {**vars(a)}, a.__class__\nd = {}\n"
+    assert edits_for_good(read + "d['c'] = 1\nd.update(b)\nd.pop('c')") == []
 
 
 def in_fresh_process(code: str) -> str:

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from ila.masks.agreement import compare_table
 from ila.masks.mask import LayerMask, chance_jaccard
-from ila.reports.figures import KINDS, draw_runs, heatmap, heatmap_figure, runs_figure
+from ila.masks.names import KINDS
+from ila.reports.figures import draw_runs, heatmap, heatmap_figure, runs_figure
 from ila.reports.tables import render_compare, runs_markdown, runs_table
 from ila.runs.metrics import load_run
 

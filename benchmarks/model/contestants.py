@@ -19,10 +19,10 @@ from torch import nn
 
 import ila
 from benchmarks.peers.addmm import addmm_lora
+from ila.masks.names import PEFT_PREFIX
 from ila.models.blocks import find_blocks
 from ila.models.edit import masked_layers
 
-PREFIX = "base_model.model."
 # σ of B: an update that is there, and small beside W as after some training.
 B_STD = 0.01
 DROPOUT = 0.05
@@ -119,7 +119,7 @@ def restricted(mask: ila.LayerMask, rank: int) -> LoraConfig:
 
     ``layers_to_transform`` where they are whole blocks, else explicit names in ``target_modules``.
     """
-    names = [name.removeprefix(PREFIX) for name in mask.open]
+    names = [name.removeprefix(PEFT_PREFIX) for name in mask.open]
     blocks = whole_blocks(mask)
     if blocks is not None:
         kinds = sorted({name.rpartition(".")[2] for name in names})

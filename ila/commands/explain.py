@@ -1,4 +1,4 @@
-"""What ``ila explain`` does."""
+"""``ila explain``: report the path and the memory of each layer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ila.runs.processes import processes
 
 
 def explain_layers(inputs: Inputs, tokens: int, *, mask_file: Path | None = None) -> Explanation:
-    """Say which layers of a model a mask opens, what computes them, and what they keep.
+    """Report which layers a mask opens, which path computes each, and the bytes that it keeps.
 
-    Of ``inputs`` only what makes the model and its adapter is read, no data.
+    The function reads model and adapter options of ``inputs``, and no data.
     """
     mask = None if mask_file is None else LayerMask.load(mask_file)
     source = find_source(inputs.model, inputs.gguf_file, inputs.trust_remote_code)

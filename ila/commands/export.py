@@ -1,13 +1,11 @@
-"""What ``ila export`` does."""
+"""``ila export``: copy a trained adapter, or merge it into its model."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel
-from peft.utils import get_peft_model_state_dict, load_peft_weights
-from transformers import PreTrainedModel
+from peft import PeftConfig
 
 from ila.boundary import reading, writing
 from ila.commands.inputs import read_run
@@ -16,11 +14,13 @@ from ila.models.open_weights import CHANGED_FILE, load_changed
 from ila.runs.atomic import write_folder_atomic, write_json_atomic
 from ila.runs.folder import RUN_MARKER
 from ila.runs.records import OBJECT, TEXT, Field, check_record, or_null
-from ila.training.adapter import check_same_tensors
 from ila.training.train import ADAPTER_FILES
 
 _INPUTS = {
-    **{"model": TEXT, "dtype": TEXT, "gguf_file": or_null(TEXT), "load_in": or_null(TEXT)},
+    "model": TEXT,
+    "dtype": TEXT,
+    "gguf_file": or_null(TEXT),
+    "load_in": or_null(TEXT),
     "trust_remote_code": Field("true or false", lambda value: isinstance(value, bool)),
 }
 
@@ -28,20 +28,20 @@ _INPUTS = {
 def export(run: Path, out: Path, *, merge: bool = False) -> str:
     """Write a trained adapter, or changed weights, elsewhere: alone or in their base model.
 
-    An adapter trained over a packed base is merged into the dense one: packing again would round
-    it away, and the result is a model like any other.
+    An adapter trained over a packed base merges into the dense base: packing again would round
+    it away.
 
     Returns:
-        What was written, in words.
+        Name of the result, for the screen.
 
     Raises:
         FileNotFoundError: If ``run`` holds no finished adapter or changed weights.
         FileExistsError: If ``out`` exists.
         ValueError: If the weights are damaged.
     """
-    found = read_run(run, "train")
-    check_record(found, {"inputs": OBJECT, "model": OBJECT}, run / RUN_MARKER)
-    full = bool(found.get("full", False))
+    description = read_run(run, "train")
+    check_record(description, {"inputs": OBJECT, "model": OBJECT}, run / RUN_MARKER)
+    full = bool(description.get("full", False))
     files = (CHANGED_FILE, "run.json") if full else ADAPTER_FILES
     missing = [name for name in files if not (run / name).is_file()]
     if missing:
@@ -53,10 +53,10 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
         _check_config(run)
     if not merge:
         with write_folder_atomic(out) as folder:
-            for name in files:
+            for name in (*files, *_beside(run, full)):
                 shutil.copyfile(run / name, folder / name)
         return "Changed weights" if full else "Adapter"
-    inputs = found["inputs"]
+    inputs = description["inputs"]
     check_record(inputs, _INPUTS, f"{run / RUN_MARKER}, inputs")
     source = find_source(inputs["model"], inputs["gguf_file"], inputs["trust_remote_code"])
     with write_folder_atomic(out) as folder:
@@ -64,11 +64,11 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
         if full:
             load_changed(model, run)
         else:
-            model = _merged(model, run)
+            model = merged(model, run)
         with writing(out):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        note = {"base": found["model"], "merged": True}
+        note = {"base": description["model"], "merged": True}
         packed = inputs.get("load_in")
         if packed:
             note["trained_over"] = packed
@@ -78,15 +78,15 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
     return f"Merged model (dense; trained over {packed})" if packed else "Merged model"
 
 
+def _beside(run: Path, full: bool) -> list[str]:
+    """Name the card and the tokenizer beside an adapter: all files that describe no run."""
+    own = {"run.json", "train.json", "metrics.json", "before.json", "log.jsonl", *ADAPTER_FILES}
+    suffixes = {".json", ".jinja", ".md", ".model", ".txt"}
+    names = sorted(p.name for p in run.iterdir() if p.is_file() and p.suffix in suffixes)
+    return [] if full else [name for name in names if name not in own]
+
+
 def _check_config(run: Path) -> None:
-    """Refuse an adapter whose configuration cannot be read; a copy of it would be of no use."""
+    """Refuse an adapter with an unreadable configuration: a copy of it would be useless."""
     with reading(run / "adapter_config.json", "adapter"):
         PeftConfig.from_pretrained(str(run))
-
-
-def _merged(model: PreTrainedModel, run: Path) -> PreTrainedModel:
-    with reading(f"{run} is damaged", "the adapter in"):
-        adapted = PeftModel.from_pretrained(model, str(run))
-        found = load_peft_weights(str(run), device="cpu")
-        check_same_tensors(found, get_peft_model_state_dict(adapted), run)
-        return adapted.merge_and_unload(safe_merge=True)

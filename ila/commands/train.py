@@ -1,18 +1,21 @@
-"""What ``ila train`` does."""
+"""``ila train``: train the layers that a mask opens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from peft import PeftConfig, PeftModel
 
 from ila.commands.inputs import Inputs, check_folder, claim_folder, prepare, refuse_packed
 from ila.masks.mask import LayerMask
+from ila.masks.provenance import Provenance
 from ila.models.edit import apply_mask
+from ila.models.loading import same_layers
 from ila.models.open_weights import OpenLayers, open_layers
+from ila.runs.metrics import Metrics
+from ila.runs.processes import owning
 from ila.training.adapter import load_adapter
 from ila.training.batches import padding_note
 from ila.training.config import TrainConfig
@@ -30,11 +33,11 @@ def train_selected(
     full: bool = False,
     resume: bool = False,
     progress: bool = True,
-) -> tuple[dict[str, Any], str]:
-    """Train the layers a mask opens (all without one) into ``out``.
+) -> tuple[Metrics, str]:
+    """Train the layers that a mask opens, or all layers without a mask, into ``out``.
 
-    The result is a plain PEFT adapter; with ``full``, the changed weights of the layers themselves
-    in ``changed.safetensors``.
+    The result is a plain PEFT adapter; with ``full``, the changed weights of the layers in
+    ``changed.safetensors``.
 
     Args:
         inputs: What to read.
@@ -48,16 +51,40 @@ def train_selected(
         progress: Show progress bars.
 
     Returns:
-        The metrics and what became of the rows, in words.
+        The metrics, and a note on the rows.
 
     Raises:
-        ValueError: If the mask was learned on a model of another configuration. Names of layers
-            are no proof: Llama-2-7B and Mistral-7B share all of theirs. A chat model has the
-            configuration of its base, so a mask goes from one to the other. If the adapter to
-            go on from has another rank, alpha or layers.
+        ValueError: If the mask was learned on a model whose layers have other sizes. Names of
+            layers prove nothing: Llama-2-7B and Mistral-7B have the same names. A chat model has
+            the layers of its base, so a mask fits both. If the adapter to go on from has another
+            rank, alpha or layers.
     """
     config, inputs = replace(config, seed=inputs.seed), inputs.located()
     check_folder(out, inputs, resume, "train")
+    with owning(out):
+        layers = _Layers(mask_file, closed, start, full)
+        return _train_owned(inputs, config, out, layers, resume, progress)
+
+
+class _Layers(NamedTuple):
+    """The layers to train: mask, what the closed ones do, adapter to start from, own weights."""
+
+    mask_file: Path | None
+    closed: str
+    start: Path | None
+    full: bool
+
+
+def _train_owned(
+    inputs: Inputs,
+    config: TrainConfig,
+    out: Path,
+    layers: _Layers,
+    resume: bool,
+    progress: bool,
+) -> tuple[Metrics, str]:
+    mask_file, closed, start, full = layers
+    check_folder(out, inputs, resume, "train")  # again: it may have had an owner until now
     mask = None if mask_file is None else LayerMask.load(mask_file)
     refuse_packed(full, inputs)
     prepared = prepare(inputs, progress=progress)
@@ -88,6 +115,7 @@ def train_selected(
         resume=resume,
         progress=progress,
         name=out.name,
+        tokenizer=None if full else prepared.tokenizer,
     )
     return metrics, note
 
@@ -103,14 +131,13 @@ def _check_alpha(start: Path, inputs: Inputs) -> None:
         )
 
 
-def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, Any]) -> None:
-    """Compare the configurations' fingerprints; a mask that says nothing of its model passes."""
-    learned_on = mask.provenance.get("model")
-    fingerprint = isinstance(learned_on, Mapping) and learned_on.get("config_fingerprint")
-    if fingerprint and fingerprint != model["config_fingerprint"]:
+def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, object]) -> None:
+    """Compare names and sizes of the layers; a mask without a model passes."""
+    said = Provenance(mask.provenance)
+    if said.model_record and not same_layers(said.model_record, model):
         raise ValueError(
-            f"mask {file} was learned on model {learned_on.get('source')!r} "
-            f"({learned_on.get('architecture')}), and the configuration of model "
-            f"{model['source']!r} ({model['architecture']}) is another; learn a mask on it. "
-            "ila.apply_mask, in Python, asks for the same layer names only"
+            f"mask {file} was learned on model {said.model_source!r} "
+            f"({said.architecture}), and the layers of model "
+            f"{model['source']!r} ({model['architecture']}) have other names or sizes; learn a "
+            "mask on it. ila.apply_mask, in Python, asks for the same layer names only"
         )

@@ -10,7 +10,8 @@ from ila.commands.inputs import Inputs, check_folder, claim_folder, prepare
 from ila.masks.checks import thawed
 from ila.masks.mask import LayerMask
 from ila.reports.figures import heatmap
-from ila.runs.processes import on_main_process
+from ila.runs.metrics import Metrics
+from ila.runs.processes import on_main_process, owning
 from ila.search.one_run import MASK, train_and_select
 from ila.search.selection import Selection
 from ila.training.batches import padding_note
@@ -25,7 +26,7 @@ def train_once(
     *,
     resume: bool = False,
     progress: bool = True,
-) -> tuple[dict[str, Any], str]:
+) -> tuple[Metrics, str]:
     """Train all layers into ``out``, select, go on with the selected ones.
 
     ``out`` gets what ``ila learn``, ``ila select`` and ``ila train`` leave: ``mask.json`` (scores
@@ -36,27 +37,28 @@ def train_once(
     """
     config, inputs = replace(config, seed=inputs.seed), inputs.located()
     check_folder(out, inputs, resume, "train")
-    selection.step(config.steps)  # before a large model is loaded
-    prepared = prepare(inputs, progress=progress)
-    padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
-    none = dict.fromkeys(("open", "closed", "from"))
-    description = {**prepared.description, **none, "full": False}
-    description["selection"] = selection.as_dict()
-    claim_folder(out, description, resume, "train")
-    metrics, mask = train_and_select(
-        prepared.model,
-        prepared.dataset,
-        config,
-        selection,
-        held_out=prepared.held_out,
-        collator=prepared.collator,
-        output_dir=out,
-        resume=resume,
-        progress=progress,
-        name=out.name,
-    )
-    on_main_process(lambda: _describe(mask, description, config, inputs, out))
-    return metrics, f"{prepared.note}\n{padding}"
+    with owning(out):
+        selection.step(config.steps)  # before a large model is loaded
+        prepared = prepare(inputs, progress=progress)
+        padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
+        none = dict.fromkeys(("open", "closed", "from"))
+        description = {**prepared.description, **none, "full": False}
+        description["selection"] = selection.as_dict()
+        claim_folder(out, description, resume, "train")
+        metrics, mask = train_and_select(
+            prepared.model,
+            prepared.dataset,
+            config,
+            selection,
+            held_out=prepared.held_out,
+            collator=prepared.collator,
+            output_dir=out,
+            resume=resume,
+            progress=progress,
+            name=out.name,
+        )
+        on_main_process(lambda: _describe(mask, description, config, inputs, out))
+        return metrics, f"{prepared.note}\n{padding}"
 
 
 def _describe(

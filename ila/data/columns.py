@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 Values = Sequence[float] | Tensor | float
-# Of these a row has one value a token, whatever their number.
+# A row has one value a token in these columns.
 _OF_TOKENS = frozenset(
     {"input_ids", "attention_mask", "position_ids", "token_type_ids", "special_tokens_mask"}
 )
@@ -24,10 +24,10 @@ def pad_column(
 
     Args:
         name: The column's name.
-        values: What the rows have there.
+        values: Value of each row.
         lengths: Tokens of each row.
         width: Tokens of the batch, at least the longest row.
-        fills: What pads the columns that are not padded with 0.
+        fills: Padding of the columns that 0 does not pad.
 
     Returns:
         Shape (rows, width), padded on the right, where every row has one value a token, else

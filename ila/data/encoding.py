@@ -1,22 +1,22 @@
-"""Rows to tokens: the loss is on the answers only.
+"""Encode rows to tokens, with the loss on the answers only.
 
     labels = input_ids where a token belongs to an answer, else -100
 
-``ila.data.rendering`` says which stretches of the text are answers. The text is tokenised once, as
-far as the longest row allows; a stretch begins at the first token that reaches into it, so that a
-token that straddles the border between prompt and answer counts as answer.
+``ila.data.rendering`` finds the answers in the text. The text is tokenised once, as far as the
+longest row allows. An answer begins at the first token that reaches into it: a token across the
+border between prompt and answer counts as answer.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from ila.data.columns import Values, pad_column
-from ila.data.row_encoder import IGNORED, RowEncoder
+from ila.data.contracts import IGNORED, Row
+from ila.data.row_encoder import RowEncoder
+from ila.runs.progress import bar
 
 _FILLS = {"labels": IGNORED, "special_tokens_mask": 1}
 _RENAMED = {"label": "labels", "label_ids": "labels"}
@@ -27,18 +27,18 @@ _NAMES_SHOWN = 12
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What ``encode`` made of its rows; kept and dropped rows add up to all rows.
+    """Counts of ``encode``; kept and dropped rows add up to all rows.
 
     Attributes:
         rows: Rows given.
         kept: Rows encoded.
         truncated: Kept rows that lost tokens at the right end.
-        dropped_no_answer: Rows whose answers are all empty, missing or not to be trained on.
+        dropped_no_answer: Rows in which every answer is empty, missing or of weight 0.
         dropped_no_room: Rows with no answer token left after truncation.
         tokens: Tokens of the kept rows.
         answer_tokens: Tokens of the kept rows that carry loss.
-        unused: Columns of rows, and keys of messages (``messages.…``), that hold something and do
-            not reach the text.
+        unused: Columns of rows, and keys of messages (``messages.…``), with a value that does not
+            reach the text.
     """
 
     rows: int
@@ -51,14 +51,14 @@ class DataSummary:
     unused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Say it in one sentence, for a log or a terminal."""
+        """Write the counts in one sentence, for a log or a terminal."""
         lost = (
             (self.truncated, "truncated"),
             (self.dropped_no_answer, "dropped without an answer"),
             (self.dropped_no_room, "dropped with no room for one within the longest row"),
         )
         parts = [f"{self.kept:,} of {self.rows:,} rows"]
-        parts += [f"{count:,} {what}" for count, what in lost if count]
+        parts += [f"{count:,} {fate}" for count, fate in lost if count]
         tokens = f"{self.tokens:,} tokens, {self.answer_tokens:,} of them in answers"
         more = len(self.unused) - _NAMES_SHOWN
         names = ", ".join(self.unused[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
@@ -94,32 +94,26 @@ def encode(
             ``ila.data.rendering`` otherwise.
         max_length: Longest row in tokens, at least 2; longer rows are cut at the right end. Little
             more than that is rendered and tokenised.
-        progress: Show a progress bar on stderr when there are rows enough to wait for.
-        numbers: The number of each row in the user's file, from 1, for errors; None counts the rows
-            given.
+        progress: Whether to show a progress bar on stderr, if there are rows enough to wait for.
+        numbers: Number of each row in the user's file, from 1, for errors; None counts the given
+            rows.
 
     Returns:
         (encoded, summary): for every kept row, in order, ``{"input_ids", "labels"}`` as lists of
-        equal length, labels -100 outside the answers; and the counts, with the names of what in
-        the rows was not used.
+        equal length, labels -100 outside the answers; and the counts, with the names of unused
+        columns.
 
     Raises:
         ValueError: No rows, every row dropped, ``max_length`` below 2, a row of no known form or
-            with something in it that is not understood, or a conversation that the chat template
-            refuses or in which answers cannot be told apart.
+            with an unknown part, or a conversation that the chat template refuses or in which
+            answers cannot be told apart.
     """
-    if max_length < 2:
-        raise ValueError(f"max_length must be at least 2, got {max_length}")
-    if len(rows) == 0:
-        raise ValueError("rows must hold at least one row, got none")
+    _check(rows, max_length)
     encoder = RowEncoder(tokenizer, max_length)
     encoded, truncated, no_answer, no_room = [], 0, 0, 0
-    for index, row in enumerate(_watched(rows, progress)):
-        try:
-            full = encoder(row)
-        except ValueError as error:
-            number = index + 1 if numbers is None else numbers[index]
-            raise ValueError(f"row {number}: {error}") from error
+    places = range(1, len(rows) + 1) if numbers is None else numbers
+    for number, row in zip(places, _watched(rows, progress), strict=True):
+        full = _encoded(encoder, row, number)
         if full is None:
             no_answer += 1
             continue
@@ -147,6 +141,20 @@ def encode(
     return encoded, summary
 
 
+def _check(rows: Sequence[Row], max_length: int) -> None:
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2, got {max_length}")
+    if len(rows) == 0:
+        raise ValueError("rows must hold at least one row, got none")
+
+
+def _encoded(encoder: RowEncoder, row: Row, number: int) -> dict[str, list[int]] | None:
+    try:
+        return encoder(row)
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}") from error
+
+
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Find an id to pad with: the padding token's, else the end-of-sequence token's.
 
@@ -167,7 +175,7 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads encoded rows on the right into one batch.
+    """Pad encoded rows on the right into one batch.
 
     Attributes:
         pad_token_id: Id that fills ``input_ids``.
@@ -179,7 +187,7 @@ class Collator:
     pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a multiple that is none."""
+        """Refuse a multiple below 1."""
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
             raise ValueError(
                 f"pad_to_multiple_of must be None or at least 1, got {self.pad_to_multiple_of}"
@@ -194,7 +202,7 @@ class Collator:
                 ``transformers`` does.
 
         Returns:
-            Every column, rows first. What holds a value for each token is padded on the right:
+            Every column, rows first. A column with a value for each token is padded on the right:
             ``input_ids`` with the pad id, ``labels`` with -100, ``attention_mask`` and the others
             with 0. An ``attention_mask`` (1 on rows, 0 on padding) is added where rows have none.
             Not to rows with ``position_ids``, though: those may hold several sequences, which
@@ -250,7 +258,6 @@ def _columns(rows: Sequence[Mapping]) -> list[str]:
     return list(names)
 
 
-def _watched(rows: Sequence, progress: bool) -> Iterator:
-    quiet = not progress or len(rows) < _ROWS_WORTH_A_BAR
-    screen = Console(stderr=True)
-    return track(rows, "Encoding", console=screen, transient=True, disable=quiet)
+def _watched(rows: Sequence[Row], progress: bool) -> Iterable[Row]:
+    show = progress and len(rows) >= _ROWS_WORTH_A_BAR
+    return bar(rows, "Encoding", show=show, transient=True)

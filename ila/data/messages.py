@@ -1,8 +1,8 @@
 """The turns of a row, found by its field names.
 
-Instruction sets agree on few names, so one table says which are understood; a row that fits none of
-them is an error that lists what was found, never a guess. What stands in a row and is not read is
-said, so that nothing is passed over in silence.
+Instruction sets agree on few names, so one table lists the known ones. A row that fits none of them
+is an error with the names of its fields, never a guess. The result also names the columns that were
+not read.
 """
 
 from collections.abc import Mapping
@@ -29,12 +29,12 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a row says.
+    """Content of a row.
 
     Attributes:
-        messages: Its turns, as ``to_messages`` gives them.
-        tools: The tools offered in it, as a chat template takes them; None if there are none.
-        unused: Columns that hold something and are not read.
+        messages: Turns, as ``to_messages`` gives them.
+        tools: Offered tools, as a chat template takes them; None without tools.
+        unused: Columns with a value that were not read.
     """
 
     messages: list[dict[str, object]]
@@ -54,8 +54,8 @@ def to_messages(row: Mapping[str, object]) -> list[dict[str, object]]:
 
     Returns:
         Messages with at least ``role`` and ``content`` (text), other keys kept. Plain text is one
-        message of role ``"text"``. ``weight`` 0 marks what is not trained on; an assistant turn
-        inside a prompt carries it too: it is context, not an answer.
+        message of role ``"text"``. ``weight`` 0 marks turns that do not train; an assistant turn
+        inside a prompt has it too: it is context, not an answer.
 
     Raises:
         ValueError: No known form, a field of the wrong type, or a turn that ``read_turn`` refuses.
@@ -102,8 +102,8 @@ def _turns(row: Mapping) -> tuple[list[dict], set[str]]:
         return _pair(row, prompts[0], None)
     if any(name in row for name in _DIALOGUES):
         return [], set()
-    found = ", ".join(str(name) for name in row) or "none"
-    raise ValueError(f"row has no known form; fields found: {found}; understood: {FORMS}")
+    names = ", ".join(str(name) for name in row) or "none"
+    raise ValueError(f"row has no known form; fields found: {names}; understood: {FORMS}")
 
 
 def _pair(row: Mapping, prompt: str, answer: str | None) -> tuple[list[dict], set[str]]:

@@ -1,6 +1,6 @@
 r"""Conversations to text, and where in the text the answers stand.
 
-With a chat template the text is what the template makes of the whole conversation. An answer begins
+With a chat template the text is the whole conversation as the template renders it. An answer begins
 where the prompt ends, rendered up to that turn with its generation prompt, and ends where the
 conversation up to and including the turn ends. Both must be beginnings of the text; a template for
 which they are not is refused rather than trained on in the wrong places.
@@ -61,7 +61,7 @@ def render_plain(
 
     Args:
         messages: Turns with ``role``, ``content`` and perhaps ``tool_calls``.
-        turns: Which of them are answers, ascending.
+        turns: Places of the answers, ascending.
         eos: The end-of-sequence token's text, if there is one.
 
     Returns:
@@ -126,7 +126,7 @@ class ChatTemplate:
 
         Args:
             messages: Turns as chat templates take them; the last one is an answer.
-            turns: Which of them are answers, ascending; not the first turn.
+            turns: Places of the answers, ascending; not the first turn.
             tools: Tools offered in it, given to the template.
 
         Returns:
@@ -168,13 +168,13 @@ class ChatTemplate:
 
     @cached_property
     def _ends(self) -> tuple[str, ...]:
-        """What the template writes after an answer, and so what an answer need not end in."""
+        """Marks that the template writes after an answer; an answer need not end in one."""
         eos = self.tokenizer.eos_token
         try:
-            _, found, tail = self._apply(_probe(), None).rpartition(_PROBE)
+            _, probe, tail = self._apply(_probe(), None).rpartition(_PROBE)
         except ValueError:  # it wants more than two turns: then only the end-of-sequence token
-            found, tail = True, eos if eos and self.reads("eos_token") else ""
-        tail = tail.strip() if found else ""
+            probe, tail = _PROBE, eos if eos and self.reads("eos_token") else ""
+        tail = tail.strip() if probe else ""
         if not tail:
             return ()
         return tuple(dict.fromkeys([*(m for m in self.marks if m in tail), tail, eos or tail]))
@@ -232,10 +232,10 @@ class _Rendered:
 
     def in_full(self, turns: Sequence[int]) -> Spans:
         """Find every answer after all turns before it."""
-        found = [self._answer(0, 0, 0, 0, turn + 1) for turn in turns]
-        if None in found:
+        answers = [self._answer(0, 0, 0, 0, turn + 1) for turn in turns]
+        if None in answers:
             raise ValueError(_REFUSED)
-        return [(begin, end) for begin, end, _ in found]
+        return [(begin, end) for begin, end, _ in answers]
 
     def in_windows(self, turns: Sequence[int]) -> Spans | None:
         """Find every answer after an early one and its own prompt; None if one is not there.
@@ -250,12 +250,12 @@ class _Rendered:
             count, length = heads.get(follows_call, (0, 0))
             start = (at, before + 1) if count else (0, 0)
             try:
-                found = self._answer(count, length, *start, turn + 1)
+                answer = self._answer(count, length, *start, turn + 1)
             except ValueError:  # a template that wants the turns left out
                 return None
-            if found is None:
+            if answer is None:
                 return None
-            begin, end, at = found
+            begin, end, at = answer
             spans.append((begin, end))
             heads.setdefault(bool(self.messages[turn].get("tool_calls")), (turn + 1, at))
         return spans if at == len(self.text) else None
@@ -273,8 +273,8 @@ class _Rendered:
             stop: The turn after the answer.
 
         Returns:
-            Where the answer begins and ends, and where the next turn begins; None if the text is
-            not what the turns render to.
+            Begin and end of the answer, and begin of the next turn; None if the turns do not render
+            to the text.
         """
         window, head = self.messages[:count] + self.messages[start:stop], self.text[:length]
         upto = self.text if len(window) == len(self.messages) else self._apply(window)

@@ -1,7 +1,7 @@
-"""One row to tokens, no further than the longest row allows.
+"""Encode one row to tokens, no further than the longest row allows.
 
-A row of eight hundred turns, or of three hundred megabytes in one line, costs what its first
-``max_length`` tokens cost: turns beyond them are not rendered, text beyond them is not tokenised.
+A row of eight hundred turns, or of three hundred megabytes in one line, costs no more than its
+first ``max_length`` tokens: later turns are not rendered, and later text is not tokenised.
 """
 
 from collections.abc import Mapping
@@ -10,25 +10,25 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
+from ila.data.contracts import IGNORED
 from ila.data.messages import Conversation, to_conversation
 from ila.data.pieces import Pieces
 from ila.data.rendering import ChatTemplate, Spans, render_plain
 
-IGNORED = -100
 # Text is about 4 characters a token. Where these do not fill a row, more are taken.
 _CHARACTERS_PER_TOKEN = 8
 # Tokens after the cut: within these a tokenizer may still decide otherwise for more text.
 _MARGIN = 64
-# Tokenizers take two hundred bytes a character, and abort the process where there are none left.
+# Tokenizers take two hundred bytes a character, and abort the process when memory runs out.
 _LONGEST_TEXT = 2**24
-# What every template knows of a message, and what only holds it together.
+# Keys of a message that every template knows, and keys that only hold a message together.
 _OF_MESSAGES = frozenset({"role", "content", "weight", "tool_calls", "id", "tool_call_id"})
 _THOUGHTS = frozenset({"reasoning_content", "reasoning", "thinking"})
 
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """Encodes rows one by one, and remembers what of them it did not use.
+    """Encode rows one by one, and remember the columns that were not used.
 
     Attributes:
         tokenizer: Tokenizer; its chat template is used if it has one.
@@ -49,9 +49,9 @@ class RowEncoder:
             return None
         room = self.max_length * _CHARACTERS_PER_TOKEN
         while True:
-            found, is_whole = self._within(room, said, turns)
-            if is_whole or len(found["input_ids"]) >= self.max_length + _MARGIN:
-                return found
+            encoded, is_whole = self._within(room, said, turns)
+            if is_whole or len(encoded["input_ids"]) >= self.max_length + _MARGIN:
+                return encoded
             if room >= _LONGEST_TEXT:
                 raise ValueError(
                     f"its text is longer than {_LONGEST_TEXT:,} characters, and those are fewer "
@@ -101,7 +101,7 @@ class RowEncoder:
 
     @cached_property
     def unused(self) -> dict[str, None]:
-        """Names of what was not used, in the order in which they were met."""
+        """Unused columns and keys, in the order of their first appearance."""
         return {}
 
     @cached_property

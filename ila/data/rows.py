@@ -1,9 +1,9 @@
-"""Rows of an instruction set: read them, split them, fingerprint them.
+"""Read the rows of an instruction set, split them, fingerprint them.
 
-A row is a plain ``dict`` as it stands in the file. Nothing here knows a tokenizer: ``ila.data``
-turns rows into tokens. Files are read with the standard library where it says best what is wrong
-and on which line; Parquet and hub ids go through ``pyarrow`` and ``datasets``, imported when
-needed.
+A row is a plain ``dict`` as it stands in the file. This module knows no tokenizer:
+``ila.data.encoding`` turns rows into tokens. The standard library reads text files, because its
+errors name the fault and the line; ``pyarrow`` reads Parquet and ``datasets`` the hub, imported
+when needed.
 """
 
 import codecs
@@ -11,7 +11,7 @@ import csv
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
@@ -20,7 +20,7 @@ from ila.boundary import in_one_line, reading
 from ila.data.messages import FIELDS, to_messages
 from ila.data.tables import rows_of_columns, without_absent
 
-__all__ = ["fingerprint", "load_rows", "split_indices", "split_rows", "to_messages"]
+__all__ = ["fingerprint", "load_rows", "split_indices", "to_messages"]
 
 _BATCH = 65_536  # rows of a Parquet file in memory at once
 _LONGEST_FIELD = 2**31 - 1  # characters; csv's own limit of 131,072 is less than a long document
@@ -42,8 +42,8 @@ def load_rows(
         source: Path of a file, or hub id.
         split: Split to read. A local file has one split, ``"train"``, unless it is a JSON object
             with an array under the split's name.
-        limit: Read at most this many rows from the start; all of them if None. What comes after
-            them in a file of lines is not read.
+        limit: Most rows to read, from the start; None reads all. The function does not read the
+            rest of a file of lines.
 
     Returns:
         The rows in their order, at least one.
@@ -75,7 +75,7 @@ def load_rows(
 
 
 def fingerprint(rows: Iterable[Mapping[str, object]]) -> str:
-    """Name the content and order of rows, whatever file they came from.
+    """Name the content and order of rows, from any file.
 
     Args:
         rows: Rows; values that JSON does not know (dates, say) count as their ``str``.
@@ -94,29 +94,16 @@ def fingerprint(rows: Iterable[Mapping[str, object]]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def split_rows(
-    rows: Sequence[dict[str, object]], held_out: float, seed: int
-) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-    """Shuffle rows by a seed and set some of them aside.
+def split_indices(rows: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """Shuffle the places of rows, from 0, by a seed and set some of them aside.
 
     Args:
-        rows: Rows to divide; not changed.
-        held_out: How many to set aside: a count (integer), or a fraction in (0, 1), rounded to a
-            count.
-        seed: Same rows and seed, same division, on every machine.
+        rows: Number of rows to divide.
+        held_out: Rows to set aside: a count (integer), or a fraction in (0, 1), rounded to a count.
+        seed: Same number of rows and seed, same division, on every machine.
 
     Returns:
         (train, held out), both shuffled, neither empty.
-
-    Raises:
-        ValueError: ``held_out`` is out of range or leaves one side empty.
-    """
-    train, aside = split_indices(len(rows), held_out, seed)
-    return [rows[i] for i in train], [rows[i] for i in aside]
-
-
-def split_indices(rows: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:
-    """Divide as ``split_rows`` does, and give the places of the rows, from 0, instead of them.
 
     Raises:
         ValueError: ``held_out`` is out of range or leaves one side empty.

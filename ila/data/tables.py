@@ -47,7 +47,7 @@ def rows_of_columns(value: Mapping[str, object], path: Path) -> list[dict[str, o
 
 
 def without_absent(row: Mapping[str, object]) -> dict[str, object]:
-    """Leave out what a table fills into the objects of a row that lack a key.
+    """Leave out the nulls that a table fills into objects without a key.
 
     A table has one set of keys for all objects of a column: the arguments of each tool would stand,
     empty, in the calls of every other.

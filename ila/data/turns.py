@@ -1,8 +1,7 @@
-"""One turn of a conversation, whichever tool stored it: its role, text, tool calls and weight.
+"""Read one turn of a conversation, of any tool: its role, text, tool calls and weight.
 
-Trainers agree on turns and disagree on their names. All that is known here becomes the form that
-chat templates take; what is not known is refused by name, because a turn that is passed over in
-silence is a turn that the model does not learn.
+Trainers agree on turns and disagree on their names. Known names become the form of chat templates;
+an unknown name is an error, because the model would not learn a turn that we drop in silence.
 """
 
 import json
@@ -13,13 +12,12 @@ _SPEAKERS = {
     "system": ("system",),
     "developer": ("developer",),
     "user": ("user", "human", "prompter"),
-    "assistant": (
-        *("assistant", "gpt", "chatgpt", "gpt4", "gpt_4", "model", "bot", "chatbot", "ai"),
-        *("bing", "bard", "claude"),
+    "assistant": tuple(
+        "assistant gpt chatgpt gpt4 gpt_4 model bot chatbot ai bing bard claude".split()
     ),
-    "tool": (
-        *("tool", "function", "observation", "ipython"),
-        *("tool_response", "tool_result", "function_response", "function_result"),
+    "tool": tuple(
+        "tool function observation ipython "
+        "tool_response tool_result function_response function_result".split()
     ),
 }
 _CALLS = ("function_call", "tool_call", "tool_calls")
@@ -38,7 +36,7 @@ def read_turn(item: object, name: str) -> dict[str, object]:
 
     Args:
         item: A mapping with ``role`` (or ``from``), ``content`` (or ``value``), or tool calls.
-        name: The column it stands in, for errors.
+        name: Column of the turn, for errors.
 
     Returns:
         ``role``, ``content`` (text), ``tool_calls`` if there are any, ``weight`` 0 if it is not to
@@ -73,19 +71,19 @@ def read_turn(item: object, name: str) -> dict[str, object]:
 
 
 def read_flag(value: object, name: str) -> bool:
-    """Read whether something is trained on: 0 or 1, false or true, as numbers or as text.
+    """Read a flag that says whether to train: 0 or 1, false or true, as numbers or as text.
 
     >>> read_flag("false", "train"), read_flag(1.0, "weight")
     (False, True)
     """
     known = {"0": False, "false": False, "1": True, "true": True, "0.0": False, "1.0": True}
-    found = known.get(str(value).strip().lower())
-    if found is None:
+    flag = known.get(str(value).strip().lower())
+    if flag is None:
         raise ValueError(
             f"{name} says whether to train on it and must be 0 or 1 (false or true), "
             f"got {value!r:.40}; other weights are not supported"
         )
-    return found
+    return flag
 
 
 def read_text(value: object, name: str) -> str:
@@ -150,9 +148,9 @@ def _part(part: object, name: str) -> str:
 
 def _calls(item: Mapping, name: str) -> list[dict]:
     """Find the tool calls of a message, in OpenAI's present form and in its older one."""
-    found = from_json(item.get("tool_calls") or None, f"{name}: tool_calls")
+    present = from_json(item.get("tool_calls") or None, f"{name}: tool_calls")
     older = from_json(item.get("function_call") or None, f"{name}: function_call")
-    calls = [] if is_missing(found) else found
+    calls = [] if is_missing(present) else present
     older = [] if is_missing(older) else [older]
     if not isinstance(calls, list | tuple):
         raise ValueError(f"{name}: tool_calls must be a list, got {type(calls).__name__}")
@@ -161,8 +159,8 @@ def _calls(item: Mapping, name: str) -> list[dict]:
 
 def _calls_in(content: object, said: str, name: str) -> list[dict]:
     """Read the calls that a turn of a role of its own writes as JSON."""
-    found = from_json(content, f"{name}: a turn of role {said!r}")
-    calls = found if isinstance(found, list) else [found]
+    written = from_json(content, f"{name}: a turn of role {said!r}")
+    calls = written if isinstance(written, list) else [written]
     if not calls:
         raise ValueError(f"{name}: a turn of role {said!r} must hold a call, got an empty list")
     return [_call(one, name) for one in calls]
@@ -178,7 +176,7 @@ def _call(call: object, name: str) -> dict:
         try:
             arguments = json.loads(function["arguments"])
         except (ValueError, RecursionError):
-            arguments = None  # what the model wrote is no JSON: kept as it stands
+            arguments = None  # the model did not write JSON: keep its text
         if isinstance(arguments, dict):
             function["arguments"] = arguments
     if "function" in call:
@@ -192,7 +190,7 @@ def _is_trained(item: Mapping, role: str, name: str) -> bool:
         raise ValueError(f"{name}: {unknown} of a message is not supported; use weight 0 or 1")
     flags = {key: item[key] for key in _FLAGS if not is_missing(item.get(key))}
     trained = {key: read_flag(value, f"{name}: {key}") for key, value in flags.items()}
-    # A weight of 1 is what every turn has; the others ask for what is not done.
+    # Every turn has a weight of 1. The other flags ask to train on turns that never train.
     asked = [key for key, is_on in trained.items() if is_on and key != "weight"]
     if asked and role != "assistant":
         raise ValueError(

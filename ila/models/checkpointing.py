@@ -15,6 +15,11 @@ this instead:
   at the parameters of the block in each forward, so it is right whatever was frozen or opened since
   (a mask, ``modules_to_save``, weights trained in full).
 - ``enable_input_require_grads`` takes note, and hooks nothing.
+
+A block is run again along the path of its forward, whatever hooks come or go in between
+(``ila.models.recomputation``). Of checkpoints that are taken past these methods, by torch's own
+function around a block or FSDP's wrapper, nothing is recorded: there the hooks of single layers
+must not change before backward.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ila.models.blocks import find_blocks, frozen_blocks, is_trained
+from ila.models.recomputation import Recorded
 
 _SHADOWED = ("_set_gradient_checkpointing", "enable_input_require_grads")
 _FORCED = "_ila_forced_input_grads"
@@ -49,18 +55,23 @@ class PrefixAware:
         if not torch.is_grad_enabled():
             return function(*args)
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return self.inner(function, *args)
+            return self.inner(_recorded(function), *args)
         block = _module_of(function)
         if block is not None and not is_trained(block):
             return function(*args)
         # The first open block.
         if getattr(self.inner, "keywords", {}).get("use_reentrant") is False:
-            return self.inner(function, *args)
+            return self.inner(_recorded(function), *args)
         # Reentrant checkpointing connects outputs to inputs that require
         # grad, and none does; this one is not part of any formula, so that backward still ends at
         # the lowest open layer instead of crossing the block.
         witness = torch.zeros((), requires_grad=True)
-        return self.inner(_Witnessed(function), *args, witness)
+        return self.inner(_recorded(_Witnessed(function)), *args, witness)
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    # A compiled block is one graph, forward and recomputation.
+    return function if torch.compiler.is_compiling() else Recorded(function)
 
 
 class _Witnessed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -24,6 +26,15 @@ from ila.models.checkpointing import make_prefix_aware, undo_prefix_aware
 from ila.models.layer import MaskedLoraLayer, MaskedLoraLinear
 from ila.models.lean_head import plain_head
 from ila.models.mlp import make_lean, make_plain
+from ila.models.targets import (
+    NOTHING_OUTSIDE,
+    Outside,
+    outside,
+    restore_targets,
+    retarget,
+    unmatched_targets,
+)
+from ila.models.undo import Snapshot
 
 CLOSINGS = ("drop", "keep")
 
@@ -59,18 +70,21 @@ class ConversionReport:
 class MaskReport:
     """What ``apply_mask`` did: names of the layers now open and closed, for which adapter.
 
-    ``closing`` says whether closed layers dropped their adapters or keep them frozen.
+    ``closing`` says whether closed layers dropped their adapters or keep them frozen; ``outside``
+    counts what is trained beside them, which no mask reaches.
     """
 
     adapter: str
     open: tuple[str, ...]
     closed: tuple[str, ...]
     closing: str = "drop"
+    outside: Outside = NOTHING_OUTSIDE
 
     def __str__(self) -> str:
         total = len(self.open) + len(self.closed)
         kept = ", the others keep what they learned" if self.closing == "keep" else ""
-        return f"adapter {self.adapter!r}: {len(self.open)} of {total} layers open{kept}"
+        text = f"adapter {self.adapter!r}: {len(self.open)} of {total} layers open{kept}"
+        return f"{text}; {self.outside}" if self.outside.parameters else text
 
 
 def _dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any):
@@ -114,18 +128,20 @@ def attach(
         The ``PeftModel``; ``model`` itself is modified in place, as PEFT does.
 
     Raises:
-        TypeError: If ``model`` is a ``PeftModel`` already or the configuration is not LoRA's.
+        TypeError: If ``model`` has adapters already or the configuration is not LoRA's.
         ValueError: If no module matches, or none that matches is a plain ``nn.Linear`` or a 4-bit
             or int8 layer of bitsandbytes.
+
+    Warns:
+        UserWarning: If some of ``target_modules`` match nothing.
     """
-    if isinstance(model, PeftModel):
-        raise TypeError("model must be a base model, got a PeftModel; use ila.convert(model)")
+    _check_base(model)
     if not isinstance(lora_config, LoraConfig):
         raise TypeError(f"lora_config must be a LoraConfig, got {type(lora_config).__name__}")
     config = copy.deepcopy(lora_config)
     config._register_custom_module({nn.Linear: _dispatch})
-    modules, attributes = set(model.modules()), set(model.__dict__)
-    required = {p: p.requires_grad for p in model.parameters()}
+    unmatched = unmatched_targets(model, config.target_modules)
+    before = Snapshot(model, copies=str(config.init_lora_weights).lower() == "olora")
     try:
         peft_model = get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
         if not _masked_layers(peft_model):
@@ -135,13 +151,15 @@ def attach(
                 f"one plain nn.Linear, or 4-bit or int8 layer of bitsandbytes; the layers it "
                 f"matched became {', '.join(sorted(found))}"
             )
+        if unmatched:
+            warnings.warn(
+                f"lora_config.target_modules names {', '.join(map(repr, unmatched))}, and the "
+                "model has no such module; the other names are adapted",
+                stacklevel=2,
+            )
     except Exception:
-        # PEFT wraps modules one by one and checks each when its turn comes.
-        _unwrap_all_but(modules, model)
-        for name in set(model.__dict__) - attributes:
-            delattr(model, name)
-        for parameter, flag in required.items():
-            parameter.requires_grad_(flag)
+        # PEFT replicates blocks, wraps modules one by one and checks each when its turn comes.
+        before.restore()
         raise
     make_prefix_aware(peft_model)
     make_lean(peft_model)
@@ -150,15 +168,17 @@ def attach(
     return peft_model
 
 
-def _unwrap_all_but(modules: set[nn.Module], model: nn.Module) -> None:
-    for parent in modules.intersection(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child in modules:
-                continue
-            if isinstance(child, LoraLayer):
-                setattr(parent, name, child.get_base_layer())
-            elif isinstance(child, AuxiliaryTrainingWrapper):
-                setattr(parent, name, child.original_module)
+def _check_base(model: nn.Module) -> None:
+    if isinstance(model, PeftModel):
+        raise TypeError("model must be a base model, got a PeftModel; use ila.convert(model)")
+    adapted = (BaseTunerLayer, AuxiliaryTrainingWrapper, PeftModel)
+    for name, module in model.named_modules():
+        if isinstance(module, adapted):
+            raise TypeError(
+                f"model must be a base model, got a {type(model).__name__} that has adapters "
+                f"already ({name or 'it'} is a {type(module).__name__}); unload them first, or use "
+                "ila.convert(model) to go on with them"
+            )
 
 
 def convert(model: nn.Module) -> ConversionReport:
@@ -234,7 +254,7 @@ def restore(model: nn.Module) -> ConversionReport:
         layer.__class__ = layer.peft_class
     mlps, attentions = make_plain(model), unfuse_qkv(model)
     for config in getattr(model, "peft_config", {}).values():
-        _restore_targets(config)
+        restore_targets(config)
         if isinstance(config, LoraConfig) and config._custom_modules:
             config._custom_modules.pop(nn.Linear, None)
     undo_prefix_aware(model)
@@ -334,8 +354,9 @@ def apply_mask(
         layers[name].keep(adapter) if closed == "keep" else layers[name].close(adapter)
     if optimizer is not None:
         _forget(optimizer, dropped)
-    _retarget(peft_model, adapter, all_there=closed == "keep" or not mask.closed)
-    return MaskReport(adapter, tuple(mask.open), tuple(mask.closed), closed)
+    retarget(peft_model, adapter, all_there=closed == "keep" or not mask.closed)
+    beside = outside(peft_model, layers)
+    return MaskReport(adapter, tuple(mask.open), tuple(mask.closed), closed, beside)
 
 
 def _check_mask(layers: Mapping[str, nn.Module], mask: LayerMask, adapter: str) -> None:
@@ -388,23 +409,3 @@ def _forget(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter]) -> 
         group["params"] = [p for p in group["params"] if p not in parameters]
     for parameter in parameters:
         optimizer.state.pop(parameter, None)
-
-
-def _retarget(peft_model: PeftModel, adapter: str, all_there: bool) -> None:
-    """Let the adapter's configuration name exactly the layers that hold it."""
-    config = peft_model.peft_config[adapter]
-    _restore_targets(config)
-    if all_there:
-        return
-    config._ila_target_modules = config.target_modules
-    prefix = "base_model.model."
-    config.target_modules = {
-        name.removeprefix(prefix)
-        for name, module in peft_model.named_modules()
-        if isinstance(module, LoraLayer) and adapter in {*module.lora_A, *module.lora_embedding_A}
-    }
-
-
-def _restore_targets(config: Any) -> None:
-    if "_ila_target_modules" in config.__dict__:
-        config.target_modules = config.__dict__.pop("_ila_target_modules")

@@ -19,9 +19,9 @@ from rich.table import Table
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from ila.masks.names import STEPS
-from ila.models.attention import QKV, FusedQkv
-from ila.models.blocks import find_blocks, frozen_blocks, is_trained
+from ila.masks.names import GROUPS, QKV
+from ila.models.attention import FusedQkv
+from ila.models.blocks import below_is_trained, find_blocks, frozen_blocks, is_trained
 from ila.models.class_swap import swapped
 from ila.models.layer import BARE, PEFT, SHARDED, MaskedLoraLayer
 from ila.models.lean_head import HeadRoute, head_route
@@ -31,7 +31,7 @@ from ila_kernels.config import resolve_impl
 from ila_kernels.device import call_of
 from ila_kernels.roofline import Problem, saved_bytes
 
-_STEP_OF = {name: step for step, names in enumerate(STEPS) for name in names}
+_STEP_OF = {name: step for step, names in enumerate(GROUPS) for name in names}
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def _inputs_that_require_grad(model: nn.Module, layers: dict[str, nn.Module]) ->
         return dict.fromkeys(layers, True)
     place = {id(m): at for at, block in enumerate(blocks.layers) for m in block.modules()}
     first = blocks.layers[depth] if depth < len(blocks.layers) else None
-    embedding = is_trained(blocks.decoder.get_input_embeddings())
+    embedding = below_is_trained(model, blocks)
     flows = {}
     for name, layer in layers.items():
         at = place.get(id(layer))
@@ -274,7 +274,7 @@ def _needs(layer: LoraLayer, x: bool) -> set[str]:
     """The gradients that a layer computes, by the names of ``ila_kernels.roofline``."""
     parts = {"lora_a": layer.lora_A, "lora_b": layer.lora_B}
     if isinstance(layer, MaskedLoraLayer):
-        parts["gate"] = layer.lora_score
+        parts["gate"] = layer.lora_S
     needs = {
         name
         for name, entries in parts.items()

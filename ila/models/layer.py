@@ -16,12 +16,15 @@ learns no more. It is a constant, so it has no dropout either.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 
+from ila.models.recomputation import Seen, has_hooks
 from ila_kernels import masked_lora_linear
 from ila_kernels.quant import PackedWeight
 
@@ -52,6 +55,21 @@ class Operands(NamedTuple):
     dropout_p: float = 0.0
 
 
+class Recipe(NamedTuple):
+    """What x of down_proj was made of, ``swiglu_product(pre, up)``, to make it again."""
+
+    made: Seen
+    pre: torch.Tensor
+    up: torch.Tensor
+
+
+class Shared(Protocol):
+    """What a layer takes part in while its block runs: ``ila.models.shared_input``."""
+
+    def output_of(self, layer: MaskedLoraLayer, x: torch.Tensor) -> torch.Tensor | None:
+        """Return y of a layer; ``None`` where it has to compute for itself."""
+
+
 _DISABLED = Route(PEFT, "adapters are disabled")
 _MERGED = Route(PEFT, "an adapter is merged into the base weight")
 _NO_ADAPTER = Route(BARE, "no active adapter in this layer")
@@ -62,21 +80,6 @@ _HOOKS = Route(PEFT, "the base layer or an adapter module has hooks or a forward
 _ADAPTER_TYPE = Route(PEFT, "an adapter module is not a plain nn.Linear or dropout")
 # Outside of forward only, with FSDP2: it gathers weights before a block runs.
 SHARDED = Route(PEFT, "a weight is sharded here (DTensor)")
-
-
-def has_hooks(*modules: nn.Module) -> bool:
-    """Whether somebody may see or change what goes into one of these or comes out of it."""
-    for module in modules:
-        own = module.__dict__
-        if (
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-            or "forward" in own  # how accelerate hooks a module
-        ):
-            return True
-    return False
 
 
 def _weight(module: nn.Linear) -> torch.Tensor:
@@ -91,6 +94,14 @@ def _is_sharded(weight: torch.Tensor) -> bool:
 
 def _dropout_of(dropout: nn.Module) -> float:
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+
+
+def _parameters_in(parts: Mapping[str, Any]) -> Iterator[nn.Parameter]:
+    for value in parts.values():
+        if isinstance(value, nn.Module):
+            yield from value.parameters()
+        elif isinstance(value, nn.Parameter):
+            yield value
 
 
 def _move(value: nn.Module | torch.Tensor, device: torch.device) -> None:
@@ -109,11 +120,14 @@ class MaskedLoraLayer:
     Attributes:
         peft_class: PEFT's class for this kind of base layer, the other parent.
         plain: What the fused path computes, in words.
+        _shared_input: The group of layers that this one computes with now, while its block runs;
+            copies and pickles have none.
     """
 
     peft_class: type[LoraLayer]
     plain: str
-    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_score")
+    _shared_input: Shared | None = None
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_S")
 
     @staticmethod
     def covers(base: nn.Module) -> bool:
@@ -138,19 +152,29 @@ class MaskedLoraLayer:
         if "_closed" not in self.__dict__:
             self._closed: dict[str, dict[str, Any]] = {}
             self._kept: set[str] = set()
-            self.lora_score = nn.ParameterDict()
+            self.lora_S = nn.ParameterDict()
+            self._shared_input = None
         # Variants such as DoRA give an instance a tuple of its own.
-        if "lora_score" not in self.adapter_layer_names:
-            self.adapter_layer_names = (*self.adapter_layer_names, "lora_score")
+        if "lora_S" not in self.adapter_layer_names:
+            self.adapter_layer_names = (*self.adapter_layer_names, "lora_S")
 
     def strip(self) -> None:
         """Open every adapter and remove what ``prepare`` and the search added."""
         for adapter in (*self._closed, *self._kept):
             self.open(adapter)
-        del self._closed, self._kept, self.lora_score
+        del self._closed, self._kept, self.lora_S
+        self.__dict__.pop("_shared_input", None)
         if "adapter_layer_names" in self.__dict__:
-            names = (name for name in self.adapter_layer_names if name != "lora_score")
+            names = (name for name in self.adapter_layer_names if name != "lora_S")
             self.adapter_layer_names = tuple(names)
+
+    def join(self, shared: Shared | None) -> None:
+        """Compute with other layers from now on, or alone again."""
+        object.__setattr__(self, "_shared_input", shared)  # nn.Module's takes 1 µs
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles take along: no state of a forward that runs now."""
+        return {**self.__dict__, "_shared_input": None}
 
     def close(self, adapter: str) -> None:
         """Set an adapter aside: the layer computes as if it never had it.
@@ -248,6 +272,48 @@ class MaskedLoraLayer:
         # PEFT picks the next active adapter from these; all layers of a model must pick the same.
         return sorted({*super()._all_available_adapter_names(), *self._closed})
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # What ``to``, ``half`` and ``cuda`` do reaches an adapter that is set aside as well. It is
+        # moved and not emptied: nothing else holds its weights.
+        for parts in self._closed.values():
+            for parameter in _parameters_in(parts):
+                probe = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
+                if probe.device.type != "meta":
+                    parameter.data = parameter.data.to(probe.device, probe.dtype)
+        return super()._apply(fn, recurse)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set a scale, as PEFT does, of an adapter that is set aside too."""
+        with self._whole():
+            super().set_scale(adapter, scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the active adapters, as PEFT does, of those set aside too."""
+        with self._whole():
+            super().scale_layer(scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of the active adapters, as PEFT does, of those set aside too."""
+        with self._whole():
+            super().unscale_layer(scale)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Put the numbers of adapters set aside beside the others, for what PEFT does to those."""
+        closed = {adapter: parts for adapter, parts in self._closed.items() if "scaling" in parts}
+        numbers = ("r", "lora_alpha", "scaling", "use_rslora")
+        for adapter, parts in closed.items():
+            self.lora_A[adapter] = parts["lora_A"]
+            for name in numbers:
+                getattr(self, name)[adapter] = parts[name]
+        try:
+            yield
+        finally:
+            for adapter, parts in closed.items():
+                del self.lora_A[adapter]
+                for name in numbers:
+                    parts[name] = getattr(self, name).pop(adapter)
+
     def is_closed(self, adapter: str) -> bool:
         """Whether this adapter is set aside here."""
         return adapter in self._closed
@@ -268,7 +334,7 @@ class MaskedLoraLayer:
 
     def gate(self, adapter: str) -> torch.Tensor | None:
         """γ = σ(s), one element, or ``None`` (γ = 1) where the adapter has no score."""
-        score = self._modules["lora_score"]._parameters.get(adapter)
+        score = self._modules["lora_S"]._parameters.get(adapter)
         return None if score is None else torch.sigmoid(score)
 
     def route(self) -> Route:
@@ -316,13 +382,13 @@ class MaskedLoraLayer:
         return Route(FUSED, self.plain, adapter), (base, weight, lora_a, _weight(b), dropout)
 
     def forward(
-        self, x: torch.Tensor, *args: Any, swiglu: Any = None, **kwargs: Any
+        self, x: torch.Tensor, *args: Any, swiglu: Recipe | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """Compute the layer by its route; extra arguments (``adapter_names`` …) take PEFT's.
 
         ``swiglu``, from ``LeanMLP``, says what x can be recomputed from; only the op reads it.
         """
-        shared = self.__dict__.get("_shared_input")
+        shared = self._shared_input
         if shared is not None and not args and not kwargs:
             y = shared.output_of(self, x)
             if y is not None:
@@ -330,16 +396,19 @@ class MaskedLoraLayer:
         route, parts = self._resolve()
         if parts is not None and not args and not kwargs:
             weight, a, b, gate, bias, scale, dropout_p = self._operands(x, route.adapter, parts)
+            recipe = None
+            if swiglu is not None and swiglu.made.is_now(x, self):
+                recipe = swiglu.pre, swiglu.up
             return masked_lora_linear(
                 *(x, weight, a, b, gate),
                 bias=bias,
                 scale=scale,
                 dropout_p=dropout_p,
-                swiglu=swiglu,
+                swiglu=recipe,
             )
         if route.path == BARE and not kwargs:
             return self.base_layer(x, *args)
-        if self.lora_score and not self._disable_adapters:
+        if self.lora_S and not self._disable_adapters:
             raise RuntimeError(
                 "a layer that is being scored must take the fused path, but it takes PEFT's: "
                 f"{route.reason if route.path == PEFT else 'extra forward arguments'}"
@@ -362,13 +431,17 @@ class MaskedLoraLayer:
 
     def _operands(self, x: torch.Tensor | None, adapter: str, parts: _Parts) -> Operands:
         base, weight, lora_a, lora_b, dropout = parts
+        gate, scale = self.gate(adapter), self.scaling[adapter]
+        if isinstance(scale, torch.Tensor):  # PEFT's hot-swapping changes it between compiled calls
+            scale = scale.to(lora_a.device)
+            gate, scale = scale if gate is None else gate * scale, 1.0
         return Operands(
             weight if x is None else self.base_weight(base, weight, x),
             lora_a,
             lora_b,
-            self.gate(adapter),
+            gate,
             base._parameters["bias"] if "bias" in base._parameters else base.bias,
-            self.scaling[adapter],
+            scale,
             0.0 if adapter in self._kept else _dropout_of(dropout),
         )
 

@@ -46,7 +46,7 @@ _SUFFIX = "ForCausalLM"
 
 
 def family_of(model: nn.Module) -> str | None:
-    """Llama of ``LlamaForCausalLM``, by the class whose forward runs."""
+    """Name the family of a model by the class whose forward runs; None where it is not known."""
     owner = next(kind for kind in type(model).__mro__ if "forward" in kind.__dict__)
     family = owner.__name__.removesuffix(_SUFFIX)
     ours = owner.__module__.startswith("transformers.") and owner.__name__.endswith(_SUFFIX)
@@ -54,10 +54,10 @@ def family_of(model: nn.Module) -> str | None:
 
 
 def logit_map(model: nn.Module) -> LogitMap:
-    """What a causal language model of a known family does to the logits of its head."""
+    """Give the map that a model of a known family applies to the logits of its head."""
     return _MAPS[family_of(model)](model)
 
 
 def output_class(model: nn.Module) -> type[ModelOutput]:
-    """The class of what a model's forward returns."""
+    """Give the class of the outputs of a model's forward."""
     return MoeCausalLMOutputWithPast if family_of(model) in _EXPERTS else CausalLMOutputWithPast

@@ -43,7 +43,7 @@ IDENTITY = LogitMap()
 
 
 def chunk_rows(vocabulary: int, dtype: torch.dtype) -> int:
-    """Rows of a chunk, so that its logits take at most ``CHUNK_BYTES``, but for one row.
+    """Count the rows of a chunk: its logits take at most ``CHUNK_BYTES``, or it is one row.
 
     >>> chunk_rows(128_256, torch.bfloat16), chunk_rows(32_000, torch.float64)
     (512, 1024)
@@ -88,7 +88,7 @@ def sum_and_gradient(
 
 
 def counted_rows(hidden: Tensor, targets: Tensor) -> Tensor:
-    """Numbers of the rows that count; all of them where values are not known (fake tensors)."""
+    """List the rows that count; all of them where values are not known (fake tensors)."""
     if isinstance(hidden, FakeTensor) or hidden.is_meta:
         return torch.arange(len(targets), device=targets.device)
     return (targets != IGNORED).nonzero().squeeze(1)
@@ -125,5 +125,5 @@ def _chunk(
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a loss of logits in ``dtype`` is computed in."""
+    """Give the dtype in which a loss of logits in ``dtype`` is computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32

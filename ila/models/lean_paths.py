@@ -1,6 +1,6 @@
-"""Who computes the loss of a frozen head: a library where one does it as exactly, else our chunks.
+"""The code that computes the loss of a frozen head: a library that is as exact, else our chunks.
 
-``loss_path`` decides, a pure function of the tensors' kind and of what is installed:
+``loss_path`` decides, a pure function of the kind of tensors and of the libraries at hand:
 
 - ``torch.nn.functional.linear_cross_entropy`` (torch ≥ 2.13) in fp32 and fp64. In 16 bits it adds
   up the loss in 16 bits: of 440 tokens' sum, 5 % were lost to bf16.
@@ -47,12 +47,12 @@ def loss_path(
     has_torch: bool,
     has_liger: bool,
 ) -> LossPath:
-    """Choose who computes the loss.
+    """Choose the code that computes the loss.
 
     Args:
         dtype: Of hidden states and head, as they are multiplied.
         device: Its type, such as "cuda".
-        logit_map: What the model does to its logits.
+        logit_map: The map of the logits, as ``lean_loss`` defines it.
         traced: Whether the forward is compiled, or runs on tensors without values.
         has_torch: Whether torch has ``linear_cross_entropy`` with chunks.
         has_liger: Whether Liger is installed.
@@ -78,7 +78,7 @@ def loss_path(
 
 
 def path_here(dtype: torch.dtype, device: str, logit_map: LogitMap) -> LossPath:
-    """``loss_path`` with what is installed here."""
+    """Choose with the libraries that are installed here."""
     return loss_path(dtype, device, logit_map, has_torch=has_torch(), has_liger=has_liger())
 
 

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from ila.boundary import InputError, reading
@@ -65,12 +66,18 @@ def find_source(
 
     Raises:
         FileNotFoundError: If a local path holds no model or no such GGUF file.
-        ValueError: If a folder holds several GGUF files and none is named.
+        ValueError: If a folder holds an adapter, or several GGUF files and none is named.
     """
     path = Path(model)
     if path.is_file() and path.suffix == ".gguf":
         return Source(str(path.parent), path.name, trust_remote_code)
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise ValueError(
+                f"model folder {model!r} must hold a base model, but it holds an adapter "
+                "(adapter_config.json); give the model that the adapter was trained on, or merge "
+                "the two first"
+            )
         if gguf_file is None and not (path / "config.json").exists():
             found = sorted(p.name for p in path.glob("*.gguf"))
             if not found:
@@ -130,6 +137,11 @@ def load_model(
     except InputError as error:
         raise _of_model(source, error) from error.__cause__
     _check_whole(source, report)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"model {source.name!r} must be a base model, but an adapter comes with it; give the "
+            "model that the adapter was trained on"
+        )
     if source.gguf_file is not None:
         # The weights are plain tensors now; without this, saving would try to write them as GGUF.
         if hasattr(model.config, "quantization_config"):
@@ -189,8 +201,14 @@ def check_runs(
             f"model has embeddings, got {most}"
         )
     device = next(model.parameters()).device
-    with reading(source.name, "model"), torch.no_grad():
-        model(input_ids=torch.tensor([list(longest)], device=device), use_cache=False)
+    tokens = torch.tensor([list(longest)], device=device)
+    was_training = model.training
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with reading(source.name, "model"), torch.no_grad(), torch.random.fork_rng(devices):
+            model.train()(input_ids=tokens, use_cache=False)
+    finally:
+        model.train(was_training)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -246,20 +264,54 @@ _NOT_OF_THE_LAYERS = (
 
 
 def identity(model: PreTrainedModel, source: Source) -> dict[str, Any]:
-    """What says which model this is: source, architecture, size, dtype, hash of its shape."""
+    """What says which model this is: source, architecture, size, dtype, hashes of its shape.
+
+    ``layers_fingerprint`` is of the names and sizes of the layers that an adapter may go to, and
+    ``config_fingerprint`` of the configuration: masks of older versions have that one alone.
+    """
     with reading(source.name, "model"):
         config = AutoConfig.for_model(**model.config.to_dict()).to_diff_dict()
     for key in _NOT_OF_THE_LAYERS:
         config.pop(key, None)
-    canonical = json.dumps(config, sort_keys=True, default=str)
     return {
         "source": source.name,
         "gguf_file": source.gguf_file,
         "architecture": type(model).__name__,
         "parameters": model.num_parameters(),  # of a packed weight too
         "dtype": str(model.dtype).removeprefix("torch."),
-        "config_fingerprint": "sha256:" + hashlib.sha256(canonical.encode()).hexdigest(),
+        "config_fingerprint": _hash(config),
+        "layers_fingerprint": _hash(_layer_sizes(model)),
     }
+
+
+def same_layers(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Tell whether two ``identity`` are of models whose layers have the same names and sizes.
+
+    A mask of an older version passes if it has the same configuration, or the same architecture
+    and number of parameters: most of a configuration says nothing of the layers.
+    """
+    for key in ("layers_fingerprint", "config_fingerprint"):
+        if one.get(key) and other.get(key):
+            if one[key] == other[key] or key == "layers_fingerprint":
+                return one[key] == other[key]
+            sizes = ("architecture", "parameters")
+            return all(one.get(name) == other.get(name) is not None for name in sizes)
+    return True
+
+
+def _layer_sizes(model: PreTrainedModel) -> dict[str, list[int]]:
+    head = model.get_output_embeddings()  # grows with the vocabulary
+    modules = {name: module for name, module in model.named_modules() if module is not head}
+    linears = {n: m for n, m in modules.items() if hasattr(m, "in_features")}
+    sizes = {name: [linear.in_features, linear.out_features] for name, linear in linears.items()}
+    sizes |= {n: [m.nx, m.nf] for n, m in modules.items() if isinstance(m, Conv1D)}
+    experts = {name: list(p.shape) for name, p in model.named_parameters() if p.dim() == 3}
+    return sizes | experts
+
+
+def _hash(value: Any) -> str:
+    canonical = json.dumps(value, sort_keys=True, default=str)
+    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _need_gguf(source: Source) -> None:

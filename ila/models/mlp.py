@@ -21,13 +21,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.modules import module as module_globals
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
 from ila.models.class_swap import Swapped, swap, swap_back, swapped
-from ila.models.layer import PEFT, MaskedLoraLayer, has_hooks
+from ila.models.layer import PEFT, MaskedLoraLayer, Recipe
+from ila.models.recomputation import Seen, has_hooks
 from ila.models.shared_input import sharing
 from ila_kernels import swiglu_product
 
@@ -82,7 +82,7 @@ class LeanMLP(Swapped):
         h = swiglu_product(pre, up)
         # Where pre wants no gradient, nobody keeps up, and h is the smaller thing to keep.
         if pre.requires_grad and _takes_recipe(down):
-            return down(h, swiglu=(pre, up))
+            return down(h, swiglu=Recipe(Seen(h), pre, up))
         return down(h)
 
 
@@ -129,6 +129,5 @@ def _why_not_silu(block: nn.Module) -> str | None:
 
 
 def _takes_recipe(down: nn.Module) -> bool:
-    """Whether down_proj may recompute its input: ours, and nothing stands between h and it."""
-    hooks = module_globals._global_forward_pre_hooks or module_globals._global_backward_hooks
-    return isinstance(down, MaskedLoraLayer) and not hooks and not has_hooks(down)
+    """Whether down_proj may recompute its input: ours, and no hook of its own sees that."""
+    return isinstance(down, MaskedLoraLayer) and not has_hooks(down)

@@ -1,28 +1,31 @@
-"""The two parts of a model at its lowest open block: the frozen prefix, and what is trained on it.
+"""Cut a model at its lowest open block, into the frozen prefix and the rest.
 
-``Prefix.states`` runs the one alone, ``skipping`` leaves it out of the other. Whether both together
-are the model is not believed, but tried (``Prefix.check_exact``).
+``Prefix.states`` runs the prefix alone, ``skipping`` runs the rest alone, and
+``Prefix.check_exact`` checks that the two make the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ila.boundary import reading
 from ila.models.blocks import Blocks, find_blocks, frozen_blocks, is_trained
 from ila.models.layer import FUSED, MaskedLoraLayer
+from ila.runs.progress import bar
 
 
 class _ReachedError(Exception):
-    """Raised at the block that needs no computing, with what it was given."""
+    """Carries the input of the first block after the prefix out of the model."""
+
+    def __init__(self, states: Tensor):
+        self.states = states
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Prefix:
     Attributes:
         model: The whole model.
         blocks: All its blocks.
-        depth: How many of them are the prefix.
+        depth: Number of blocks in the prefix.
         autocast: Makes the context of each forward.
     """
 
@@ -46,13 +49,13 @@ class Prefix:
         """Find the frozen prefix of a model.
 
         Raises:
-            ValueError: If there is none, or its states would not be those of every step: something
-                in it is random, looks at the other rows of a batch, or is sharded.
+            ValueError: If the model has no frozen prefix, or its states could differ from step to
+                step: it computes at random, looks at the other rows of a batch, or is sharded.
         """
         blocks = find_blocks(model)
         if blocks is None:
             raise ValueError(f"cache_prefix needs a model with blocks, got {type(model).__name__}")
-        # Something has to be left that turns states into logits.
+        # At least one block stays: training needs one to turn states into logits.
         depth = min(frozen_blocks(model), len(blocks.layers) - 1)
         if depth == 0:
             embedding = is_trained(blocks.decoder.get_input_embeddings())
@@ -63,6 +66,7 @@ class Prefix:
                 "cache_prefix needs a model that is not sharded yet: one process computes the "
                 "states, and a sharded model runs on all; load it again"
             )
+        _refuse_positions_of_a_batch(blocks)
         _refuse_random(blocks, depth)
         _refuse_company(blocks, depth)
         return cls(model, blocks, depth, autocast)
@@ -70,30 +74,29 @@ class Prefix:
     def computed(
         self, rows: Sequence[Tensor], batch_size: int, progress: bool
     ) -> Iterator[tuple[int, Tensor]]:
-        """Every row and its states, in batches of rows of like length."""
+        """Yield every row and its states, from batches of rows of like length."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         title = f"States of {self.depth} frozen blocks"
-        screen = Console(stderr=True)
-        for members in track(batches, title, console=screen, disable=not progress, transient=True):
+        for members in bar(batches, title, show=progress, transient=True):
             states, _ = self.states([rows[i] for i in members])
             for i, values in zip(members, states, strict=True):
                 yield i, values[: len(rows[i])]
 
     def states(self, rows: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """States (rows, length, width) as training computes them, and the batch they are of."""
+        """Return states (rows, length, width) as training computes them, and their batch."""
         batch = self._batch(rows)
 
-        def stop(module, args, kwargs):
+        def stop(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             raise _ReachedError(args[0] if args else kwargs["hidden_states"])
 
         block = self.blocks.layers[self.depth]
-        # First of its hooks: what a sharding wrapper would gather for the block is not needed.
+        # Before all other hooks: a sharding wrapper need not gather the block.
         handle = block.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
         try:
             self._logits(**batch)
         except _ReachedError as reached:
-            return reached.args[0].detach(), batch
+            return reached.states.detach(), batch
         finally:
             handle.remove()
         raise RuntimeError(f"the model ended before its block {self.depth}")
@@ -102,35 +105,73 @@ class Prefix:
         """Compute rows in full and from their states; return the states' width and dtype.
 
         Raises:
-            ValueError: If the prefix is random, or the logits are not the same bits.
+            ValueError: If the prefix is random or looks at the other rows of a batch, the model
+                cannot be cut at the prefix, or the logits are not the same bits.
         """
         with self._same_random_numbers():
-            states, batch = self.states(rows)
+            states, batch = self._first_states(rows)
             again, _ = self.states(rows)
         if not torch.equal(states, again):
             raise ValueError(
                 "cache_prefix would not be exact: the frozen prefix computes at random"
             )
+        self._check_alone(rows, states)
         mask = batch["attention_mask"].bool()
         embeds = states.masked_fill(~mask[..., None], 0.0)
         # As training computes them, LoRA's dropout included: int8 layers quantise otherwise.
         with self._same_random_numbers():
             full = self._logits(**batch)
-        with self._same_random_numbers(), skipping(self.blocks, self.depth):
-            rest = self._logits(inputs_embeds=embeds, attention_mask=mask.long())
-        if not torch.equal(full[mask], rest[mask]):
+        if not torch.equal(full[mask], self._rest(embeds, mask)[mask]):
             raise ValueError(
                 "cache_prefix would not be exact: the blocks of this model "
                 f"({type(self.blocks.decoder).__name__}) need more than hidden states"
             )
         return states.shape[-1], states.dtype
 
+    def _first_states(self, rows: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the states of the first rows; a model that does not give them is refused."""
+        name = type(self.blocks.decoder).__name__
+        with reading(name, f"cache_prefix cannot stop before block {self.depth} of"):
+            states, batch = self.states(rows)
+        if not isinstance(states, Tensor) or states.shape[:2] != batch["input_ids"].shape:
+            raise ValueError(
+                f"cache_prefix needs hidden states (rows, length, width) before block {self.depth} "
+                f"of {name}, which gives {getattr(states, 'shape', type(states).__name__)}"
+            )
+        return states, batch
+
+    def _rest(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """Logits from states; a model whose blocks cannot be run without the prefix is refused."""
+        name = type(self.blocks.decoder).__name__
+        why = f"cache_prefix cannot run the blocks after block {self.depth} alone in"
+        with self._same_random_numbers(), skipping(self.blocks, self.depth), reading(name, why):
+            return self._logits(inputs_embeds=embeds, attention_mask=mask.long())
+
+    def _check_alone(self, rows: Sequence[Tensor], states: Tensor) -> None:
+        """Refuse states that differ by more than rounding when a row is alone in its batch.
+
+        Rounding is at the end of the digits of a dtype, and rows that look at each other differ at
+        their beginning; √eps is the middle.
+        """
+        if len(rows) < 2:
+            return
+        for row, together in zip(rows, states, strict=True):
+            with self._same_random_numbers():
+                alone, _ = self.states([row])
+            one, other = (values[: len(row)].double() for values in (alone[0], together))
+            error = float((one - other).norm() / one.norm().clamp_min(1e-30))
+            if error > math.sqrt(torch.finfo(states.dtype).eps):
+                raise ValueError(
+                    "cache_prefix would not be exact: the states of a row depend on the other rows "
+                    f"of its batch; alone they differ by {error:.2g} of their norm"
+                )
+
     def _same_random_numbers(self) -> AbstractContextManager[None]:
         device = next(self.model.parameters()).device
         return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
     def _batch(self, rows: Sequence[Tensor]) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask`` (rows, length), padded on the right with id 0."""
+        """Make ``input_ids`` and ``attention_mask`` (rows, length), padded right with id 0."""
         device = next(self.model.parameters()).device
         ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
@@ -138,7 +179,7 @@ class Prefix:
         return {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}
 
     def _logits(self, **batch: Tensor) -> Tensor:
-        """Logits of the model as it is, in training mode."""
+        """Return the logits of the model in training mode."""
         modes = {module: module.training for module in self.model.modules()}
         self.model.train()
         try:
@@ -147,6 +188,19 @@ class Prefix:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+def _refuse_positions_of_a_batch(blocks: Blocks) -> None:
+    """Refuse rotary embeddings whose frequencies follow the longest row of a batch."""
+    for name, module in blocks.decoder.named_modules():
+        types = getattr(module, "rope_type", None)
+        for kind in types.values() if isinstance(types, Mapping) else (types,):
+            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+                raise ValueError(
+                    f"cache_prefix would not be exact: rope_type {kind!r} ({name}) turns positions "
+                    "by the longest row of a batch, so that the states of a row depend on its "
+                    "company; train without the cache"
+                )
 
 
 def _refuse_random(blocks: Blocks, depth: int) -> None:
@@ -159,7 +213,8 @@ def _refuse_random(blocks: Blocks, depth: int) -> None:
             if module in inert:
                 continue
             p = module.p if isinstance(module, nn.Dropout) else 0.0
-            p = p or getattr(module, "attention_dropout", 0.0) or 0.0
+            shares = (p, getattr(module, "attention_dropout", 0.0))  # of some a module
+            p = max(share for share in shares if isinstance(share, int | float))
             if p > 0:
                 raise ValueError(
                     f"cache_prefix would not be exact: dropout {p} is active in the frozen prefix "
@@ -178,7 +233,7 @@ def _inert_dropouts(part: nn.Module) -> set[nn.Module]:
 
 
 def _refuse_company(blocks: Blocks, depth: int) -> None:
-    """Refuse LLM.int8() where it quantises x: which columns it spares hangs on the whole batch."""
+    """Refuse LLM.int8() where it quantises x: the columns it spares depend on the whole batch."""
     for module in blocks.layers[:depth].modules():
         if type(module).__name__ != "Linear8bitLt":  # by name: bitsandbytes need not be there
             continue
@@ -191,11 +246,11 @@ def _refuse_company(blocks: Blocks, depth: int) -> None:
             )
 
 
-def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _pass_on(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
     return hidden_states
 
 
-def _refuse_tokens(*args: Any, **kwargs: Any) -> Tensor:
+def _refuse_tokens(*args: object, **kwargs: object) -> Tensor:
     raise RuntimeError(
         "the frozen prefix is skipped: the model takes batches of the prefix cache, not token ids"
     )
@@ -204,7 +259,7 @@ def _refuse_tokens(*args: Any, **kwargs: Any) -> Tensor:
 @contextmanager
 def skipping(blocks: Blocks, depth: int) -> Iterator[None]:
     """Skip the first blocks: the model takes states as ``inputs_embeds``, and no ``input_ids``."""
-    # On the instances, so that names of parameters stay what they are and checkpoints fit.
+    # Set on the instances: parameters keep their names, so that checkpoints fit.
     replaced = {block: _pass_on for block in blocks.layers[:depth]}
     replaced[blocks.decoder.get_input_embeddings()] = _refuse_tokens
     before = {module: vars(module).get("forward") for module in replaced}

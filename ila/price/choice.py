@@ -1,11 +1,10 @@
-"""Which layers stay open once they have scores: a share, what a budget buys, or the last blocks."""
+"""Choose the layers that stay open: a share by score, the best for a budget, or the last blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ila.masks.mask import LayerMask
 from ila.masks.names import parse_module_name
@@ -18,15 +17,16 @@ _WAYS = ("top", "freeze", "budget", "blocks")
 
 @dataclass(frozen=True)
 class Choice:
-    """How layers are chosen; exactly one of the first four is given.
+    """A way to choose layers; exactly one of the first four fields is given.
 
     Attributes:
         top: Share of layers that stay open, the best.
         freeze: Share of layers that close, the worst.
-        budget: What open layers may cost: ``"time=0.6"``, ``"memory=12GiB"``, ``"parameters=1M"``.
-        blocks: Number of last blocks that stay open whole: ``15`` or ``"last:15"``. Scores do not
-            matter then.
-        speed: For a budget of time: a file of ``ila measure``, or the name of a known GPU.
+        budget: Most that open layers may cost: ``"time=0.6"``, ``"memory=12GiB"`` or
+            ``"parameters=1M"``.
+        blocks: Number of last blocks that stay open whole: ``15`` or ``"last:15"``. It
+            ignores the scores.
+        speed: File of ``ila measure`` or name of a known GPU, for a budget of time.
 
     >>> Choice(blocks="last:1").cut({"layers.0.q_proj": 3.0, "layers.1.q_proj": 1.0}).open
     ('layers.1.q_proj',)
@@ -49,7 +49,7 @@ class Choice:
             raise ValueError(f"freeze must be in (0, 1), got {self.freeze}")
         if self.blocks is not None:
             _last(self.blocks)
-        timed = self.budget is not None and Budget.parse(self.budget).kind == TIME
+        timed = self.budget is not None and Budget.parse(self.budget).resource == TIME
         if timed and self.speed is None:
             raise ValueError(
                 "budget time needs speed: a file of `ila measure`, or the name of a GPU such as "
@@ -58,8 +58,8 @@ class Choice:
         if self.speed is not None and not timed:
             raise ValueError("speed does nothing without a budget of time")
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields that are given, for JSON."""
+    def as_dict(self) -> dict[str, float | int | str]:
+        """Return the given fields, for JSON."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def cut(self, scores: Mapping[str, float], shape: Shape | None = None) -> LayerMask:
@@ -73,8 +73,8 @@ class Choice:
             A mask with these scores.
 
         Raises:
-            ValueError: If the choice leaves nothing open, there are fewer blocks, or a budget has
-                no ``shape``.
+            ValueError: If the choice closes every layer, the model has fewer blocks, or a budget
+                has no ``shape``.
         """
         mask = LayerMask(scores)
         if self.top is not None:
@@ -103,7 +103,7 @@ def _last(blocks: int | str) -> int:
 
 
 def _in_last_blocks(scores: Mapping[str, float], count: int) -> dict[str, bool]:
-    """Module name -> whether it is in the last ``count`` blocks; a head comes after all blocks."""
+    """Tell which modules are in the last ``count`` blocks; a head comes after all blocks."""
     places = {name: parse_module_name(name) for name in scores}
     numbers = sorted({place[0] for place in places.values() if place is not None})
     if len(numbers) < count:

@@ -1,22 +1,24 @@
-"""Masks and training runs as tables, for a terminal and for Markdown.
+"""Write masks and training runs as tables, for a terminal and for Markdown.
 
-rich is imported inside the functions: training on a cluster does not need it.
+The functions import rich: training on a cluster does not need it.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from ila.masks.agreement import Agreement
 from ila.reports.texts import baseline_run, gib_text, loss_text, ms_text, ratio_text
+from ila.runs.metrics import Metrics
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def render_compare(rows: Sequence[Mapping[str, Any]]) -> "Table":
+def render_compare(rows: Sequence[Agreement]) -> "Table":
     """Lay out the rows of ``compare_table`` for a terminal.
 
     Args:
-        rows: What ``compare_table`` returned.
+        rows: Rows of ``compare_table``.
 
     Returns:
         A table to print with rich.
@@ -38,11 +40,11 @@ def render_compare(rows: Sequence[Mapping[str, Any]]) -> "Table":
     return _table("Agreement between masks", header, body, caption)
 
 
-def runs_table(runs: Sequence[Mapping[str, Any]]) -> "Table":
+def runs_table(runs: Sequence[Metrics]) -> "Table":
     """Lay out training runs for a terminal, each beside the first run with the most layers open.
 
     Args:
-        runs: What ``load_run`` returned, one or more.
+        runs: Results of ``load_run``, one or more.
 
     Returns:
         A table to print with rich; ``x`` is the ratio to that run.
@@ -54,11 +56,11 @@ def runs_table(runs: Sequence[Mapping[str, Any]]) -> "Table":
     return _table("Training runs", header, body, caption)
 
 
-def runs_markdown(runs: Sequence[Mapping[str, Any]]) -> str:
+def runs_markdown(runs: Sequence[Metrics]) -> str:
     """Write the table of ``runs_table`` as Markdown.
 
     Args:
-        runs: What ``load_run`` returned, one or more.
+        runs: Results of ``load_run``, one or more.
 
     Returns:
         Markdown that ends with a line break.
@@ -72,7 +74,15 @@ def runs_markdown(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in safe) + f"\n\n{caption}\n"
 
 
-def _runs_cells(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], str]:
+def _outside_text(run: Metrics) -> str:
+    """Write the share of trained parameters that no mask can close, if there are any."""
+    outside = run.get("outside_parameters")
+    if not isinstance(outside, int) or not outside:
+        return ""
+    return f", {outside / run['trainable_parameters']:.0%} outside the mask"
+
+
+def _runs_cells(runs: Sequence[Metrics]) -> tuple[list[str], list[list[str]], str]:
     base = baseline_run(runs)
     ratio = ratio_text if len(runs) > 1 else lambda value, of: ""
     body = []
@@ -84,7 +94,8 @@ def _runs_cells(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
                 f"{run['open_modules']} of {run['total_modules']} ({run['fraction_open']:.0%})"
                 + (f", {run['kept_modules']} kept" if run.get("kept_modules") else ""),
                 f"{run['trainable_parameters']:,}"
-                + ratio(run["trainable_parameters"], base["trainable_parameters"]),
+                + ratio(run["trainable_parameters"], base["trainable_parameters"])
+                + _outside_text(run),
                 f"{loss_text(run['held_out_loss_before'])} → {loss_text(run['held_out_loss'])}",
                 ms_text(time["median"])
                 + ratio(time["median"], base["step_time_ms"]["median"])
@@ -104,7 +115,7 @@ def _runs_cells(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
 
 def _table(title: str, header: list[str], body: list[list[str]], caption: str) -> "Table":
     from rich.table import Table
-    from rich.text import Text  # plain strings would be read as markup: "[p10]", "[bold]"
+    from rich.text import Text  # rich reads plain strings as markup: "[p10]", "[bold]"
 
     table = Table(title=title, caption=Text(caption), caption_justify="left")
     for index, name in enumerate(header):

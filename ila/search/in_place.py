@@ -1,23 +1,23 @@
-"""Score, choose and close the layers of a model that is being trained, between two steps."""
+"""Score, choose and close the layers of a model between two steps of its training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ila.data.contracts import Batch
 from ila.masks.mask import LayerMask
 from ila.models.edit import apply_mask
+from ila.models.lean_head import leaning
 from ila.price.choice import Choice
 from ila.price.shapes import Shape
 from ila.search.adapter_updates import AdapterUpdates
 from ila.search.gate_gradients import PathGradient
 from ila.search.stage2 import PATH_POINTS
-
-Batch = Mapping[str, Tensor]
 
 
 def select_layers(
@@ -27,18 +27,17 @@ def select_layers(
     optimizer: torch.optim.Optimizer | None = None,
     closed: str = "keep",
     loss: Callable[[nn.Module, Batch], Tensor] | None = None,
-    **choice: Any,
+    **choice: float | int | str | None,
 ) -> LayerMask:
-    """Score the layers of a model on a few batches and close the others; for loops of your own.
+    """Score the layers of a model on a few batches and close the rest; for a loop of your own.
 
-    Call it between two steps, after ``optimizer.zero_grad()``. Scores are those of method ``path``:
-    −dL/dγ of each layer, averaged over gates at five points. The random state of torch is left as
-    it was.
+    Call it between two steps, after ``optimizer.zero_grad()``. It scores by method ``path``: −dL/dγ
+    of each layer, averaged over gates at five points. It keeps the random state of torch.
 
     Args:
-        model: From ``ila.attach`` or ``ila.convert``, every layer open.
-        batches: 10 to 15 of them score well; each is on the model's device.
-        optimizer: If given, it forgets the parameters and the state of closed layers.
+        model: Model of ``ila.attach`` or ``ila.convert``, every layer open.
+        batches: Batches on the model's device; 10 to 15 score well.
+        optimizer: Optimiser that forgets the parameters and the state of closed layers.
         closed: ``"keep"`` freezes closed layers in place, ``"drop"`` takes their updates away; see
             ``ila.apply_mask``.
         loss: (model, batch) -> loss; by default ``model(**batch).loss``.
@@ -46,11 +45,11 @@ def select_layers(
             ``ila.price.choice.Choice``.
 
     Returns:
-        The mask that was applied.
+        The applied mask.
 
     Raises:
-        ValueError: If the choice is not one, a layer is closed already or cannot be scored, or
-            there are no batches.
+        ValueError: If not exactly one choice is given, a layer is closed or cannot be scored, or
+            there are too few batches.
     """
     chosen, batches = Choice(**choice), list(batches)
     updates = AdapterUpdates(model)
@@ -68,7 +67,9 @@ def path_scores(
     batches: Sequence[Batch],
     loss: Callable[[nn.Module, Batch], Tensor] | None = None,
 ) -> dict[str, float]:
-    """Module name -> −dL/dγ, the gates walking along ``PATH_POINTS``; the model is left as it was.
+    """Return module name -> −dL/dγ, with gates that walk along ``PATH_POINTS``.
+
+    Afterwards the model is unchanged.
 
     Raises:
         ValueError: If there are fewer batches than points, or a batch has no labels and there is no
@@ -87,6 +88,7 @@ def path_scores(
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.enable_grad(),
         updates.scored(0.0),
+        leaning(updates.model) if loss is None else nullcontext(),
     ):
         torch.manual_seed(0)  # dropout: a resumed run scores as one that was not broken off
         updates.model.train()
@@ -96,13 +98,13 @@ def path_scores(
             value.backward()
             path.gather(step)
             for layer in updates.layers.values():
-                layer.lora_score[updates.adapter].grad = None
+                layer.lora_S[updates.adapter].grad = None
     updates.model.train(training)
     return path.mean()
 
 
 def shape_of(updates: AdapterUpdates, batch: Batch) -> Shape:
-    """Sizes of a model and of a step on such batches, for budgets."""
+    """Return the sizes of a model and of a step on such a batch, for budgets."""
     layers, config = updates.layers.values(), updates.model.config
     rows, length = batch["input_ids"].shape
     packing = {"is_loaded_in_4bit": "4bit", "is_loaded_in_8bit": "8bit"}

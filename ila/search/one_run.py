@@ -1,10 +1,10 @@
-"""One run: all layers train, the layers are scored and chosen, and the open ones go on.
+"""Run once: train all layers, score and choose them, and continue with the open ones.
 
     all layers, steps 1 … k  →  scores, mask, checkpoint of the switch  →  open layers, steps k+1 …
 
-The second part is a Trainer of its own that resumes from the checkpoint of the switch: it makes its
-optimiser, buckets and shards for the open layers alone, and may use the prefix cache. What is on
-the disk decides what is still to do: ``mask.json`` is written once the switch is whole.
+The second part is another Trainer that resumes from the checkpoint of the switch: it makes its
+optimiser, buckets and shards for the open layers alone, and may use the prefix cache. The files on
+the disk decide where a run continues: ``mask.json`` comes after a whole switch.
 """
 
 from __future__ import annotations
@@ -12,21 +12,27 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
+from ila.data.contracts import Collate, Dataset
 from ila.masks.checks import thawed
 from ila.masks.mask import LayerMask
 from ila.models.edit import apply_mask
 from ila.runs.atomic import write_json_atomic
 from ila.runs.folder import RUN_MARKER, claim
 from ila.runs.meter import StepMeter
+from ila.runs.metrics import Metrics
 from ila.runs.processes import on_main_process
 from ila.search.adapter_updates import AdapterUpdates
 from ila.search.gate_gradients import LayerMean, SignalTrainer
@@ -43,28 +49,28 @@ _FILES = (MARKER, MASK, SEARCH, CHECKPOINTS, BEFORE_FILE, PREFIX_FOLDER, "log.js
 
 @dataclass(frozen=True)
 class OneRun:
-    """What both parts of a run share.
+    """Parts that both halves of a run share.
 
     Attributes:
-        updates: The adapter, every layer open at first.
+        updates: Adapter, every layer open at first.
         dataset: Rows to train on.
-        config: How to train; its steps are those of both parts.
-        selection: When and how to select.
-        folder: Of the run.
+        config: Options; its steps count both halves.
+        selection: Time and way of the selection.
+        folder: Folder of the run.
         held_out: Rows to measure the loss on.
-        collator: Rows to a batch.
-        resume: Whether to go on from what the folder holds.
+        collator: Turns rows into a batch.
+        resume: Whether to continue the run that the folder holds.
         progress: Whether to show progress bars.
-        name: What the run is called.
+        name: Name of the run.
     """
 
     updates: AdapterUpdates
-    dataset: Sequence[Mapping[str, Any]]
+    dataset: Dataset
     config: TrainConfig
     selection: Selection
     folder: Path
-    held_out: Sequence[Mapping[str, Any]] | None
-    collator: Any
+    held_out: Dataset | None
+    collator: Collate
     resume: bool
     progress: bool
     name: str
@@ -72,34 +78,35 @@ class OneRun:
 
 def train_and_select(
     peft_model: PeftModel,
-    dataset: Sequence[Mapping[str, Any]],
+    dataset: Dataset,
     config: TrainConfig,
     selection: Selection,
     *,
-    held_out: Sequence[Mapping[str, Any]] | None = None,
-    collator: Any = None,
+    held_out: Dataset | None = None,
+    collator: Collate | None = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
     name: str = "run",
-) -> tuple[dict[str, Any], LayerMask]:
+) -> tuple[Metrics, LayerMask]:
     """Train all layers for a while, then the selected ones, as one run.
 
     Args:
-        peft_model: From ``ila.attach`` or ``ila.convert``, one active adapter, every layer open.
+        peft_model: Model of ``ila.attach`` or ``ila.convert``, one active adapter, every layer
+            open.
         dataset: Rows with ``input_ids`` and ``labels``.
-        config: How to train. ``cache_prefix`` begins with the selection.
-        selection: When and how to select.
+        config: Options of the training. ``cache_prefix`` begins with the selection.
+        selection: Time and way of the selection.
         held_out: As in ``ila.training.train.train``, and so are the arguments that follow.
-        collator: Rows to a batch.
-        output_dir: Gets ``mask.json`` beside what ``train`` writes.
-        resume: Go on from what ``output_dir`` holds of the same run, whichever part it was in.
-        progress: Show progress bars on stderr.
-        name: What the run is called in reports.
+        collator: Turns rows into a batch.
+        output_dir: Folder for ``mask.json`` and the files of ``train``.
+        resume: Continue the run that ``output_dir`` holds, in either half.
+        progress: Whether to show progress bars on stderr.
+        name: Name of the run in reports.
 
     Returns:
-        The metrics of ``train``, whose times are those of the open layers, with ``search``: what
-        the first part took. And the mask.
+        The metrics of ``train``, whose times are those of the open layers, with ``search``: the
+        cost of the first half. And the mask.
 
     Raises:
         ValueError: If a layer is closed already or cannot be scored, the switch leaves no steps
@@ -108,94 +115,135 @@ def train_and_select(
     """
     check_dataset(dataset)
     step = selection.step(config.steps)
-    collator = default_collator(peft_model) if collator is None else collator
     with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
-        out, updates = Path(folder), AdapterUpdates(peft_model)
-        mine = {"config": config.as_dict(), "selection": selection.as_dict(), "rows": len(dataset)}
-        where = {"marker": MARKER, "beside": (RUN_MARKER,)}
-        on_main_process(lambda: claim(out, mine, resume=resume, **where))
         both = OneRun(
-            *(updates, dataset, config, selection, out),
-            *(held_out, collator, resume, progress, name),
+            AdapterUpdates(peft_model),
+            dataset,
+            config,
+            selection,
+            Path(folder),
+            held_out,
+            default_collator(peft_model) if collator is None else collator,
+            resume,
+            progress,
+            name,
         )
-        if not (resume and on_main_process((out / MASK).exists)):
+        _claim(both)
+        if not (resume and on_main_process((both.folder / MASK).exists)):
             _first_part(both, step)
-        mask = LayerMask.load(out / MASK)
+        mask = LayerMask.load(both.folder / MASK)
         apply_mask(peft_model, mask, closed=selection.closed)
-        metrics = train(
-            *(peft_model, dataset, config),
-            held_out=held_out,
-            collator=collator,
-            output_dir=out,
-            resume=True,
-            progress=progress,
-            name=name,
-            begun=Begun(_FILES, lambda found, costs: _finish(found, costs, mask)),
-        )
-        on_main_process(lambda: shutil.rmtree(out / SEARCH, ignore_errors=True))
+        metrics = _second_part(both, mask)
+        on_main_process(lambda: shutil.rmtree(both.folder / SEARCH, ignore_errors=True))
     return metrics, mask
 
 
+def _claim(both: OneRun) -> None:
+    mine = {
+        "config": both.config.as_dict(),
+        "selection": both.selection.as_dict(),
+        "rows": len(both.dataset),
+    }
+    on_main_process(
+        lambda: claim(both.folder, mine, marker=MARKER, resume=both.resume, beside=(RUN_MARKER,))
+    )
+
+
+def _second_part(both: OneRun, mask: LayerMask) -> Metrics:
+    return train(
+        both.updates.model,
+        both.dataset,
+        both.config,
+        held_out=both.held_out,
+        collator=both.collator,
+        output_dir=both.folder,
+        resume=True,
+        progress=both.progress,
+        name=both.name,
+        begun=Begun(_FILES, lambda metrics, meter: _finish(metrics, meter, mask)),
+    )
+
+
 class _StopAt(TrainerCallback):
-    """Ends the first part with a checkpoint."""
+    """End the first part with a checkpoint."""
 
     def __init__(self, step: int):
         self.step = step
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         if state.global_step == self.step:
             control.should_save = control.should_training_stop = True
 
 
 def _first_part(both: OneRun, step: int) -> None:
-    """Train all layers, choose, and leave the checkpoint of the switch and the mask."""
-    out, updates, search = both.folder, both.updates, both.folder / SEARCH
-    args = arguments_of(both.config, search, keep=True)
-    signal, costs = updates.signal(), StepMeter(args.device)
-
-    def save(checkpoint: Path) -> None:
-        signal.save(checkpoint)
-        costs.save(checkpoint)
-
-    log = LogFile(out / "log.jsonl", "train")
-    title = f"Training {both.name}, all layers to step {step}"
-    own = stage_callbacks(title, log, progress=both.progress, also_save=save)
-    callbacks = [costs, _StopAt(step), *own]
-    trainer = updates.trainer_class(SignalTrainer)(
-        updates.model, args, both.collator, both.dataset, callbacks=callbacks
-    )
-    trainer.signal = signal
+    """Train all layers, choose, and write the checkpoint of the switch and the mask."""
+    search = both.folder / SEARCH
+    meter, trainer = _all_layers(both, step)
+    signal = trainer.signal
     _measure_before(both, trainer)
     start = resume_point(search, both.resume)
     if start is not None:
         signal.load(start)
-        costs.load(start)
-    names = None if trainer.is_fsdp_enabled else optimizer_names(trainer)
-    costs.begin()
+        meter.load(start)
+    names = [] if trainer.is_fsdp_enabled else optimizer_names(trainer)
+    meter.begin()
     run(trainer, start)
     began = time.perf_counter()
     mask = _chosen(both, trainer, signal, step)
     took = {
         "steps": step,
-        "seconds": sum(costs.times_ms) / 1e3,
+        "seconds": sum(meter.times_ms) / 1e3,
         "choosing_seconds": time.perf_counter() - began,
-        **costs.measured(),
+        **meter.measured(),
     }
     mask = mask.with_provenance(took=took)
-    before = {name for name, _ in updates.model.named_parameters()}
-    apply_mask(updates.model, mask, closed=both.selection.closed)
-    dropped = before - {name for name, _ in updates.model.named_parameters()}
-    state = updates.state()
-    opened = {name for name, p in updates.model.named_parameters() if p.requires_grad}
+    before = {name for name, _ in both.updates.model.named_parameters()}
+    apply_mask(both.updates.model, mask, closed=both.selection.closed)
+    dropped = before - {name for name, _ in both.updates.model.named_parameters()}
+    state = both.updates.state()
+    opened = {name for name, p in both.updates.model.named_parameters() if p.requires_grad}
 
     def switch() -> None:
         write_switch(
-            *(search / f"checkpoint-{step}", out / CHECKPOINTS, names or [], opened, dropped),
-            lambda folder: updates.save(folder, state),
+            search / f"checkpoint-{step}",
+            both.folder / CHECKPOINTS,
+            names,
+            opened,
+            dropped,
+            lambda folder: both.updates.save(folder, state),
         )
-        mask.save(out / MASK)
+        mask.save(both.folder / MASK)
 
     on_main_process(switch)
+
+
+def _all_layers(both: OneRun, step: int) -> tuple[StepMeter, SignalTrainer]:
+    """Make the trainer of all layers, and its meter."""
+    args = arguments_of(both.config, both.folder / SEARCH, keep=True)
+    signal, meter = both.updates.signal(), StepMeter(args.device)
+
+    def save(checkpoint: Path) -> None:
+        signal.save(checkpoint)
+        meter.save(checkpoint)
+
+    log = LogFile(both.folder / "log.jsonl", "train")
+    title = f"Training {both.name}, all layers to step {step}"
+    own = stage_callbacks(title, log, progress=both.progress, also_save=save)
+    trainer = both.updates.trainer_class(SignalTrainer)(
+        both.updates.model,
+        args,
+        both.collator,
+        both.dataset,
+        callbacks=[meter, _StopAt(step), *own],
+    )
+    trainer.signal = signal
+    return meter, trainer
 
 
 def _measure_before(both: OneRun, trainer: Trainer) -> None:
@@ -209,11 +257,9 @@ def _measure_before(both: OneRun, trainer: Trainer) -> None:
 
 
 def _chosen(both: OneRun, trainer: Trainer, signal: LayerMean, step: int) -> LayerMask:
-    """The mask; every process gets that of the main one."""
+    """Choose the mask; every process gets the mask of the main one."""
     args = trainer.args
-    own = drawn_batches(
-        *(both.dataset, both.collator, args.train_batch_size, args.seed, args.device)
-    )
+    own = drawn_batches(both.dataset, both.collator, args.train_batch_size, args.seed, args.device)
     mask = both.selection.choose(both.updates, signal, own, step)
     fields = on_main_process(
         lambda: (dict(mask.scores), dict(mask.gates), thawed(mask.provenance)),
@@ -221,8 +267,8 @@ def _chosen(both: OneRun, trainer: Trainer, signal: LayerMean, step: int) -> Lay
     return LayerMask(*fields)
 
 
-def _finish(metrics: dict[str, Any], costs: StepMeter, mask: LayerMask) -> dict[str, Any]:
-    """Add the first part to what ``train`` measured of the second."""
+def _finish(metrics: Metrics, meter: StepMeter, mask: LayerMask) -> Metrics:
+    """Add the first part to the metrics of the second."""
     took = thawed(mask.provenance["took"])
     peaks = [took["peak_memory_bytes"], metrics["peak_memory_bytes"]]
     return {
@@ -230,7 +276,7 @@ def _finish(metrics: dict[str, Any], costs: StepMeter, mask: LayerMask) -> dict[
         "peak_memory_bytes": None if None in peaks else max(peaks),
         "selected": {
             "search": took,
-            "seconds": sum(costs.times_ms) / 1e3,
+            "seconds": sum(meter.times_ms) / 1e3,
             "peak_memory_bytes": peaks[1],
             "selection": thawed(mask.provenance["selection"]),
         },

@@ -1,13 +1,13 @@
 """``SelectLayers``: search and selection in the middle of a training run, as a Trainer callback.
 
-    all layers train  →  score  →  choose  →  close the others in place  →  the same run goes on
+    all layers train  →  score  →  choose  →  close the others in place  →  the same run continues
 
-Scores cost nothing or little: the gate gradients of the steps so far, or ``path`` on a few batches.
-Schedule and order of the data stay what they are.
+Scores cost little: the gate gradients of the past steps, or ``path`` on a few batches. The schedule
+and the order of the data do not change.
 
 The optimiser keeps the parameters of closed layers in its groups, without gradient and without
-state, so that it updates nothing and holds nothing for them. That is how a checkpoint written after
-the switch fits the optimiser that Trainer makes for the whole model when it resumes.
+state, so that it neither updates them nor holds memory for them. A checkpoint after the switch thus
+fits the optimiser that Trainer makes for the whole model when it resumes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from __future__ import annotations
 from typing import Any
 
 from peft import PeftModel
-from transformers import TrainerCallback, TrainingArguments
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ila.masks.checks import thawed
@@ -28,28 +31,29 @@ from ila.search.selection import Selection, drawn_batches
 
 
 class SelectLayers(TrainerCallback, ExportableState):
-    """Trains all layers for a while, then only those that matter; for any ``transformers.Trainer``.
+    """Train all layers for a while, then only the selected ones; for any ``transformers.Trainer``.
 
-    ``trainer.add_callback(ila.SelectLayers(at=0.25, top=0.3))`` before ``trainer.train()``; TRL's
-    trainers too. Checkpoints hold what it gathers, so that a run resumes before and after the
-    switch with the same callback and the same call.
+    Call ``trainer.add_callback(ila.SelectLayers(at=0.25, top=0.3))`` before ``trainer.train()``;
+    trainers of TRL work too. Checkpoints keep the sums or the mask, so that a run resumes before
+    and after the switch with the same callback and the same call.
 
-    The gradients of ``gate_gradient`` are those that the optimiser gets, after clipping: a step
-    counts as much as it moves.
+    ``gate_gradient`` reads the gradients after clipping, as the optimiser gets them: a step counts
+    as much as it moves.
 
     Args:
-        at: When to switch: a share of the steps, or a number of steps.
-        top: Share of layers that stay open; ``ila.price.choice.Choice`` explains this and the next.
+        at: Time of the switch: a share of the steps, or a number of steps.
+        top: Share of layers that stay open; for this and the next four see
+            ``ila.price.choice.Choice``.
         freeze: Share of layers that close.
-        budget: What the open layers may cost.
+        budget: Most that the open layers may cost.
         blocks: Number of last blocks that stay open.
-        speed: For a budget of time.
-        **how: ``closed``, ``method`` and ``batches`` of ``ila.search.selection.Selection``: how
-            layers close (``"keep"`` or ``"drop"``), which scores (``"gate_gradient"`` or
-            ``"path"``), and how many batches ``path`` looks at.
+        speed: Rates for a budget of time.
+        **how: ``closed``, ``method`` and ``batches`` of ``ila.search.selection.Selection``: the way
+            to close layers (``"keep"`` or ``"drop"``), the scores (``"gate_gradient"`` or
+            ``"path"``), and the number of batches for ``path``.
 
     Attributes:
-        mask: What was selected; None before the switch.
+        mask: Selected mask; None before the switch.
 
     Raises:
         ValueError: If an argument is out of range. When training begins: if the model has no layer
@@ -73,17 +77,26 @@ class SelectLayers(TrainerCallback, ExportableState):
         self.signal: GateGradient | None = None
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: arguments, then running sums or the mask."""
-        found: dict[str, Any] = {"args": self.selection.as_dict(), "attributes": {}}
+        """Return the content for a checkpoint: arguments, then running sums or the mask."""
+        kept: dict[str, Any] = {"args": self.selection.as_dict(), "attributes": {}}
         if self.mask is not None:
             provenance = thawed(self.mask.provenance)
             scores, gates = dict(self.mask.scores), dict(self.mask.gates)
-            found["mask"] = {"scores": scores, "gates": gates, "provenance": provenance}
+            kept["mask"] = {"scores": scores, "gates": gates, "provenance": provenance}
         elif self.signal is not None:
-            found["signal"] = self.signal.sums()
-        return found
+            kept["signal"] = self.signal.sums()
+        return kept
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Start to gather, or apply the mask of the checkpoint."""
         _check_alone(args, model)
         self.step, self.mask = self.selection.step(state.max_steps), None
         mine = self.selection.as_dict()
@@ -105,25 +118,44 @@ class SelectLayers(TrainerCallback, ExportableState):
         if "signal" in saved:
             self.signal.set_sums(saved["signal"])
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Gather the gradients of a step before the switch."""
         if self.mask is None:
             scaler = getattr(optimizer, "scaler", None)
             scaled = scaler is not None and args.max_grad_norm == 0  # clipping unscales
             self.signal.gather(state.global_step, scaler.get_scale() if scaled else None)
 
     def on_step_begin(
-        self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs
-    ):
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        train_dataloader: DataLoader | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Score, choose and close at the step of the switch."""
         if self.mask is not None or state.global_step != self.step:
             return
-        loader = train_dataloader
         own = drawn_batches(
-            *(loader.dataset, loader.collate_fn, args.train_batch_size, args.seed, args.device)
+            train_dataloader.dataset,
+            train_dataloader.collate_fn,
+            args.train_batch_size,
+            args.seed,
+            args.device,
         )
         mask = self.selection.choose(AdapterUpdates(model), self.signal, own, self.step)
         self._apply(mask, model, optimizer)
 
-    def _apply(self, mask: LayerMask, model: PeftModel, optimizer: Any) -> None:
+    def _apply(self, mask: LayerMask, model: PeftModel, optimizer: Optimizer) -> None:
         before = {p for p in model.parameters() if p.requires_grad}
         apply_mask(model, mask, closed=self.selection.closed)
         for parameter in before - {p for p in model.parameters() if p.requires_grad}:
@@ -131,7 +163,7 @@ class SelectLayers(TrainerCallback, ExportableState):
         self.mask, self.signal = mask, None
 
 
-def _check_alone(args: TrainingArguments, model: Any) -> None:
+def _check_alone(args: TrainingArguments, model: object) -> None:
     if not isinstance(model, PeftModel):
         raise ValueError(f"SelectLayers needs a PeftModel, got {type(model).__name__}")
     sharded = any(hasattr(p, "placements") for p in model.parameters())

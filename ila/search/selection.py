@@ -1,20 +1,20 @@
-"""How one run searches and selects: when, by which scores, what stays open, how others close."""
+"""A selection inside one run: its time, its scores, the choice, and the way to close layers."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from ila.data.contracts import Batch, Collate, Dataset
 from ila.masks.mask import LayerMask
 from ila.models.edit import CLOSINGS
 from ila.price.choice import Choice
 from ila.search.adapter_updates import AdapterUpdates
 from ila.search.gate_gradients import LayerMean
-from ila.search.in_place import Batch, path_scores, shape_of
+from ila.search.in_place import path_scores, shape_of
 
 SCORINGS = ("gate_gradient", "path")
 
@@ -24,11 +24,11 @@ class Selection:
     """A selection in the middle of a run.
 
     Attributes:
-        choice: Which layers stay open.
-        at: When to switch: a share of the steps in (0, 1), or a number of steps.
+        choice: Choice of the layers that stay open.
+        at: Time of the switch: a share of the steps in (0, 1), or a number of steps.
         closed: ``"keep"`` freezes closed layers in place, ``"drop"`` takes their updates away.
         method: ``"gate_gradient"``, for free, or ``"path"`` on ``batches`` of the run's own data.
-        batches: Batches that ``path`` looks at; 10 to 15 score well.
+        batches: Number of batches for ``path``; 10 to 15 score well.
     """
 
     choice: Choice
@@ -39,22 +39,26 @@ class Selection:
 
     def __post_init__(self) -> None:
         at = self.at
-        if isinstance(at, bool) or not (0 < at < 1 if isinstance(at, float) else at >= 1):
+        is_in_range = 0 < at < 1 if isinstance(at, float) else at >= 1
+        if isinstance(at, bool) or not is_in_range:
             raise ValueError(f"at must be a share in (0, 1) or a number of steps ≥ 1, got {at!r}")
-        words = (("closed", self.closed, CLOSINGS), ("method", self.method, SCORINGS))
-        for name, value, known in words:
-            if value not in known:
-                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        if self.closed not in CLOSINGS:
+            raise ValueError(f"closed must be one of {CLOSINGS}, got {self.closed!r}")
+        if self.method not in SCORINGS:
+            raise ValueError(f"method must be one of {SCORINGS}, got {self.method!r}")
         if self.batches < 1:
             raise ValueError(f"batches must be ≥ 1, got {self.batches}")
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields and those of the choice, for JSON."""
+    def as_dict(self) -> dict[str, float | int | str]:
+        """Return the fields, with the fields of the choice, for JSON."""
         own = {name: value for name, value in vars(self).items() if name != "choice"}
         return {**self.choice.as_dict(), **own}
 
     def step(self, steps: int) -> int:
-        """Return the number of steps in which all layers train, of a run of so many.
+        """Return the number of steps in which all layers train.
+
+        Args:
+            steps: Steps of the whole run.
 
         Raises:
             ValueError: If no step is left before or after the switch.
@@ -79,10 +83,10 @@ class Selection:
         """Score the layers and choose.
 
         Args:
-            updates: The layers, every one open.
-            signal: What the steps so far have gathered.
-            batches: Gives so many batches of the run's data, where scores or a budget need them.
-            step: Steps so far.
+            updates: Updates of the layers, every one open.
+            signal: Mean over the past steps.
+            batches: Makes a number of batches of the run's data, for scores or a budget.
+            step: Number of past steps.
         """
         scores, shape = signal.mean(), None
         if self.choice.budget is not None:
@@ -98,22 +102,22 @@ class Selection:
 
 
 def drawn_batches(
-    dataset: Sequence[Mapping[str, Any]],
-    collator: Callable[[list], Mapping[str, Any]],
+    dataset: Dataset,
+    collator: Collate,
     size: int,
     seed: int,
     device: torch.device,
 ) -> Callable[[int], list[Batch]]:
-    """Return a maker of batches whose rows a seed of their own draws.
+    """Return a maker of batches that draws rows by its own seed.
 
-    The order of the training and its random state stay as they are.
+    The order of the training and its random state do not change.
     """
 
     def make(count: int) -> list[Batch]:
-        draw, found = random.Random(seed), []
+        draw, batches = random.Random(seed), []
         for _ in range(count):
             batch = collator([dataset[draw.randrange(len(dataset))] for _ in range(size)])
-            found.append({k: v.to(device) for k, v in batch.items() if torch.is_tensor(v)})
-        return found
+            batches.append({k: v.to(device) for k, v in batch.items() if torch.is_tensor(v)})
+        return batches
 
     return make

@@ -1,6 +1,7 @@
-"""The checkpoint of a switch: what all layers left, as the run of the open ones takes it.
+"""Turn the last checkpoint of all layers into a checkpoint for the open layers.
 
-Trainer's own resuming then does the rest: order of the data, schedule, random state, log.
+Trainer's own resuming then restores the order of the data, the schedule, the random state and the
+log.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ def write_switch(
     dropped: Collection[str],
     save: Callable[[Path], None],
 ) -> Path:
-    """Write the checkpoint that the open layers go on from into ``folder``; whole or not at all.
+    """Write the first checkpoint of the open layers into ``folder``, whole or not at all.
 
     Args:
-        checkpoint: The last one of the run with all layers.
-        folder: Gets ``checkpoint-N``.
-        names: Of the parameters in each group of the optimiser of that run.
-        opened: Names of the parameters that are trained from now on.
-        dropped: Names of those that the model holds no more.
+        checkpoint: Last checkpoint of the run with all layers.
+        folder: Folder for ``checkpoint-N``.
+        names: Names of the parameters in each group of that run's optimiser.
+        opened: Names of the parameters that train from now on.
+        dropped: Names of the parameters that have left the model.
         save: Writes the adapter, with its mask applied, into a folder.
 
     Returns:
@@ -55,7 +56,7 @@ def write_switch(
             torch.save({name: w for name, w in weights.items() if name not in dropped}, file)
         save(made)
         _go_on(made / _STATE)
-        # Times and peak are those of the steps to come.
+        # Time and memory count the later steps only.
         empty = {"times_ms": [], "peak_memory_bytes": 0}
         (made / StepMeter.FILE).write_text(json.dumps(empty), encoding="utf-8")
         mark_complete(made, int(checkpoint.name.rpartition("-")[2]))
@@ -63,7 +64,7 @@ def write_switch(
 
 
 def _go_on(file: Path) -> None:
-    """Take back that the run has ended, which the last step of all layers has noted."""
+    """Remove the mark of the end, which the last step of all layers has set."""
     state = json.loads(file.read_text(encoding="utf-8"))
     control = state["stateful_callbacks"]["TrainerControl"]["args"]
     control |= dict.fromkeys(("should_training_stop", "should_save", "should_epoch_stop"), False)
@@ -80,7 +81,7 @@ def filtered(
     >>> filtered(state, [["a", "b"]], {"b"})
     {'state': {0: 'moments of b'}, 'param_groups': [{'lr': 0.1, 'params': [0]}]}
     """
-    moments: dict[int, Any] = {}
+    moments: dict[int, object] = {}
     groups, count = [], 0
     for group, members in zip(state["param_groups"], names, strict=True):
         pairs = zip(group["params"], members, strict=True)

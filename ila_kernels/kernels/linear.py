@@ -73,7 +73,7 @@ def _adapter_grads(dy: Tensor, m: Member) -> tuple[Tensor | None, Tensor | None,
         return u, db, dgate
     if needs.makes_u:
         (u,) = shrink(dy, [m.lora_b.t()])
-    # What is left is one product of library GEMMs: nothing to fuse it with.
+    # One product of library GEMMs remains: nothing to fuse it with.
     rest = needs._replace(lora_a=False)
     adapter = (m.lora_a, m.lora_b, m.gate)
     _, db, dgate = eager.adapter_grads(dy, None, u, m.t, *adapter, None, m.scale, 0.0, rest)
@@ -106,7 +106,7 @@ def _seed_of(m: Member) -> int | None:
 def input_grad(
     dy: Tensor, u: Tensor, m: Member, dropout_p: float, out: Tensor | None = None
 ) -> Tensor:
-    """dx (M, K) = dy W + γα (u A) ⊙ keep/(1−p), added to what ``out`` holds."""
+    """dx (M, K) = dy W + γα (u A) ⊙ keep/(1−p), added to the content of ``out``."""
     update = (u, m.lora_a, m.scale, m.gate, None, _seed_of(m), dropout_p)
     return lowrank_gemm(dy, m.weight, *update, out=out)
 
@@ -124,7 +124,7 @@ def backward(
     dropout_p: float,
     needs: Needs,
 ) -> Grads:
-    """All wanted gradients of ``forward`` from dy (M, N)."""
+    """Return all wanted gradients of ``forward`` from dy (M, N)."""
     saved = next((s for s in (x, weight, t) if s is not None), dy)
     dy, m = dy.to(saved.dtype), Member(weight, lora_a, lora_b, gate, None, seed, scale, t, needs)
     with torch.cuda.device(dy.device):

@@ -289,6 +289,32 @@ def test_copies_and_pickles_are_lean_models_of_their_own(tiny, make):
     assert twin(**batch(tiny)).logits is not None and model(**batch(tiny)).logits is None
 
 
+def test_a_norm_that_is_trained_as_a_copy_is_no_hindrance(tiny):
+    base = tiny.base()
+    ila.lean_head(base)
+    model = tiny.plain(tiny.config(modules_to_save=["norm"]), base)
+    assert_lean(tiny, model)
+    assert plain_head(model) and model(**batch(tiny)).logits is not None
+    assert not any("unload_and_optionally_merge_module" in vars(m) for m in model.modules())
+
+
+def test_a_replica_for_another_device_runs_its_own_forward(tiny):
+    """As DataParallel makes it: attributes are copied, parameters become tensors."""
+    model = tiny.base().requires_grad_(False)
+    ila.lean_head(model)
+    replica = model._replicate_for_data_parallel()
+    assert replica.forward.__self__ is replica and model.forward.__self__ is model
+    replica.lm_head = model.lm_head._replicate_for_data_parallel()
+    replica.lm_head._parameters["bias"] = None
+    replica.lm_head.weight = torch.zeros(64, 32, dtype=FP64)
+    outputs = replica(**batch(tiny))
+    assert outputs.logits is None
+    assert outputs.loss.item() == pytest.approx(torch.tensor(64.0).log().item())
+    replica.lm_head.weight = replica.lm_head.weight.requires_grad_()
+    replica(**batch(tiny)).loss.backward()
+    assert replica.lm_head.weight.grad.any()
+
+
 def test_a_forward_wrapped_by_others_is_plain_once_it_is_undone(tiny):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -398,7 +424,7 @@ from transformers import LlamaForCausalLM
 import ila
 import ila.data
 from ila.models.lean_head import head_route
-from ila.models import lean_head as home
+from ila.models import lean_forward as home
 
 folder, out, kind = sys.argv[1:]
 dist.init_process_group("gloo")

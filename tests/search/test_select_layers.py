@@ -246,7 +246,7 @@ def test_a_loop_selects_and_its_optimizer_forgets(make, rows, closed):
     held = {p for group in optimizer.param_groups for p in group["params"]}
     assert held == set(optimizer.state) == {p for p in model.parameters() if p.requires_grad}
     assert all(torch.equal(weights[n], t) for n, t in model.state_dict().items())
-    assert not any(layer.lora_score for layer in masked_layers(model, "default").values())
+    assert not any(layer.lora_S for layer in masked_layers(model, "default").values())
     model(**batches[0]).loss.backward()
     optimizer.step()
 
