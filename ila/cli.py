@@ -306,13 +306,13 @@ def explain(
 
 @app.command()
 def tune(
-    model: Model,
-    tokens: Annotated[int, typer.Option(help="Tokens of a step: rows times length.")] = 8192,
-    rank: Rank = 16,
-    dtype: Dtype = "bfloat16",
-    dropout: Dropout = 0.0,
-    gguf_file: GgufFile = None,
-    trust_remote_code: Trust = False,
+    model: options.Model,
+    tokens: options.Tokens = 8192,
+    rank: options.Rank = 16,
+    dtype: options.Dtype = "bfloat16",
+    dropout: options.Dropout = 0.0,
+    gguf_file: options.GgufFile = None,
+    trust_remote_code: options.Trust = False,
 ) -> None:
     """Measure on this machine's GPU which code of the op is fastest, and let `auto` choose by it.
 

@@ -1,25 +1,23 @@
 """Gradient checkpointing that leaves the frozen prefix alone.
 
 The *frozen prefix* of a model is everything below its lowest trainable parameter: the embedding and
-the blocks before the first open one. Autograd records nothing there by itself. What makes it do so
-in practice is checkpointing: transformers and PEFT hook the embedding so that its output requires
-grad, because reentrant checkpointing needs an input that does, and then every block is run again
-in backward and crossed by it. Eight-block toy Llama with its last half open: 51.3 GFLOP of backward
-where 27.5 suffice.
+the blocks before the first open one. Autograd by itself records nothing there, but checkpointing
+makes it: reentrant checkpointing needs an input that requires grad, so transformers and PEFT hook
+the embedding to make one, and backward then runs every block again and passes through it. On an
+eight-block toy Llama with its last half open, backward took 51.3 GFLOP where 27.5 suffice.
 
-Two methods of the Hugging Face model are shadowed on the instance, so that whoever turns
-checkpointing on, when, and how (``transformers.Trainer``, TRL, a bare loop; reentrant or not) gets
-this instead:
+Two methods of the Hugging Face model are shadowed on the instance, so that every caller that turns
+checkpointing on (``transformers.Trainer``, TRL, a bare loop; reentrant or not) gets this instead:
 
 - ``_set_gradient_checkpointing`` hands the blocks a ``PrefixAware`` checkpoint function. It looks
-  at the parameters of the block in each forward, so it is right whatever was frozen or opened since
+  at the parameters of the block in each forward, so it stays right after later freezing and opening
   (a mask, ``modules_to_save``, weights trained in full).
 - ``enable_input_require_grads`` takes note, and hooks nothing.
 
-A block is run again along the path of its forward, whatever hooks come or go in between
-(``ila.models.recomputation``). Of checkpoints that are taken past these methods, by torch's own
-function around a block or FSDP's wrapper, nothing is recorded: there the hooks of single layers
-must not change before backward.
+A block runs again along the path of its forward, even if hooks change in between
+(``ila.models.recomputation``). Checkpoints that bypass these methods, by torch's own function
+around a block or FSDP's wrapper, keep no record: there the hooks of single layers must not change
+before backward.
 """
 
 from __future__ import annotations

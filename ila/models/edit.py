@@ -1,6 +1,6 @@
-"""The only code that edits a model: ``attach``, ``convert``, ``restore``, ``apply_mask``.
+"""Edit a model: ``attach``, ``convert``, ``restore``, ``apply_mask``.
 
-Every edit returns what it changed, an error leaves the model as it was, and ``restore`` gives back
+Every edit reports its changes, an error leaves the model as it was, and ``restore`` gives back
 PEFT's own layers with every adapter open.
 """
 
@@ -44,11 +44,11 @@ _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What ``convert`` or ``restore`` did: swapped module names, and module name -> why left.
+    """Changes of ``convert`` or ``restore``: swapped modules, and name -> reason for the others.
 
-    ``mlps`` names the SwiGLU blocks made lean, or plain again, and ``attentions`` the
-    blocks whose q, k and v share their x where two of them are adapted, or no longer do; a block
-    that was left is in ``left``. ``head`` tells whether a lean head was undone.
+    ``mlps`` names the SwiGLU blocks that became lean, or plain again. ``attentions`` names the
+    blocks whose q, k and v now share their x (two of them must have adapters), or no longer do.
+    ``left`` also holds unchanged blocks. ``head`` tells whether a lean head was undone.
     """
 
     swapped: tuple[str, ...]
@@ -68,10 +68,10 @@ class ConversionReport:
 
 @dataclass(frozen=True)
 class MaskReport:
-    """What ``apply_mask`` did: names of the layers now open and closed, for which adapter.
+    """Result of ``apply_mask``: the adapter, and the names of its open and closed layers.
 
-    ``closing`` says whether closed layers dropped their adapters or keep them frozen; ``outside``
-    counts what is trained beside them, which no mask reaches.
+    ``closing`` tells whether closed layers dropped their adapters or keep them frozen. ``outside``
+    counts the trained parameters that no mask reaches.
     """
 
     adapter: str
@@ -97,7 +97,7 @@ def _dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs
 
 
 def _masked_classes() -> tuple[type[MaskedLoraLayer], ...]:
-    """Our layer classes; those of bitsandbytes' bases where something has loaded bitsandbytes."""
+    """Return our layer classes; with bitsandbytes' bases if a module has loaded bitsandbytes."""
     if "bitsandbytes" not in sys.modules:
         return (MaskedLoraLinear,)
     from ila.models.quantized import CLASSES
@@ -305,10 +305,10 @@ def apply_mask(
 ) -> MaskReport:
     """Close the layers that the mask closes and open the others.
 
-    With ``closed="drop"`` a closed layer computes its base layer and nothing else; its adapter
-    weights are set aside (``restore``, or a mask that opens it, brings them back) and are not part
-    of what ``save_pretrained`` writes. The adapter's ``target_modules`` name the open layers only,
-    so the saved adapter loads in plain PEFT.
+    With ``closed="drop"`` a closed layer computes its base layer and nothing else. Its adapter
+    weights are set aside (``restore``, or a mask that opens it, brings them back), and
+    ``save_pretrained`` does not write them. The adapter's ``target_modules`` name the open layers
+    only, so the saved adapter loads in plain PEFT.
 
     With ``closed="keep"`` a closed layer keeps its update and learns no more: the update stays in
     the model and in the saved adapter, and has no gradient, no optimiser state and no dropout.

@@ -80,7 +80,7 @@ def plain_head(model: nn.Module) -> bool:
     target = _causal_model(model)
     if target is None or not is_lean(target):
         return False
-    # Whoever has wrapped our forward by now keeps it, and finds that it is the model's own.
+    # A wrapper of our forward keeps it, and it now runs the model's own.
     for module in target.model.modules():  # the norm may have moved into a wrapper of PEFT's
         if isinstance(module.__dict__.get(_UNLOAD), partial):
             delattr(module, _UNLOAD)

@@ -84,13 +84,13 @@ def path_here(dtype: torch.dtype, device: str, logit_map: LogitMap) -> LossPath:
 
 @cache
 def has_torch() -> bool:
-    """Whether torch computes linear and cross-entropy together, in chunks."""
+    """Tell whether torch computes linear and cross-entropy together, in chunks."""
     return hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
 
 
 @cache
 def has_liger() -> bool:
-    """Whether Liger's kernels are installed."""
+    """Tell whether Liger's kernels are installed."""
     return find_spec("liger_kernel") is not None
 
 

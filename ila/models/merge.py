@@ -50,7 +50,7 @@ def check_same_tensors(
 
 
 def untie(model: nn.Module) -> list[str]:
-    """Give every adapted layer a weight of its own; return the names of those that shared one."""
+    """Give every adapted layer a weight of its own; return the names of layers that shared one."""
     holders: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         holders[id(parameter)] = holders.get(id(parameter), 0) + 1

@@ -48,8 +48,8 @@ def check_counted(config: Mapping[str, Any], resource: str) -> None:
     if kind not in known:
         others = "" if kind not in SAME_LAYERS else "; parameters=… counts it"
         raise ValueError(
-            f"{resource} of a step is counted for the model types {', '.join(known)}, and this model "
-            f"is {kind!r}, whose blocks keep something else{others}"
+            f"{resource} of a step is counted for the model types {', '.join(known)}, and this "
+            f"model is {kind!r}, whose blocks keep something else{others}"
         )
     if resource != "parameters" and act not in ("silu", "swish"):
         raise ValueError(
