@@ -135,7 +135,7 @@ def bug_report(error: BaseException) -> str:
 
 
 def _is_of_the_input(error: BaseException) -> bool:
-    """Tell whether a library raised an error in a block, and not our code by ``raise`` or by a bug."""
+    """Tell whether a library raised an error in a block, and not our code."""
     if is_said(error):
         return False
     # The first entry is the context manager's own, the second that of the block, in which calls of

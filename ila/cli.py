@@ -316,7 +316,7 @@ def tune(
 ) -> None:
     """Measure on this machine's GPU which code of the op is fastest, and let `auto` choose by it.
 
-    Takes seconds of GPU time, and once the time to compile the kernels. Verdicts are kept in the
+    It takes seconds of GPU time, and once the time to compile the kernels. The verdicts go into the
     user's cache folder.
     """
     import torch

@@ -44,39 +44,6 @@ LONG_FILES = {
 
 # Not yet in these words or sizes; only removals, please.
 NOT_YET = {
-    "ila/commands/export.py",
-    "ila/commands/inputs.py",
-    "ila/models/merge.py",
-    "ila/models/recomputation.py",
-    "ila/models/targets.py",
-    "ila/models/undo.py",
-    "ila/price/shapes.py",
-    "ila/runs/checkpoints.py",
-    "ila/runs/lock.py",
-    "ila/runs/metrics.py",
-    "ila/search/methods.py",
-    "ila/search/one_run.py",
-    "ila/training/card.py",
-    "ila/training/switch.py",
-    "ila/search/one_run.py:train_and_select",
-    "ila/search/one_run.py:_first_part",
-    "ila/commands/inputs.py:prepare",
-    "ila/boundary.py",
-    "ila/models/blocks.py",
-    "ila/models/checkpointing.py",
-    "ila/models/edit.py",
-    "ila/models/explain.py",
-    "ila/models/layer.py",
-    "ila/models/lean_families.py",
-    "ila/models/lean_head.py",
-    "ila/models/lean_loss.py",
-    "ila/models/lean_paths.py",
-    "ila/models/loading.py",
-    "ila/models/mlp.py",
-    "ila/models/shared_input.py",
-    "ila/training/adapter.py",
-    "ila/training/loop.py",
-    "ila/training/train.py",
     "ila_kernels/config.py",
     "ila_kernels/functional.py",
     "ila_kernels/hybrid.py",
@@ -90,7 +57,6 @@ NOT_YET = {
     "ila_kernels/roofline.py",
     "ila_kernels/tuning.py",
     "ila_kernels/kernels/lowrank_gemm.py:launch",
-    "ila/training/train.py:train",
 }
 
 
@@ -200,7 +166,7 @@ def test_few_values_are_typed_any(package):
     texts = [path.read_text("utf-8") for path in files]
     count = sum(len(re.findall(r"\bAny\b", text)) for text in texts)
     lines = sum(len(text.splitlines()) for text in texts)
-    assert count <= 12 * lines / 1000, f"{count} `Any` in {lines} lines"
+    assert count <= 8 * lines / 1000, f"{count} `Any` in {lines} lines"
 
 
 def test_functions_over_40_lines_have_a_reason():

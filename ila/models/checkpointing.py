@@ -89,7 +89,7 @@ class _Witnessed:
 
 
 def _module_of(function: Callable[..., Any]) -> nn.Module | None:
-    """The block that ``partial(forward, block, …)`` or ``block.forward`` runs."""
+    """Return the block that ``partial(forward, block, …)`` or ``block.forward`` runs."""
     owner = getattr(function, "args", ())[:1] or (getattr(function, "__self__", None),)
     return owner[0] if isinstance(owner[0], nn.Module) else None
 
@@ -130,10 +130,10 @@ def gradient_checkpointing(
     return len(blocks.layers) - frozen_blocks(model)
 
 
-def _method(target: PreTrainedModel, what: str) -> Callable[..., None]:
-    """The method by its name of today, or by the one it had before."""
-    name = f"activation_checkpointing_{what}"
-    return getattr(target, name, None) or getattr(target, f"gradient_checkpointing_{what}")
+def _method(target: PreTrainedModel, verb: str) -> Callable[..., None]:
+    """Return the method by its name of today, or by its older name."""
+    name = f"activation_checkpointing_{verb}"
+    return getattr(target, name, None) or getattr(target, f"gradient_checkpointing_{verb}")
 
 
 def make_prefix_aware(model: nn.Module) -> None:
@@ -170,7 +170,7 @@ def undo_prefix_aware(model: nn.Module) -> None:
 
 
 def _checkpointed_model(model: nn.Module) -> PreTrainedModel | None:
-    """The outermost Hugging Face model in ``model``, if it has blocks."""
+    """Return the outermost Hugging Face model in ``model``, if it has blocks."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module if find_blocks(module) is not None else None

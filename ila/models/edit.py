@@ -276,7 +276,7 @@ def _masked_layers(model: nn.Module) -> dict[str, MaskedLoraLayer]:
 
 
 def single_adapter(peft_model: PeftModel, adapter_name: str | None) -> str:
-    """The adapter meant by ``adapter_name``; ``None`` means the active one, if there is one.
+    """Return the adapter of this name; ``None`` means the active one, if there is one.
 
     Raises:
         TypeError: If ``peft_model`` is not a ``PeftModel``.
@@ -316,7 +316,7 @@ def apply_mask(
 
     Args:
         peft_model: A model from ``attach``, or converted by ``convert``.
-        mask: A mask whose names are those of this model's ``MaskedLoraLinear`` layers.
+        mask: A mask with the names of this model's ``MaskedLoraLinear`` layers.
         closed: ``"drop"`` or ``"keep"``; it holds for every layer that the mask closes.
         adapter_name: The adapter to mask; ``None`` means the active one.
         optimizer: If given, the parameters and state of closed layers are removed from it.

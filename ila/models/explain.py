@@ -83,18 +83,18 @@ class Explanation:
         return dict(Counter(row.path for row in self.rows))
 
     def saved_bytes(self) -> int:
-        """Bytes that all layers keep for backward, those left out of which it is not known."""
+        """Sum the bytes that layers keep for backward, without the layers of unknown bytes."""
         return sum(row.saved_bytes or 0 for row in self.rows)
 
     def as_dict(self) -> dict[str, object]:
-        """The rows and their total, for JSON."""
+        """Return the rows and their total, for JSON."""
         rows = [asdict(row) for row in self.rows]
         head = None if self.head is None else self.head._asdict()
         total = self.saved_bytes()
         return {"tokens": self.tokens, "layers": rows, "saved_bytes": total, "head": head}
 
     def table(self) -> Table:
-        """The rows as a rich table, with a row of totals."""
+        """Lay the rows out as a rich table, with a row of totals."""
         counts = ", ".join(f"{count} {path}" for path, count in self.paths().items())
         table = Table(
             title=f"{len(self.rows)} layers: {counts}; saved for backward at {self.tokens} tokens",
@@ -203,7 +203,7 @@ def _together(
 
 
 def _gathered_by_fsdp(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[nn.Module]:
-    """The layers that are sharded here and whole where they run: FSDP2 gathers them before."""
+    """Return the layers that FSDP2 shards here and gathers before they run."""
     sharded = {
         layer
         for layer in layers.values()

@@ -449,7 +449,7 @@ class MaskedLoraLayer:
 class MaskedLoraLinear(MaskedLoraLayer, Linear):
     """A LoRA linear layer with a gate, a drop-in for ``peft.tuners.lora.layer.Linear``.
 
-    Args: those of PEFT's class: ``base_layer``, ``adapter_name``, ``config``, ``r``,
+    Args: the arguments of PEFT's class: ``base_layer``, ``adapter_name``, ``config``, ``r``,
     ``lora_alpha``, and keywords.
     """
 

@@ -182,7 +182,7 @@ class _Chunks(torch.autograd.Function):
 
 
 def scaled(gradient: Tensor, by: Tensor) -> Tensor:
-    """A gradient times a scalar, rounded once: 1/N in 16 bits would be off for all of it."""
+    """Return a gradient times a scalar, rounded once: 1/N in 16 bits would be off for all of it."""
     # One dimension: a scalar would be rounded to 16 bits first. No copy in 32 bits either.
     return torch.mul(gradient, by.reshape(1), out=torch.empty_like(gradient))
 

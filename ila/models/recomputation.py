@@ -121,7 +121,7 @@ class Seen:
 
 
 def version_of(x: Tensor) -> int | None:
-    """How often x was changed in place; ``None`` where torch does not count, or x is no tensor."""
+    """Return the number of changes of x in place; ``None`` for inference and for no tensor."""
     if torch.compiler.is_compiling():  # a trace replays changes in place as they come
         return 0
     return x._version if isinstance(x, Tensor) and not x.is_inference() else None

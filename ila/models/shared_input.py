@@ -5,9 +5,9 @@ Apart, n layers read x 2n times forward, and autograd adds their n gradients of 
 
 A block's own forward does not change: it calls its layers one by one, with any code. While it runs
 (``sharing``), the first call computes all of them. A later call with the same x in the same modes
-of torch returns the stored result; any other call computes for itself. A layer with hooks is left out:
-a hook may see or change its input, or fetch its weights. Two changes in between go unnoticed: of x
-through ``x.data``, and of a layer that has not been called yet.
+of torch returns the stored result; any other call computes for itself. A layer with hooks is left
+out: a hook may see or change its input, or fetch its weights. Two changes in between go unnoticed:
+of x through ``x.data``, and of a layer that has not been called yet.
 
 With closed layers among them the sum of the gradients is still shared. Their y is the y of the bare
 layer, bit for bit; in 16 bits dx is rounded after each layer, where autograd rounds twice.
