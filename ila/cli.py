@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -12,6 +13,9 @@ from rich.text import Text
 
 from ila.boundary import bug_report, described
 from ila.commands import options
+
+if TYPE_CHECKING:
+    from ila.search.selection import Selection
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -190,6 +194,15 @@ def train(
     data: options.Data,
     out: options.Out,
     mask: options.MaskFile = None,
+    select_at: options.SelectAt = None,
+    top: options.Top = None,
+    freeze: options.Freeze = None,
+    blocks: options.LastBlocks = None,
+    budget: options.Budget = None,
+    speed: options.Speed = None,
+    score: options.Score = "gate_gradient",
+    closed: options.Closed = None,
+    start: options.StartFrom = None,
     full: options.Full = False,
     steps: options.Steps = 400,
     cache_prefix: options.CachePrefix = False,
@@ -215,13 +228,25 @@ def train(
     resume: options.Resume = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Train the open layers of a mask: into a plain PEFT adapter, or their own weights."""
+    """Train the open layers of a mask: into a plain PEFT adapter, or their own weights.
+
+    With --select-at, search, selection and training are one run: all layers train at first, then
+    those that --top, --freeze, --blocks or --budget leave open, with the same schedule.
+    """
     from ila.commands.inputs import Inputs
-    from ila.commands.train import train_selected
     from ila.reports.tables import runs_table
     from ila.training.config import TrainConfig
 
+    selection = _selection(select_at, mask, full, closed or "keep", score, **{
+        "top": top, "freeze": freeze, "blocks": blocks, "budget": budget, "speed": speed
+    })  # fmt: skip
     usual = _usual_rate(context, full)
+    if start is not None and (full or selection is not None):
+        raise ValueError("--from goes on from an adapter with --mask; it does nothing here")
+    if closed is not None and selection is None and (mask is None or full):
+        raise ValueError("--closed says how layers close; give --mask or --select-at")
+    if learning_rate is None and mask is not None and not full and start is None:
+        usual = _rate_for(mask)
     inputs = Inputs(
         model=model,
         data=data,
@@ -251,11 +276,22 @@ def train(
         cache_limit_gib=cache_limit_gib,
         training_args=_trainer(gradient_accumulation, group_by_length),
     )
-    metrics, data_note = train_selected(
-        inputs, config, out, mask_file=mask, full=full, resume=resume
-    )
+    if selection is not None:
+        from ila.commands.train_once import train_once
+
+        metrics, data_note = train_once(inputs, config, selection, out, resume=resume)
+    else:
+        from ila.commands.train import train_selected
+
+        how = closed or ("drop" if start is None else "keep")
+        options = {"closed": how, "start": start, "full": full, "resume": resume}
+        metrics, data_note = train_selected(inputs, config, out, mask_file=mask, **options)
     screen.print(data_note, highlight=False)
     screen.print(runs_table([metrics]))
+    if selection is not None:
+        from ila.reports.phases import phases_text
+
+        screen.print(phases_text(metrics), soft_wrap=True, highlight=False)
     if full:
         note = f"Changed weights in {out}; ila export {out} --merge --out FOLDER writes the model"
     else:
@@ -407,7 +443,50 @@ def _usual_rate(context: typer.Context, full: bool) -> float:
     """Return the default learning rate; raise if --full meets an option of adapters."""
     if full:
         _refuse(context, ("rank", "alpha", "dropout", "load_in"), "--full trains no adapter")
-    return 2e-5 if full else 2e-4
+    from ila.training.rates import usual_rate
+
+    return usual_rate(full=full)
+
+
+def _rate_for(mask: Path) -> float:
+    """The learning rate for the layers that a mask opens; says so where it is not the usual one."""
+    from ila.masks.mask import LayerMask
+    from ila.training.rates import usual_rate
+
+    found = LayerMask.load(mask)
+    rate = usual_rate(len(found.open) / len(found))
+    if rate != usual_rate():
+        screen.print(
+            f"Learning rate {rate:.3g}: with {len(found.open)} of {len(found)} layers open they "
+            f"want {rate / usual_rate():.2g} times the usual one; --learning-rate sets another",
+            soft_wrap=True,
+            highlight=False,
+        )
+    return rate
+
+
+def _selection(
+    at: float | None,
+    mask: Path | None,
+    full: bool,
+    closed: str,
+    score: str,
+    **choice: float | str | None,
+) -> Selection | None:
+    """The selection that the options describe; None without --select-at."""
+    if at is None:
+        given = [name for name, value in choice.items() if value is not None]
+        if given:
+            raise ValueError(f"--{given[0]} selects in the middle of a run; give --select-at too")
+        return None
+    if mask is not None or full:
+        other = "--full" if full else "--mask"
+        raise ValueError(f"--select-at selects layers of an adapter itself; leave out {other}")
+    from ila.price.choice import Choice
+    from ila.search.selection import Selection
+
+    when = int(at) if at >= 1 and at == int(at) else at
+    return Selection(Choice(**choice), when, closed, score)
 
 
 def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:

@@ -1,7 +1,7 @@
 """The masked LoRA linear by both: library GEMMs for W, Triton kernels for the R-thin products.
 
     forward    t by ``shrink``, then the update t Bᵀ, and the base GEMM adds to it (β = 1)
-    backward   u, dB and dγ by ``grad_out``, then γα u A, and dy W adds to it; dA
+    backward   u, dB and dγ by ``grad_out``, then γα u A, and dy W adds to it; then dA
 
 Beside ``eager`` it reads dy once for u and dB, and x once for all of a group's A's, under dropout
 too. Beside ``kernels`` it writes the R-thin product to y and dx once more, and needs no Triton GEMM
@@ -43,7 +43,7 @@ def forward(
 def masked_update(
     dy: Tensor, u: Tensor, m: Member, dropout_p: float, out: Tensor | None = None
 ) -> Tensor:
-    """γα (u A) ⊙ keep/(1−p), (M, K) in the dtype of dy, added to what ``out`` holds."""
+    """γα (u A) ⊙ keep/(1−p), (M, K) in the dtype of dy, added to ``out`` if there is one."""
     # The kernel's base product has an inner size of 0: its mask, without its GEMM.
     nothing, none = dy[:, :0], m.weight[:0]
     seed = seed_number(m.seed)

@@ -1,9 +1,10 @@
 """Several masked LoRA linears of one x by both: ``hybrid`` with one read of x and one dx.
 
-forward    every t by one ``shrink``, then each yᵢ as in ``hybrid``
-backward   of each: u, dB and dγ by ``grad_out``; then Σ γα u A, and every dyᵢ Wᵢ adds to it
+    forward    every t by one ``shrink``, then each yᵢ as in ``hybrid``
+    backward   of each: u, dB and dγ by ``grad_out``; then Σ γα u A, and every dyᵢ Wᵢ adds to it;
+               then every dA from one read of x
 
-dA is one product of all u's and x; with dropout each has its own kernel.
+The two functions are called as those of ``group`` are.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ila_kernels.eager import Grads
-from ila_kernels.group import NO_GRADS, Member, add_base_grads, shared_grad_a, stacked
+from ila_kernels.group import NO_GRADS, Member, add_base_grads, stacked
 from ila_kernels.hybrid import masked_update
 from ila_kernels.kernels.group import shrink_all
-from ila_kernels.kernels.linear import check_dtype, parameter_grads
+from ila_kernels.kernels.linear import check_dtype, grads_of_a, parameter_grads
 from ila_kernels.products import update_first
 
 
@@ -61,20 +62,17 @@ def backward(
     used = [(dy, m) for dy, m in zip(dys, members, strict=True) if dy is not None]
     if not used:
         return None, [NO_GRADS] * len(members)
-    together = dropout_p == 0.0 and sum(m.needs.lora_a for m in members) > 1
     us: list[Tensor | None] = []
     grads: list[Grads] = []
     with torch.cuda.device(used[0][0].device):
         for dy, m in zip(dys, members, strict=True):
             u, own = None, NO_GRADS
             if dy is not None:
-                u, own = parameter_grads(dy, x, m, dropout_p, with_da=not together)
+                u, own = parameter_grads(dy, x, m, dropout_p, with_da=False)
             us.append(u)
             grads.append(own)
         dx = None
         if members[0].needs.x:
             dx = add_base_grads(_lowrank_dx(dys, us, members, dropout_p), used)
-    if together:
-        das = shared_grad_a(x, us, members)
-        grads = [own._replace(lora_a=da) for own, da in zip(grads, das, strict=True)]
-    return dx, grads
+        das = grads_of_a(x, us, members, dropout_p)
+    return dx, [own._replace(lora_a=da) for own, da in zip(grads, das, strict=True)]

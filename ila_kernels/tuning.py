@@ -1,7 +1,7 @@
 """Measure the implementations on this machine's GPU, so that ``impl="auto"`` can choose by that.
 
-``tune`` measures and keeps, ``use_verdicts`` reads what earlier processes kept. Nothing is measured
-unless ``tune`` is called, and no file is read unless one of the two is.
+``tune`` measures and keeps verdicts, ``use_verdicts`` reads those of earlier processes. Nothing is
+measured unless ``tune`` is called, and no file is read unless one of the two is.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from ila.boundary import reading, writing
 from ila.commands.inputs import read_run
 from ila.models.loading import find_source, load_model, load_tokenizer
-from ila.models.merge import merged
+from ila.models.merge import merge as merge_adapter
 from ila.models.open_weights import CHANGED_FILE, load_changed
 from ila.runs.atomic import write_folder_atomic, write_json_atomic
 from ila.runs.folder import RUN_MARKER

@@ -38,7 +38,7 @@ from ila.runs.processes import on_main_process, processes
 from ila_kernels._version import __version__
 
 # Entries that must be equal for a run to resume; versions may differ.
-_SAME = ("what", "model", "data", "inputs", "open", "full")
+_SAME = ("what", "model", "data", "inputs", "open", "full", "closed", "from", "selection")
 _HIGHEST_RANK = 2**16
 # A name of a module or its end. A regular expression may have dots as well.
 _MODULE_NAME = re.compile(r"\w+(\.\w+)*")

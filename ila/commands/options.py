@@ -35,7 +35,11 @@ ByLength = Annotated[
     bool, typer.Option("--group-by-length", help="Put rows of like length into one batch.")
 ]
 LearningRate = Annotated[
-    float | None, typer.Option(help="Peak learning rate; by default 2e-4, or 2e-5 with --full.")
+    float | None,
+    typer.Option(
+        help="Peak learning rate; by default 2e-4 (more where a mask leaves few layers open), or "
+        "2e-5 with --full."
+    ),
 ]
 Full = Annotated[bool, typer.Option("--full", help="Train the layers' own weights.")]
 Seed = Annotated[
@@ -136,3 +140,26 @@ Merge = Annotated[
 ]
 DemoSteps = Annotated[int, typer.Option(help="Optimiser steps of each stage and each training.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Remove the old content of --out first.")]
+
+# Options of `ila train` for a selection in the middle of the run.
+SelectAt = Annotated[
+    float | None,
+    typer.Option(help="Share or number of steps after which the run selects its layers."),
+]
+LastBlocks = Annotated[
+    str | None, typer.Option(help="Number of last blocks to keep open; with --select-at.")
+]
+Score = Annotated[
+    str, typer.Option(help="Method that scores at --select-at: gate_gradient (free) or path.")
+]
+Closed = Annotated[
+    str | None,
+    typer.Option(
+        help="Closed layers either keep their update, frozen, or drop it. By default drop with "
+        "--mask alone, else keep."
+    ),
+]
+StartFrom = Annotated[
+    Path | None,
+    typer.Option("--from", help="Adapter to go on from, such as RUN/adapter; with --mask."),
+]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from ila.commands.inputs import Inputs, check_folder, claim_folder, prepare, refuse_packed
 from ila.masks.mask import LayerMask
@@ -15,6 +16,7 @@ from ila.models.loading import same_layers
 from ila.models.open_weights import OpenLayers, open_layers
 from ila.runs.metrics import Metrics
 from ila.runs.processes import owning
+from ila.training.adapter import load_adapter
 from ila.training.batches import padding_note
 from ila.training.config import TrainConfig
 from ila.training.train import train
@@ -26,6 +28,8 @@ def train_selected(
     out: Path,
     *,
     mask_file: Path | None = None,
+    closed: str = "drop",
+    start: Path | None = None,
     full: bool = False,
     resume: bool = False,
     progress: bool = True,
@@ -35,29 +39,51 @@ def train_selected(
     The result is a plain PEFT adapter; with ``full``, the changed weights of the layers in
     ``changed.safetensors``.
 
+    Args:
+        inputs: What to read.
+        config: How to train.
+        out: Folder of the run.
+        mask_file: Mask that says which layers are open.
+        closed: What becomes of the others: ``"drop"`` or ``"keep"``.
+        start: Adapter to go on from, such as that of a search.
+        full: Train the layers' own weights.
+        resume: Go on with the run in ``out``.
+        progress: Show progress bars.
+
     Returns:
         The metrics, and a note on the rows.
 
     Raises:
         ValueError: If the mask was learned on a model whose layers have other sizes. Names of
             layers prove nothing: Llama-2-7B and Mistral-7B have the same names. A chat model has
-            the layers of its base, so a mask fits both.
+            the layers of its base, so a mask fits both. If the adapter to go on from has another
+            rank, alpha or layers.
     """
     config, inputs = replace(config, seed=inputs.seed), inputs.located()
     check_folder(out, inputs, resume, "train")
     with owning(out):
-        return _train_owned(inputs, config, out, mask_file, full, resume, progress)
+        layers = _Layers(mask_file, closed, start, full)
+        return _train_owned(inputs, config, out, layers, resume, progress)
+
+
+class _Layers(NamedTuple):
+    """The layers to train: mask, what the closed ones do, adapter to start from, own weights."""
+
+    mask_file: Path | None
+    closed: str
+    start: Path | None
+    full: bool
 
 
 def _train_owned(
     inputs: Inputs,
     config: TrainConfig,
     out: Path,
-    mask_file: Path | None,
-    full: bool,
+    layers: _Layers,
     resume: bool,
     progress: bool,
 ) -> tuple[Metrics, str]:
+    mask_file, closed, start, full = layers
     check_folder(out, inputs, resume, "train")  # again: it may have had an owner until now
     mask = None if mask_file is None else LayerMask.load(mask_file)
     refuse_packed(full, inputs)
@@ -69,10 +95,15 @@ def _train_owned(
     model: PeftModel | OpenLayers = prepared.model
     if full:
         model = open_layers(prepared.model, mask)
-    elif mask is not None:
-        apply_mask(prepared.model, mask)
+    if start is not None:
+        _check_alpha(start, inputs)
+        load_adapter(prepared.model, "default", start)
+    if mask is not None and not full:
+        apply_mask(prepared.model, mask, closed=closed)
     opened = None if mask is None else list(mask.open)
-    description = {**prepared.description, "open": opened, "full": full}
+    description = {**prepared.description, "open": opened, "full": full, "selection": None}
+    description["closed"] = None if closed == "drop" else closed
+    description["from"] = None if start is None else str(start.absolute())
     claim_folder(out, description, resume, "train")
     metrics = train(
         model,
@@ -87,6 +118,17 @@ def _train_owned(
         tokenizer=None if full else prepared.tokenizer,
     )
     return metrics, note
+
+
+def _check_alpha(start: Path, inputs: Inputs) -> None:
+    """Raise unless an adapter has the scaling it will be trained with; its tensors do not tell."""
+    config = PeftConfig.from_pretrained(str(start))
+    found, mine = (config.r, config.lora_alpha), (inputs.rank, inputs.alpha)
+    if found != mine:
+        raise ValueError(
+            f"the adapter in {start} has rank and alpha {found}, and this run {mine}; give --rank "
+            "and --alpha of the search"
+        )
 
 
 def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, object]) -> None:

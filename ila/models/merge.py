@@ -14,17 +14,14 @@ from transformers import PreTrainedModel
 from ila.boundary import reading
 
 
-def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Merge the adapter in a folder into its base model, in place.
+def merge(peft_model: PeftModel) -> PreTrainedModel:
+    """Merge an adapter into its base model, in place.
 
     A weight that an adapted layer shares with another module, as an output layer does with the
     embedding, becomes the layer's own first: merged into both, it would change both.
 
     Returns:
         The base model, without adapters; its configuration says so if it was untied.
-
-    Raises:
-        ValueError: If the adapter is damaged.
     """
     with reading(f"{folder} is damaged", "the adapter in"):
         adapted = PeftModel.from_pretrained(model, str(folder))
@@ -33,7 +30,7 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if untie(adapted):
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
-    return adapted.merge_and_unload(safe_merge=True)
+    return peft_model.merge_and_unload(safe_merge=True)
 
 
 def check_same_tensors(

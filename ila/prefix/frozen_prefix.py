@@ -213,7 +213,8 @@ def _refuse_random(blocks: Blocks, depth: int) -> None:
             if module in inert:
                 continue
             p = module.p if isinstance(module, nn.Dropout) else 0.0
-            p = p or getattr(module, "attention_dropout", 0.0) or 0.0
+            shares = (p, getattr(module, "attention_dropout", 0.0))  # of some a module
+            p = max(share for share in shares if isinstance(share, int | float))
             if p > 0:
                 raise ValueError(
                     f"cache_prefix would not be exact: dropout {p} is active in the frozen prefix "

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import ila
-from ila.models.merge import merged, untie
+from ila.models.merge import merge, untie
 
 CASES = {
     "the head": {"target_modules": ["lm_head", "q_proj"]},
@@ -47,7 +47,7 @@ def test_a_merge_into_tied_weights(tiny, tmp_path, case, kind):
     expected = model.eval()(tiny.tokens()).logits
     model.save_pretrained(tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
-    whole = merged(base, tmp_path / "adapter").eval()
+    whole = merge(tiny.loaded(base, tmp_path / "adapter")).eval()
     torch.testing.assert_close(whole(tiny.tokens()).logits, expected, rtol=1e-6, atol=1e-6)
     whole.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float64).eval()

@@ -110,16 +110,17 @@ def test_the_prefix_runs_once_per_row_and_never_in_a_step(make_llama, tmp_path):
     runs = Runs(model)
     cache = prepare(model, rows, tmp_path)
     assert cache.built == "there is none" and cache.blocks == 1
-    # Two readings and one whole forward of the first rows, then the rows in batches of 4.
-    assert runs.counts == [2 + 1 + 3, 2]
+    # The longest row and the shortest: together twice, each alone, once in whole; then all rows in
+    # batches of 4.
+    assert runs.counts == [2 + 2 + 1 + 3, 2]
     assert cache.states.bytes == sum(len(r["input_ids"]) for r in rows) * 16 * 4
     with cache.skipping():
         model(**cache.collator([cache.dataset[i] for i in range(4)]))
-        assert runs.counts == [6, 3]
+        assert runs.counts == [8, 3]
         with pytest.raises(RuntimeError, match="takes batches of the prefix cache, not token ids"):
             model(input_ids=torch.tensor([[3, 4]]))
     model(input_ids=torch.tensor([[3, 4]]))
-    assert runs.counts == [7, 4]
+    assert runs.counts == [9, 4]
     assert not [m for m in model.modules() if "forward" in vars(m)]
 
 
@@ -303,7 +304,7 @@ def test_too_large_a_cache_is_refused_before_it_is_computed(make_llama, tmp_path
     runs = Runs(model)
     refused(model, rows, tmp_path, "exceed its limit of 0.00 GiB.*tokens of 16 × 4 bytes",
             limit_bytes=need - 1)  # fmt: skip
-    assert runs.counts == [3, 2]  # the trial on the first rows only
+    assert runs.counts == [5, 2]  # the trial on two rows only
     assert prepare(model, rows, tmp_path, limit_bytes=need).states.bytes == need
 
 

@@ -295,3 +295,13 @@ def test_the_default_collator_pads_with_an_id_of_the_model(pad, end, expected):
     model = torch.nn.Module()
     model.config = type("Config", (), {"pad_token_id": pad, "eos_token_id": end})()
     assert default_collator(model).pad_token_id == expected
+
+
+def test_tokens_per_step_leave_out_what_a_row_hides(make_llama, rows):
+    hidden = [
+        {**row, "input_ids": [0, *row["input_ids"]], "labels": [-100, *row["labels"]]}
+        | {"attention_mask": [0] + [1] * len(row["input_ids"])}
+        for row in rows
+    ]
+    metrics = train(make_llama(), hidden, quick(steps=1), progress=False)
+    assert metrics["tokens_per_step"] == 2 * 7
