@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
+from peft.utils import get_peft_model_state_dict, load_peft_weights
+from transformers import PreTrainedModel
 
 from ila.boundary import reading, writing
 from ila.commands.inputs import read_run
 from ila.models.loading import find_source, load_model, load_tokenizer
+from ila.models.merge import check_same_tensors
 from ila.models.merge import merge as merge_adapter
 from ila.models.open_weights import CHANGED_FILE, load_changed
 from ila.runs.atomic import write_folder_atomic, write_json_atomic
@@ -65,7 +68,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
         if full:
             load_changed(model, run)
         else:
-            model = merged(model, run)
+            model = _merged(model, run)
         with writing(out):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -91,3 +94,12 @@ def _check_config(run: Path) -> None:
     """Refuse an adapter with an unreadable configuration: a copy of it would be useless."""
     with reading(run / "adapter_config.json", "adapter"):
         PeftConfig.from_pretrained(str(run))
+
+
+def _merged(model: PreTrainedModel, run: Path) -> PreTrainedModel:
+    """Merge the adapter of a run into its base model; refuse an adapter that lacks a part."""
+    with reading(f"{run} is damaged", "the adapter in"):
+        adapted = PeftModel.from_pretrained(model, str(run))
+        tensors = load_peft_weights(str(run), device="cpu")
+        check_same_tensors(tensors, get_peft_model_state_dict(adapted), run)
+        return merge_adapter(adapted)

@@ -10,7 +10,6 @@ import copy
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,12 +22,12 @@ from torch import nn
 from ila.masks.mask import LayerMask
 from ila.models.attention import fuse_qkv, unfuse_qkv
 from ila.models.checkpointing import make_prefix_aware, undo_prefix_aware
+from ila.models.edit_report import ConversionReport as ConversionReport
+from ila.models.edit_report import MaskReport as MaskReport
 from ila.models.layer import MaskedLoraLayer, MaskedLoraLinear
 from ila.models.lean_head import plain_head
 from ila.models.mlp import make_lean, make_plain
 from ila.models.targets import (
-    NOTHING_OUTSIDE,
-    Outside,
     outside,
     restore_targets,
     retarget,
@@ -40,51 +39,6 @@ CLOSINGS = ("drop", "keep")
 
 # They move part of W into B A, so that W is not there once the adapter is gone.
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """Changes of ``convert`` or ``restore``: swapped modules, and name -> reason for the others.
-
-    ``mlps`` names the SwiGLU blocks that became lean, or plain again. ``attentions`` names the
-    blocks whose q, k and v now share their x (two of them must have adapters), or no longer do.
-    ``left`` also holds unchanged blocks. ``head`` tells whether a lean head was undone.
-    """
-
-    swapped: tuple[str, ...]
-    left: Mapping[str, str] = field(default_factory=dict)
-    mlps: tuple[str, ...] = ()
-    attentions: tuple[str, ...] = ()
-    head: bool = False
-
-    def __str__(self) -> str:
-        blocks = f", {len(self.mlps)} SwiGLU blocks" if self.mlps else ""
-        blocks += f", {len(self.attentions)} attention blocks" if self.attentions else ""
-        blocks += ", the head" if self.head else ""
-        lines = [f"{len(self.swapped)} layers swapped{blocks}, {len(self.left)} left"]
-        lines += [f"  left {name}: {reason}" for name, reason in self.left.items()]
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class MaskReport:
-    """Result of ``apply_mask``: the adapter, and the names of its open and closed layers.
-
-    ``closing`` tells whether closed layers dropped their adapters or keep them frozen. ``outside``
-    counts the trained parameters that no mask reaches.
-    """
-
-    adapter: str
-    open: tuple[str, ...]
-    closed: tuple[str, ...]
-    closing: str = "drop"
-    outside: Outside = NOTHING_OUTSIDE
-
-    def __str__(self) -> str:
-        total = len(self.open) + len(self.closed)
-        kept = ", the others keep what they learned" if self.closing == "keep" else ""
-        text = f"adapter {self.adapter!r}: {len(self.open)} of {total} layers open{kept}"
-        return f"{text}; {self.outside}" if self.outside.parameters else text
 
 
 def _dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any):

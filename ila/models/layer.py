@@ -96,7 +96,7 @@ def _dropout_of(dropout: nn.Module) -> float:
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 
-def _parameters_in(parts: Mapping[str, Any]) -> Iterator[nn.Parameter]:
+def _parameters_in(parts: Mapping[str, object]) -> Iterator[nn.Parameter]:
     for value in parts.values():
         if isinstance(value, nn.Module):
             yield from value.parameters()
@@ -172,7 +172,7 @@ class MaskedLoraLayer:
         """Compute with other layers from now on, or alone again."""
         object.__setattr__(self, "_shared_input", shared)  # nn.Module's takes 1 µs
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Return the state for copies and pickles, without the state of a running forward."""
         return {**self.__dict__, "_shared_input": None}
 

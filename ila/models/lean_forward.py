@@ -130,7 +130,7 @@ def _is_zero(logits_to_keep: int | Tensor) -> bool:
     return isinstance(logits_to_keep, int) and logits_to_keep == 0
 
 
-def _asks_for_more(kwargs: dict[str, Any]) -> bool:
+def _asks_for_more(kwargs: dict[str, object]) -> bool:
     """Tell whether an argument may change logits or loss in a way unknown here."""
     return any(
         value is not None

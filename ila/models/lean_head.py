@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -147,7 +147,7 @@ def _anchor(model: PreTrainedModel) -> nn.Module | None:
     return next((named[name] for name in AFTER_BLOCKS if name in named), None)
 
 
-def _unload(model: PreTrainedModel, **options: Any) -> nn.Module:
+def _unload(model: PreTrainedModel, **options: object) -> nn.Module:
     anchor = _anchor(model)
     plain_head(model)
     return anchor

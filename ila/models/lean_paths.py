@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd.function import FunctionCtx
 
 from ila.models.lean_loss import (
     IDENTITY,
@@ -162,7 +163,7 @@ class _Chunks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: FunctionCtx,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -176,7 +177,7 @@ class _Chunks(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return scaled(gradient, grad), None, None, None, None, None
 
@@ -207,12 +208,12 @@ def _(hidden, weight, bias, targets, scale, cap, with_gradient):
     return hidden.new_empty((), dtype=wide(hidden.dtype)), gradient
 
 
-def _keep_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _keep_gradient(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor | None, grad_of_gradient: Tensor | None):
+def _backward(ctx: FunctionCtx, grad: Tensor | None, grad_of_gradient: Tensor | None):
     if grad_of_gradient is not None:
         raise RuntimeError("the lean head can be differentiated once, not twice")
     (gradient,) = ctx.saved_tensors

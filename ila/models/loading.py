@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from ila.boundary import InputError, reading
+from ila.data.contracts import Row
 from ila.models.sizes import check_counts, check_fits, load_config
 
 DTYPES = {
@@ -176,9 +177,7 @@ def _packing(source: Source, load_in: str, dtype: torch.dtype | str) -> dict[str
     }
 
 
-def check_runs(
-    model: PreTrainedModel, source: Source, rows: Iterable[Mapping[str, Any]] = ()
-) -> None:
+def check_runs(model: PreTrainedModel, source: Source, rows: Iterable[Row] = ()) -> None:
     """Run a loaded model on its longest row, or on two tokens: an error is the model's own.
 
     Args:
@@ -235,7 +234,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_whole(source: Source, report: Mapping[str, Any]) -> None:
+def _check_whole(source: Source, report: Mapping[str, object]) -> None:
     """Refuse a model of which weights were not there: they would be drawn at random."""
     missing = sorted(report["missing_keys"])
     if missing:
@@ -284,7 +283,7 @@ def identity(model: PreTrainedModel, source: Source) -> dict[str, Any]:
     }
 
 
-def same_layers(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def same_layers(one: Mapping[str, object], other: Mapping[str, object]) -> bool:
     """Tell whether two ``identity`` are of models whose layers have the same names and sizes.
 
     A mask of an older version passes if it has the same configuration, or the same architecture
@@ -309,7 +308,7 @@ def _layer_sizes(model: PreTrainedModel) -> dict[str, list[int]]:
     return sizes | experts
 
 
-def _hash(value: Any) -> str:
+def _hash(value: object) -> str:
     canonical = json.dumps(value, sort_keys=True, default=str)
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""An adapter merged into its base, where layers may share a weight."""
+"""Merge an adapter into its base, where layers may share a weight."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from pathlib import Path
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict, load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from ila.boundary import reading
 
 
 def merge(peft_model: PeftModel) -> PreTrainedModel:
@@ -23,27 +20,11 @@ def merge(peft_model: PeftModel) -> PreTrainedModel:
     Returns:
         The base model, without adapters; its configuration says so if it was untied.
     """
-    with reading(f"{folder} is damaged", "the adapter in"):
-        adapted = PeftModel.from_pretrained(model, str(folder))
-        found = load_peft_weights(str(folder), device="cpu")
-        check_same_tensors(found, get_peft_model_state_dict(adapted), folder)
-    if untie(adapted):
+    model = peft_model.get_base_model()
+    if untie(peft_model):
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
     return peft_model.merge_and_unload(safe_merge=True)
-
-
-def check_same_tensors(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path
-) -> None:
-    """Refuse an adapter that lacks tensors of the model: PEFT would leave those as they are."""
-    for name, tensor in expected.items():
-        if name not in found or found[name].shape != tensor.shape:
-            has = tuple(found[name].shape) if name in found else "nothing"
-            raise ValueError(
-                f"the adapter in {folder} is damaged, or of another model: {name} must have shape "
-                f"{tuple(tensor.shape)}, got {has}"
-            )
 
 
 def untie(model: nn.Module) -> list[str]:
@@ -60,3 +41,16 @@ def untie(model: nn.Module) -> list[str]:
             module.get_base_layer().weight = own
             found.append(name)
     return found
+
+
+def check_same_tensors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path
+) -> None:
+    """Refuse an adapter that lacks tensors of the model: PEFT would leave those as they are."""
+    for name, tensor in expected.items():
+        if name not in found or found[name].shape != tensor.shape:
+            has = tuple(found[name].shape) if name in found else "nothing"
+            raise ValueError(
+                f"the adapter in {folder} is damaged, or of another model: {name} must have shape "
+                f"{tuple(tensor.shape)}, got {has}"
+            )

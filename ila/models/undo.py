@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -40,7 +38,7 @@ class Snapshot:
 class _Kept:
     """Class and attributes of an object, and the content of its dictionaries."""
 
-    def __init__(self, owner: Any):
+    def __init__(self, owner: object):
         self.owner, self.kind, self.attributes = owner, type(owner), dict(vars(owner))
         self.held = {k: dict(v) for k, v in self.attributes.items() if isinstance(v, dict)}
 
