@@ -97,7 +97,7 @@ def _check_config(run: Path) -> None:
 
 
 def _merged(model: PreTrainedModel, run: Path) -> PreTrainedModel:
-    """Merge the adapter of a run into its base model; refuse an adapter that lacks a part."""
+    """Merge the adapter of a run into its base model; an adapter that lacks a part is refused."""
     with reading(f"{run} is damaged", "the adapter in"):
         adapted = PeftModel.from_pretrained(model, str(run))
         tensors = load_peft_weights(str(run), device="cpu")

@@ -109,18 +109,6 @@ def _name_folder_in_errors(trainer: Trainer) -> None:
     trainer._save_checkpoint = named
 
 
-@contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
-    """Give a model back the attributes that accelerate has put into it."""
-    before = {name: vars(model)[name] for name in _PREPARED if name in vars(model)}
-    try:
-        yield
-    finally:
-        for name in _PREPARED:
-            vars(model).pop(name, None)
-        vars(model).update(before)
-
-
 def _check_sharded(model: nn.Module) -> None:
     """Raise if a model that an earlier run sharded cannot be trained again as it is."""
     trained = [p for p in model.parameters() if p.requires_grad]

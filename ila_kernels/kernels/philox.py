@@ -11,6 +11,8 @@ to within 2⁻¹⁷, and with 7 rounds the loop of ``shrink`` at R = 16 takes 35
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 
@@ -32,6 +34,15 @@ def keep_tile(seed, threshold, m, k0, BLOCK_M: tl.constexpr, BLOCK_K: tl.constex
     words = tl.join(tl.join(r0, r2), tl.join(r1, r3))
     low, high = (words & 0xFFFF).to(tl.int32), (words >> 16).to(tl.int32)
     return tl.reshape(tl.join(low >= threshold, high >= threshold), (BLOCK_M, BLOCK_K))
+
+
+def numbered(seeds: Sequence[int] | None) -> dict[str, int]:
+    """Name up to three seeds as arguments of a launch.
+
+    Not as one tuple: Triton specialises the numbers in a tuple, so every sixteenth seed would
+    compile its kernel anew.
+    """
+    return {f"seed{i}": seeds[i] if seeds and i < len(seeds) else 0 for i in range(3)}
 
 
 def threshold(dropout_p: float) -> int:

@@ -4,9 +4,9 @@ On a GPU or driver that Triton does not really support, kernels have been seen t
 and raise nothing (unslothai/unsloth#11614). Training on that is worse than an error.
 
 Every form of a kernel that training launches runs at least once: each number of adapters that a
-pass over x serves, forward and input gradient alone and added to another's, sums with their shares,
-all of it with and without dropout. A gate, one more number to read, is there in some of them. That
-is 60 launches.
+pass over x serves, outputs alone and joined, input gradients alone and added to another's, sums
+with their shares, all of it with and without dropout. A gate, one more number to read, is there in
+some of them. That is 68 launches.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ila_kernels.eager import Needs
 from ila_kernels.group import Member
 from ila_kernels.kernels import group
 from ila_kernels.kernels.grad_a import Adapter, grad_a
+from ila_kernels.kernels.joined_gemm import outputs
 from ila_kernels.kernels.launch import is_capturing
 from ila_kernels.kernels.shrink import shrink
 
@@ -84,6 +85,7 @@ def _check(shape, dtype, count, dropout_p, device, number, problem) -> None:
     exact = [_exact(x, m, dy, keep, dropout_p) for m, dy, keep in columns]
     found = [("t", t, right["t"]) for t, right in zip(every_t, exact, strict=True)]
     found += _grads_of_a(x, members, every_t, keeps, dropout_p)
+    found += _joined(x, [z._replace(gate=None) for z in members], every_t)
     found.append(("dx", dx, sum(right["dx"] for right in exact[:count])))
     for t, y, grad, right in zip(ts, ys, grads, exact[:count], strict=True):
         own = {"t": t, "y": y, "dA": grad.lora_a, "dB": grad.lora_b}
@@ -120,6 +122,18 @@ def _grads_of_a(x, members, us, keeps, dropout_p) -> list[tuple[str, Tensor, Ten
         for u, m, keep in zip(us, members, keeps, strict=True)
     ]
     return [("dA", da, right) for da, right in zip(das, exact + exact[:1], strict=True)]
+
+
+def _joined(x, members, us) -> list[tuple[str, Tensor, Tensor]]:
+    """Outputs of three layers, and of two, from one launch for any t; what each has to be."""
+    ys = [*outputs(x, members, us), *outputs(x, members[:2], us[:2])]
+    wide = x.cpu().double()
+    exact = [
+        wide @ m.weight.cpu().double().t()
+        + m.scale * u.cpu().double() @ m.lora_b.cpu().double().t()
+        for m, u in zip(members, us, strict=True)
+    ]
+    return [("y", y, right) for y, right in zip(ys, exact + exact[:2], strict=True)]
 
 
 def _needs(m: Member) -> Needs:

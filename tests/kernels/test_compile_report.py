@@ -201,5 +201,6 @@ def test_the_main_loop_is_innermost_and_of_equals_the_first():
 
 def test_the_report_covers_every_kernel_dtype_rank_and_target():
     cases = list(compile_report.cases())
-    by_descriptor = 5 * 2 * 4 * 3  # persistent kernels, 16-bit dtypes, ranks, targets
-    assert len(cases) == len(set(cases)) == 19 * 3 * 4 * 5 + by_descriptor
+    by_descriptor = (5 + 2) * 4 * 3  # bf16 and fp16 of persistent kernels, ranks, targets
+    by_pointer = (21 * 2 + 4) * 4 * 5  # bf16 and fp32 of all, fp16 of the compared GEMMs
+    assert len(cases) == len(set(cases)) == by_pointer + by_descriptor
