@@ -9,7 +9,7 @@ The low-rank product comes after the K loop, on the same accumulator: that leave
 is in the plain GEMM, while a product before it changed how the loop's addresses were kept (up to
 16 % more instructions in it on sm_80). γ is read on the device; γ = 0 makes the loop over R empty.
 
-On sm_90 and newer the same kernel has a persistent form: P and Q come through tensor descriptors (TMA,
+On sm_90 and newer the same kernel has a persistent form: P and Q come in tensor descriptors (TMA,
 no address arithmetic in the loop over K: 88 instructions instead of 124 in the forward on sm_90),
 and one program on each multiprocessor walks over the tiles. U, V and C stay on pointers: they are
 read or written once, in any dtype and with any strides.
@@ -270,7 +270,7 @@ def _descriptor(matrix: Tensor, block: tuple[int, int]):
 
 
 def _by_rows(q: Tensor) -> bool:
-    """Tell whether Q (K, N) is stored row by row, as in dx, or column by column, as in the forward."""
+    """Tell whether Q (K, N) is stored by rows, as in dx, or by columns, as in the forward."""
     return q.stride(1) == 1 and (q.stride(0) != 1 or q.shape[0] == 1)
 
 

@@ -27,8 +27,8 @@ from ila_kernels.kernels.shrink import shrink
 _passed: set[tuple[torch.device, str | None]] = set()
 
 SMALL = (37, 48, 40, 4)
-# Rows that a tensor descriptor takes, and more of them than the smallest tile has: `form` sends them
-# to the persistent form of the GEMM where that is chosen.
+# Rows that a tensor descriptor takes, and more of them than the smallest tile has: `form` sends
+# them to the persistent form of the GEMM where that is chosen.
 ALIGNED = (80, 72, 136, 4)
 SCALE = 0.5
 # Shape, dtype, members, dropout. Of two members the first has a gate.
