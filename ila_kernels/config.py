@@ -15,7 +15,7 @@ from ila_kernels.choice import Call, gpu_impl, preferred, verdicts_in_use
 
 Impl = Literal["auto", "triton", "hybrid", "eager", "reference"]
 IMPLS: tuple[str, ...] = ("auto", "triton", "hybrid", "eager", "reference")
-# Those that launch Triton kernels.
+# The implementations that launch Triton kernels.
 KERNEL_IMPLS = ("triton", "hybrid")
 
 
@@ -103,7 +103,7 @@ SHARED_LIMIT_BYTES: dict[str, int] = {
     "gfx942": 64 * 1024,
 }
 
-# None of the rows below is measured: each is reasoned from what the compiler reports, and
+# None of the rows below is measured: each is reasoned from the reports of the compiler, and
 # `benchmarks/compile_report.py` shows registers, spills and shared memory of every one.
 # BLOCK_R is filled in from R.
 
@@ -136,7 +136,7 @@ GEMM_SAFE = Tile(64, 64, 32, 0, warps=4, stages=3)
 # forward on sm_90; this one on none of the five targets.
 GEMM_FP32 = Tile(32, 64, 16, 0, warps=4, stages=2)
 
-# The same kernel in its persistent form: operands come by tensor descriptor, and one program on
+# The same kernel in its persistent form: operands come in tensor descriptors, and one program on
 # each multiprocessor walks over the tiles.
 GEMM_PERSISTENT: dict[str, Tile] = {
     # 128 KiB in four buffers, one block of 126 to 202 registers. K loop: 89 instructions at most
@@ -284,7 +284,7 @@ def gemm_form(
         element_bytes: Size of an element of P and Q.
         target: GPU class, e.g. ``"sm_90"``.
         refusals: ``descriptor_refusal`` of P and of Q.
-        preferred: What ``prefer(gemm=…)`` set, or ``None`` for the table.
+        preferred: Value of ``prefer(gemm=…)``, or ``None`` for the table.
 
     >>> gemm_form(8192, 4096, 2, "sm_90")
     ('pointer', 'the persistent form is not measured on sm_90')
@@ -357,7 +357,7 @@ def shrink_tile(
 
 
 def _plain_shrink_tile(r: int, element_bytes: int, adapters: int, dropout: bool) -> Tile:
-    """The tile where nothing runs ahead, 45 KiB of shared memory at most, and that of fp32.
+    """Return the tile where nothing runs ahead, 45 KiB of shared memory at most, or for fp32.
 
     In fp32 64 rows and 8 warps for a group: with 4, three adapters spilled 2 to 4 on sm_100 and
     sm_120, but with 8 under dropout 10 on sm_90; at 32 rows, two spilled up to 13 on sm_90.

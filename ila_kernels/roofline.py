@@ -14,7 +14,7 @@ Of several linears of one x the fused kernels read x twice: for every t, and for
 
 R is small, but the fused kernels leave fp32 shares of their sums: u from every 256 columns of dy,
 dB and dA from every 256 to 1024 rows. At M = 8192, N = 4096, R = 16 the shares of u and dB add 38 %
-to the M·N of the one read of dy; what sharing that read saves is 100 %.
+to the M·N of the one read of dy; sharing that read saves 100 %.
 
 With fp32 adapters over a 16-bit base peft's low-rank branch lives in fp32: x is copied to it, and
 its (M, N) tensors are twice as wide. With dropout addmm redraws the mask in backward and saves no

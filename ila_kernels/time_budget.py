@@ -1,8 +1,8 @@
 """Where the time of a block goes on a GPU, computed: bytes and FLOPs by a few assumed speeds.
 
 A budget, not a measurement: each row says which measurement would show it wrong. The base is the
-time of the frozen GEMMs, x Wᵀ and dy W of every linear of a block; the rows are what four ways of
-adding a LoRA update to each of them cost on top.
+time of the frozen GEMMs, x Wᵀ and dy W of every linear of a block; the rows are the further cost of
+four ways to add a LoRA update to each of them.
 
     triton   the fused kernels, with a GEMM that takes ``rho`` times as long as the library's
     hybrid   our kernels for the thin products, then the library's GEMM added to the update (β = 1)
@@ -95,7 +95,7 @@ def time_budget(
         rank: R.
         block: K and every N of the linears that read one x.
         rho: Time of the Triton GEMM over that of the library's.
-        speeds: What is assumed.
+        speeds: Assumed speeds.
 
     Returns:
         A row for each part.
@@ -185,7 +185,7 @@ def _update(part: str, clock: _Clock, outputs: Sequence[int], why: str) -> Budge
 
 
 def _shared_dx(clock: _Clock, m: int, r: int, block: Block) -> BudgetRow:
-    """The dx of several layers in one tensor: read by each further GEMM, no sum by autograd."""
+    """Count the dx of several layers in one tensor: each further GEMM reads it, no autograd sum."""
     further = sum(BYTES * m * k * (len(ns) - 1) for k, ns in block)
     launches = sum(len(ns) - 1 for _, ns in block)
     spared = clock.moved(3 * further, clock.speeds.pointwise, launches)

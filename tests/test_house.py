@@ -109,6 +109,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "lean_families",
             "lean_forward",
             "lean_head",
+            "edit_report",
             "edit",
             "merge",
             "open_weights",

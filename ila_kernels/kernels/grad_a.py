@@ -57,7 +57,7 @@ def _grad_a(
 
 
 class Adapter(NamedTuple):
-    """What makes one dA (R, K) of ``dtype`` from x: u (M, R) contiguous, seed, α, γ."""
+    """Operands of one dA (R, K) of ``dtype``, beside x: u (M, R) contiguous, seed, α, γ."""
 
     u: Tensor
     seed: int | None
@@ -110,7 +110,7 @@ def _run(
 
 
 def grad_a(x: Tensor, adapters: Sequence[Adapter], dropout_p: float) -> list[Tensor]:
-    """x (M, K) and what each adapter holds -> every dA (Rᵢ, K); the same bits every time."""
+    """Compute every dA (Rᵢ, K) from x (M, K) and the adapters; the same bits every time."""
     (m, k), target, found = x.shape, target_of(x), []
     stretches = -(-m // rows_per_program(m, k))
     wide = {"dtype": torch.float32, "device": x.device}

@@ -30,7 +30,7 @@ from ila_kernels.kernels.shrink import shrink
 
 
 def shrink_all(x: Tensor, members: Sequence[Member], dropout_p: float) -> list[Tensor | None]:
-    """Every t = x̂ Aᵀ of the group from one pass over x, each under its member's own mask."""
+    """Compute every t = x̂ Aᵀ of the group in one pass over x, each under its member's mask."""
     adapters = [m for m in members if m.is_open]
     seeds = [seed_number(m.seed) for m in adapters] if dropout_p > 0.0 else None
     ts = iter(shrink(x, [m.lora_a for m in adapters], seeds, dropout_p))

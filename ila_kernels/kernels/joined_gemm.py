@@ -1,7 +1,7 @@
 """yᵢ = x Wᵢᵀ + γᵢαᵢ tᵢ Bᵢᵀ + biasᵢ for two or three layers of one x, by one launch.
 
-Their columns lie side by side in one grid: k and v, a quarter as wide as q, fill what q leaves of
-the last wave instead of making two waves of their own, x comes from L2 for all outputs (M·K
+Their columns lie side by side in one grid: k and v, a quarter as wide as q, fill the rest of
+the last wave of q instead of making two waves of their own, x comes from L2 for all outputs (M·K
 elements for each further one, apart), and the host pays for one launch. A program picks the
 pointers of its output before its loop over K, which is that of ``lowrank_gemm``, and so are the
 bits.
@@ -98,7 +98,7 @@ def joins(x: Tensor, members: Sequence[Member], target: str) -> bool:
 
 
 def _kind(x: Tensor, z: Member, target: str) -> tuple:
-    """Whether a member can be joined at all, and what has to be equal in those that are."""
+    """Tell whether a member can be joined, and return the values that joined members share."""
     able = z.weight.is_contiguous() and z.lora_b.is_contiguous() and 0 not in z.lora_b.shape
     able &= form(x, z.weight.t(), target, preference().gemm)[0] == "pointer"
     able &= z.bias is None or z.bias.is_contiguous()

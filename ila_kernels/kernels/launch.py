@@ -1,7 +1,7 @@
 """A launch as a value: the kernel, its grid, its arguments and its tile; and launches prepared.
 
 The launchers make a ``Launch`` and run it; ``benchmarks/compile_report.py`` makes the same one from
-tensors without data and compiles it ahead of time, so what is proven there is what runs.
+tensors without data and compiles it ahead of time: the proof holds for the launch that runs.
 
 Making one and finding its compiled kernel took 48 µs of the host for a GEMM, as long as the GPU
 works on it at a few hundred rows. Training repeats the same launches with other addresses, so
@@ -77,7 +77,7 @@ MOST_PREPARED = 4096
 
 
 def layout(*tensors: Tensor | None) -> tuple:
-    """Return what of tensors decides a launch: shapes, strides, dtypes, addresses modulo 16."""
+    """Return the values that decide a launch: shapes, strides, dtypes, addresses modulo 16."""
     return tuple(
         None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors
     )

@@ -9,7 +9,7 @@ The low-rank product comes after the K loop, on the same accumulator: that leave
 is in the plain GEMM, while a product before it changed how the loop's addresses were kept (up to
 16 % more instructions in it on sm_80). γ is read on the device; γ = 0 makes the loop over R empty.
 
-On sm_90 and newer the same kernel has a persistent form: P and Q come by tensor descriptor (TMA,
+On sm_90 and newer the same kernel has a persistent form: P and Q come in tensor descriptors (TMA,
 no address arithmetic in the loop over K: 88 instructions instead of 124 in the forward on sm_90),
 and one program on each multiprocessor walks over the tiles. U, V and C stay on pointers: they are
 read or written once, in any dtype and with any strides.
@@ -82,15 +82,15 @@ def _tile(
             u_tile, v_tile = _update_tiles(
                 u_ptr, v_ptr, m, n, 0, in_m, in_n, rank, factor, u_m, u_r, v_r, v_n, DTYPE, BLOCK_R
             )
-    # Added at the end, what C held took the registers of 10 to 17 spills in the persistent form on
-    # sm_100; in the accumulator from the start, those of one block of two with pointers on sm_90.
+    # Added at the end, the old C caused 10 to 17 spills in the persistent form on sm_100; in the
+    # accumulator from the start, it took the registers of one block of two with pointers on sm_90.
     if ACCUMULATE and PERSISTENT:
         c = c_ptr + m[:, None] * c_m + n[None, :]
         acc = tl.load(c, mask=in_m & in_n, other=0.0).to(tl.float32)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if PERSISTENT:
-        # P and Q are tensor descriptors: what lies outside comes as zeros, without a mask.
+        # P and Q are tensor descriptors: elements outside read as zeros, without a mask.
         for k0 in range(0, K, BLOCK_K):
             p_tile = p_ptr.load([row * BLOCK_M, k0])
             q_tile = q_ptr.load([k0, n0]) if Q_ROWS else q_ptr.load([n0, k0]).T
@@ -118,7 +118,7 @@ def _tile(
         if ONE_STEP:
             update = tl.dot(u_tile, v_tile, update, input_precision=PRECISION)
         else:
-            # Not pipelined: its buffers came on top of those of the K loop. At R = 64 on sm_90
+            # Not pipelined: its buffers would add to the buffers of the K loop. At R = 64 on sm_90
             # that was 128 KiB for 96, and one block on a multiprocessor for two.
             for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
                 u_tile, v_tile = _update_tiles(
@@ -136,7 +136,7 @@ def _tile(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n * bias_n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if ACCUMULATE and not PERSISTENT:
-        # One half of the columns after the other: all of what C holds beside all the accumulators
+        # One half of the columns after the other: the whole old C beside all the accumulators
         # took 148 registers on sm_100, and one block of two; this takes 94 at most.
         halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)).split()
         for i in tl.static_range(2):
@@ -213,7 +213,7 @@ def launch(
     """Describe the launch that writes C (M, N); without U and V it is the plain GEMM.
 
     With ``programs`` it is the persistent form on so many of them, for operands that ``form``
-    allows. ``tile`` replaces that of the table. With ``accumulate`` it adds to what C holds.
+    allows. ``tile`` replaces that of the table. With ``accumulate`` it adds to the content of C.
     """
     (m, k), n = p.shape, q.shape[1]
     r = 1 if u is None else u.shape[1]
@@ -251,7 +251,7 @@ def launch(
 
 
 def _described(p: Tensor, q: Tensor, tile: Tile) -> dict[str, object]:
-    """The arguments of the persistent form: P and Q as descriptors, which hold their strides."""
+    """Return the arguments of the persistent form: P and Q as descriptors with their strides."""
     q_rows = _by_rows(q)
     stored = q if q_rows else q.t()
     block = (tile.k, tile.n) if q_rows else (tile.n, tile.k)
@@ -270,7 +270,7 @@ def _descriptor(matrix: Tensor, block: tuple[int, int]):
 
 
 def _by_rows(q: Tensor) -> bool:
-    """Whether Q (K, N) is stored row by row, as in dx, or column by column, as in the forward."""
+    """Tell whether Q (K, N) is stored by rows, as in dx, or by columns, as in the forward."""
     return q.stride(1) == 1 and (q.stride(0) != 1 or q.shape[0] == 1)
 
 

@@ -27,8 +27,8 @@ from ila_kernels.kernels.shrink import shrink
 _passed: set[tuple[torch.device, str | None]] = set()
 
 SMALL = (37, 48, 40, 4)
-# Rows that a tensor descriptor takes, and more of them than the smallest tile has: what `form`
-# sends to the persistent form of the GEMM where that is chosen.
+# Rows that a tensor descriptor takes, and more of them than the smallest tile has: `form` sends
+# them to the persistent form of the GEMM where that is chosen.
 ALIGNED = (80, 72, 136, 4)
 SCALE = 0.5
 # Shape, dtype, members, dropout. Of two members the first has a gate.
@@ -112,7 +112,7 @@ def _drawn(
 
 
 def _grads_of_a(x, members, us, keeps, dropout_p) -> list[tuple[str, Tensor, Tensor]]:
-    """Every dA from one pass over x, and the first alone, for any u, and what each has to be."""
+    """Return every dA from one pass over x, the first alone, and the expected values."""
     seeds = [None if m.seed is None else int(m.seed) for m in members]
     rows = zip(us, seeds, members, strict=True)
     adapters = [Adapter(u, seed, m.scale, None, u.dtype) for u, seed, m in rows]
@@ -125,7 +125,7 @@ def _grads_of_a(x, members, us, keeps, dropout_p) -> list[tuple[str, Tensor, Ten
 
 
 def _joined(x, members, us) -> list[tuple[str, Tensor, Tensor]]:
-    """Outputs of three layers, and of two, from one launch for any t; what each has to be."""
+    """Return outputs of three layers, and of two, from one launch, and the expected values."""
     ys = [*outputs(x, members, us), *outputs(x, members[:2], us[:2])]
     wide = x.cpu().double()
     exact = [
@@ -141,7 +141,7 @@ def _needs(m: Member) -> Needs:
 
 
 def _keep(x: Tensor, m: Member, dropout_p: float) -> Tensor:
-    """The mask of a member, read off the t of x = 1 and A = 1."""
+    """Read the mask of a member off the t of x = 1 and A = 1."""
     if m.seed is None:
         return torch.ones(())
     one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
@@ -150,7 +150,7 @@ def _keep(x: Tensor, m: Member, dropout_p: float) -> Tensor:
 
 
 def _exact(x: Tensor, m: Member, dy: Tensor, keep: Tensor, dropout_p: float) -> dict[str, Tensor]:
-    """Every result of one member as it is defined."""
+    """Compute every result of one member by its definition."""
     # Not by autograd: inside an op, where a compiled graph gets here, it records nothing.
     gate = torch.ones(1) if m.gate is None else m.gate
     tensors = (x, dy, m.weight, m.lora_a, m.lora_b, gate)

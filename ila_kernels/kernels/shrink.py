@@ -92,7 +92,7 @@ def launch(
 def _pass(
     x: Tensor, adapters: Sequence[Tensor], seeds: Sequence[int] | None, dropout_p: float
 ) -> list[Tensor]:
-    """Every t of up to three adapters, from one pass over x."""
+    """Compute every t of up to three adapters in one pass over x."""
     (m, k), ranks, target = x.shape, [a.shape[0] for a in adapters], target_of(x)
     parts = shrink_shares(m, k, max(ranks))
     if parts == 1:
