@@ -4,6 +4,7 @@ The functions import rich: training on a cluster does not need it.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
@@ -34,13 +35,13 @@ def render_compare(rows: Sequence[Agreement]) -> "Table":
     body = []
     for row in rows:
         rho = ["none, equal", "scores"] if row["spearman"] is None else [f"{row['spearman']:.2f}"]
-        cells = [[f"{top['jaccard']:.2f}", f"(chance {top['chance']:.2f})"] for top in row["top"]]
+        cells = [[f"{top['jaccard']:.2f}", f"({top['chance']:.2f})"] for top in row["top"]]
         body.append([[row["a"], f"and {row['b']}"], rho, *cells])
     caption = (
         "Rank correlation: Spearman's; 1 is the same order, 0 no relation; there is none where all "
         "scores of a mask are equal, and its top layers are then the first by name.\n"
         "Same in top p: layers both choose / layers either chooses (Jaccard), "
-        "beside what two random choices reach."
+        "and in brackets what two random choices reach."
     )
     return _table("Agreement between masks", header, body, caption)
 
@@ -132,13 +133,15 @@ def _table(title: str, header: list[str], body: list[list[Cell]], caption: str) 
     from rich.text import Text  # rich reads plain strings as markup: "[p10]", "[bold]"
 
     table = Table(title=title, caption=Text(caption), caption_justify="left")
+    names = [[line for part in first for line in wrap(part, NAME_WIDTH)] for first, *_ in body]
     for index, name in enumerate(header):
-        words = max(map(len, name.split()))
+        words = max(map(len, name.split() if index else [name, *chain.from_iterable(names)]))
         justify = "right" if index else "left"
         table.add_column(Text(name), justify=justify, min_width=words, overflow="fold")
-    for first, *rest in body:
-        names = "\n".join(line for part in first for line in wrap(part, NAME_WIDTH))
-        table.add_row(Text(names), *(Text("\n".join(parts), no_wrap=True) for parts in rest))
+    for lines, (_, *rest) in zip(names, body, strict=True):
+        table.add_row(
+            Text("\n".join(lines)), *(Text("\n".join(parts), no_wrap=True) for parts in rest)
+        )
     return table
 
 
