@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # A cell in parts: one line each on a terminal, one after the other in Markdown.
 Cell = list[str]
-NAME_WIDTH = 18
+NAME_WIDTH = 16
 
 
 def render_compare(rows: Sequence[Agreement]) -> "Table":
