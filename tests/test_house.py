@@ -143,7 +143,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "select_layers",
             "one_run",
         ),
-        "reports": ("texts", "phases", "tables", "figures", "pareto"),
+        "reports": ("texts", "phases", "versus", "tables", "figures", "pareto"),
         "__init__": (),
         "commands": (
             "options",
@@ -158,6 +158,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "explain",
             "report",
             "export",
+            "plan",
             "demo",
         ),
         "cli": (),
