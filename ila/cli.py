@@ -441,10 +441,10 @@ def export(
 @app.command()
 def demo(
     out: options.Out = Path("runs/demo"),
-    steps: options.DemoSteps = 30,
+    steps: options.DemoSteps = 72,
     fresh: options.Fresh = False,
 ) -> None:
-    """Run the whole path on SmolLM2-135M and three small instruction sets."""
+    """Train SmolLM2-135M in one run with a selection, beside PEFT on all layers."""
     from ila.commands.demo import run_demo
 
     run_demo(out, steps=steps, fresh=fresh, screen=screen)

@@ -139,7 +139,7 @@ TrainedRun = Annotated[Path, typer.Argument(help="Folder of `ila train`.")]
 Merge = Annotated[
     bool, typer.Option("--merge", help="Merge the adapter into the dense base model.")
 ]
-DemoSteps = Annotated[int, typer.Option(help="Optimiser steps of each stage and each training.")]
+DemoSteps = Annotated[int, typer.Option(help="Optimiser steps of each training.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Remove the old content of --out first.")]
 
 # Options of `ila train` for a selection in the middle of the run.
