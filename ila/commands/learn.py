@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from ila.models.open_weights import OpenLayers, open_layers
 from ila.reports.figures import heatmap
 from ila.runs.checkpoints import LOGS, keep_logs
 from ila.runs.processes import owning, processes
+from ila.runs.records import COUNT, NUMBER, OBJECT, TEXT, check_record, or_null
 from ila.search.learn import SearchConfig, learn_mask
 from ila.search.weight_updates import WeightUpdates
 from ila.training.loop import held_out_loss
@@ -53,9 +53,8 @@ def _learn_owned(
     claim_folder(out, description, resume, "learn")
     if resume and (out / "mask.json").is_file():
         mask = LayerMask.load(out)
-        search = mask.provenance.get("search")
-        if not isinstance(search, Mapping) or not isinstance(search.get("config"), Mapping):
-            raise ValueError(f"{out / 'mask.json'} is damaged: it does not say how it was learned")
+        _check_finished(mask, out)
+        search = mask.provenance["search"]
         same = thawed(search["config"]) == json.loads(json.dumps(config.as_dict()))
         if same and mask.provenance.get("full", False) == full:
             return mask, prepared.note  # finished; with another config, learn_mask objects
@@ -85,3 +84,27 @@ def _learn_owned(
         for folder in ("stage1", "stage2", WeightUpdates.folder):
             shutil.rmtree(out / folder, ignore_errors=True)
     return mask, prepared.note
+
+
+_HELD_OUT = dict.fromkeys(("before", "after_stage1"), or_null(NUMBER))
+_STAGE1 = {
+    **dict.fromkeys(("first_window_loss", "last_window_loss"), NUMBER),
+    **{"steps": COUNT, "loss_window": COUNT, "stopped": TEXT},
+}
+
+
+def _check_finished(mask: LayerMask, out: Path) -> None:
+    """Refuse a mask that does not say how it was learned."""
+    where = f"{out / 'mask.json'}, provenance"
+    check_record(mask.provenance, {"search": OBJECT, "held_out_loss": OBJECT}, where)
+    check_record(mask.provenance["held_out_loss"], _HELD_OUT, f"{where}.held_out_loss")
+    search = mask.provenance["search"]
+    parts = dict.fromkeys(("config", "stage1", "stage2", "spread"), OBJECT)
+    check_record(search, parts, f"{where}.search")
+    check_record(search["config"], {"method": TEXT}, f"{where}.search.config")
+    check_record(search["stage1"], {"steps": COUNT}, f"{where}.search.stage1")
+    if search["stage1"]["steps"]:
+        check_record(search["stage1"], _STAGE1, f"{where}.search.stage1")
+    check_record(search["stage2"], {"steps": COUNT}, f"{where}.search.stage2")
+    spread = dict.fromkeys(("min", "max", "std"), NUMBER)
+    check_record(search["spread"], spread, f"{where}.search.spread")

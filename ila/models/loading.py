@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -175,7 +176,8 @@ def check_runs(
         rows: Rows with ``input_ids`` that it is to read.
 
     Raises:
-        ValueError: The model cannot run, or its embedding has no row for a token.
+        ValueError: The model cannot run, its loss is not finite, or its embedding has no row for a
+            token.
     """
     longest: Sequence[int] = [0, 0]
     most = 0
@@ -194,9 +196,14 @@ def check_runs(
     devices = [device] if device.type == "cuda" else []
     try:
         with reading(source.name, "model"), torch.no_grad(), torch.random.fork_rng(devices):
-            model.train()(input_ids=tokens, use_cache=False)
+            loss = float(model.train()(input_ids=tokens, labels=tokens, use_cache=False).loss)
     finally:
         model.train(was_training)
+    if len(longest) > 1 and not math.isfinite(loss):
+        raise ValueError(
+            f"model {source.name!r} must have a finite loss, got {loss} for a row of "
+            f"{len(longest)} tokens; are its weights or its configuration damaged?"
+        )
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
