@@ -43,7 +43,7 @@ report: $(VENV)/.test ## compile every kernel for every target, no GPU needed; m
 check: $(VENV)/.check ## lint, formatting, import order: nothing that needs torch
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --noconftest -q -m static tests/test_house.py
+	$(BIN)/python -m pytest --noconftest -q -m static tests/test_house.py tests/test_words.py
 	$(if $(wildcard examples/data/make.py),$(BIN)/python examples/data/make.py --check)
 
 bench: $(VENV)/.test ## run the benchmarks

@@ -6,7 +6,7 @@ collect_ignore_glob = [
     path
     for package, path in (
         ("triton", "ila_kernels/kernels/*"),
-        ("bitsandbytes", "ila/quantized.py"),
+        ("bitsandbytes", "ila/models/quantized.py"),
     )
     if find_spec(package) is None
 ]

@@ -59,6 +59,8 @@ setup(
         "safetensors>=0.4.3",
         "filelock>=3.12",
         "numpy>=1.26",
+        # Where measurements of a GPU are kept.
+        "platformdirs>=4",
         "typer>=0.12",
         "rich>=13",
         "matplotlib>=3.8",

@@ -31,7 +31,7 @@ from ila.commands.train import train_selected
 from ila.masks.mask import LayerMask
 from ila.models.loading import find_source, load_model
 from ila.price.budget import TIME, Budget, Spending
-from ila.price.calibration import ALL, Steps, batch_of, calibrate
+from ila.price.calibration import ALL, StepTimer, batch_of, calibrate
 from ila.price.shapes import Shape
 from ila.price.speed import Speed
 from ila.runs.atomic import write_json_atomic
@@ -104,7 +104,7 @@ class Run:
     def time(self) -> None:
         model, shape = self.model()
         sets = {name: set(row["open"]) for name, row in self.chosen().items()}
-        steps = Steps(model, sets, batch_of(model, shape.rows, shape.length))
+        steps = StepTimer(model, sets, batch_of(model, shape.rows, shape.length))
         busy = Busy(processes().device, load_average())
         busy.sample()
         times = steps.measured(self.options.rounds)

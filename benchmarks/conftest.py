@@ -27,6 +27,8 @@ from benchmarks.harness.timing import CLOCKS
 SESSION = pytest.StashKey[Session]()
 REPOSITORY = Path(__file__).resolve().parent.parent
 ARITHMETIC = REPOSITORY / "examples" / "data" / "arithmetic.jsonl"
+# What `path` learned on GSM8K in the study, seed 0: for the demo's model.
+LEARNED = Path(__file__).parent / "masks" / "smollm2-gsm8k.json"
 
 
 _NOW = [0.0]
@@ -55,7 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--results", type=Path, help="folder for the JSON files (.benchmarks)")
     group.addoption("--model", help="folder, hub id or GGUF file (the demo's SmolLM2-135M)")
     group.addoption("--data", type=Path, help="instruction rows (examples/data/arithmetic.jsonl)")
-    group.addoption("--mask", type=Path, help="a mask of the model, from `ila learn`")
+    group.addoption("--mask", type=Path, help="a mask of the model, from `ila learn` (of SmolLM2)")
     group.addoption("--clock", choices=list(CLOCKS), default="wall", help="on a CPU")
     group.addoption("--batch", metavar="ROWSxTOKENS", help="of test_model.py alone")
     group.addoption("--rounds", type=int, help="interleaved rounds of every cell")
@@ -70,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
         rounds=given("rounds"),
         model=given("model"),
         data=given("data") or ARITHMETIC,
-        mask=given("mask"),
+        mask=given("mask") or (LEARNED if given("model") is None else None),
         batch=None if given("batch") is None else _batch(given("batch")),
         scratch=config.rootpath / ".benchmarks",
     )

@@ -31,6 +31,7 @@ README, FIGURES = "README.md", "docs/figures"
 SUFFIXES = (".png", ".svg")
 COMMAND = "python -m benchmarks.report"
 NOTHING = "Nothing measured yet."
+LONG = 12  # lines of a table that a page shows unfolded
 MORE = (
     "All tables and figures: [docs/benchmarks.md](docs/benchmarks.md) and "
     "[docs/study.md](docs/study.md)."
@@ -98,6 +99,18 @@ def sources_of(section: ModuleType) -> list[bytes]:
     return [path.read_text(encoding="utf-8").encode() for path in beside]
 
 
+def folded(part: str) -> str:
+    r"""Fold a long table away behind a line; anything else stays as it is.
+
+    >>> folded("| a |\n| --- |\n| 1 |")
+    '| a |\n| --- |\n| 1 |'
+    """
+    lines = part.splitlines()
+    if len(lines) <= LONG or not all(line.startswith("|") for line in lines):
+        return part
+    return f"<details><summary>Table of {len(lines) - 2} rows</summary>\n\n{part}\n\n</details>"
+
+
 def section_text(section: ModuleType, content: Mapping[str, Any], pictures: list[str]) -> list[str]:
     """Heading, paragraphs, and the pictures that no paragraph shows."""
     parts = section.markdown(content)
@@ -105,6 +118,7 @@ def section_text(section: ModuleType, content: Mapping[str, Any], pictures: list
         return []
     title = getattr(section, "TITLE", None) or section.__doc__.splitlines()[0].rstrip(".")
     shown = "\n".join(parts)
+    parts = [folded(part) for part in parts]
     rest = [name for name in pictures if f"](figures/{name})" not in shown]
     says = {name: Path(name).stem.replace("-", " ") for name in rest}
     return [f"## {title}", *parts, *(f"![{says[name]}](figures/{name})" for name in rest)]

@@ -23,6 +23,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from benchmarks.memory.kept import OUTSIDE, PLACES, saved_bytes
+from benchmarks.memory.rows import fused
 from benchmarks.memory.true_size import (
     OPEN,
     RANK,
@@ -59,6 +60,7 @@ def contestants() -> dict[str, Callable[[nn.Module], nn.Module]]:
         "PEFT": adapted,
         "PEFT, bf16 adapters": lambda base: adapted(base, bf16=True),
         "PEFT, dropout": lambda base: adapted(base, DROPOUT),
+        "PEFT, fused loss": lambda base: fused(adapted(base)),
         "frozen": frozen,
         "ours, all open": lambda base: converted(adapted(base)),
         "ours, dropout": lambda base: converted(adapted(base, DROPOUT)),

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.harness.session import Options
 from benchmarks.model.cell import TRITON, ModelCell
-from benchmarks.model.contestants import Spec
+from benchmarks.model.contestants import FUSED_LOSS, Spec
 
 RESULT = "model"
 SHARES = (0.75, 0.3, 0.1)
@@ -35,16 +35,18 @@ def opened(options: Options) -> list[tuple[float, str]]:
 def specs(options: Options) -> Iterator[Spec]:
     """Every contestant."""
     yield from (Spec("PEFT"), Spec("PEFT, base dtype"), Spec("PEFT, dropout"), Spec("addmm"))
+    yield Spec(FUSED_LOSS)
     kinds = ("ours", TRITON) if options.device.type == "cuda" else ("ours",)
     if options.size == "full":
         yield Spec("PEFT, compiled")
     yield from (Spec(kind) for kind in (*kinds, "frozen"))
     for share, position in opened(options):
-        yield Spec("PEFT", share, position)
+        yield from (Spec("PEFT", share, position), Spec(FUSED_LOSS, share, position))
         yield from (Spec(kind, share, position) for kind in kinds)
         if position == "top":  # scattered and bottom leave no frozen prefix to cache
             yield Spec("ours", share, position, cache=True)
-    under = opened(options) if options.size == "full" else [(0.3, "top")]
+    usual = [(0.3, "top"), *([(0.3, "learned")] if options.mask is not None else [])]
+    under = opened(options) if options.size == "full" else usual
     yield from (Spec(kind, checkpoints=True) for kind in ("PEFT", "ours"))
     for share, position in under:
         yield from (Spec(kind, share, position, checkpoints=True) for kind in ("PEFT", "ours"))

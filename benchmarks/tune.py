@@ -3,8 +3,8 @@
     python -m benchmarks.tune                              rows of GEMM_16BIT and GEMM_PERSISTENT
     python -m benchmarks.tune --form pointer --rank 64     one form, another rank
     python -m benchmarks.tune --shapes 8192x4096x4096      M x K x N, forward and dx of each
-    python -m benchmarks.tune --auto                       the row of choice.MEASURED, with the
-                                                           tiles that the tables hold now
+
+Which implementation ``impl="auto"`` takes is measured by ``ila_kernels.tune``, with these tiles.
 
 A tile has to give the right numbers before it is timed. All candidates run on the first product;
 the best of them on every product, in interleaved rounds of which the median counts. A tile's score
@@ -29,7 +29,6 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from ila_kernels import masked_lora_linear
 from ila_kernels.config import GEMM_PERSISTENT, SHARED_LIMIT_BYTES, Tile, rank_block
 from ila_kernels.device import multiprocessors, target_of
 from ila_kernels.kernels import lowrank_gemm
@@ -38,7 +37,6 @@ from ila_kernels.testing import assert_within_rounding
 
 # Llama-3-8B: q and o, k and v, gate and up, down.
 SHAPES = ((8192, 4096, 4096), (8192, 4096, 1024), (8192, 4096, 14336), (8192, 14336, 4096))
-LADDER = (1, 4, 16, 64, 256, 1024, 4096)
 # What every GPU that Triton supports lets a block have without asking for more.
 LEAST_SHARED_BYTES = 48 * 1024
 CHECKED_ROWS = 128
@@ -155,22 +153,6 @@ def tile_row(target: str, tile: Tile, evidence: str) -> str:
     return f'{commented(evidence)}\n    "{target}": Tile({size}),'
 
 
-def measured_row(target: str, ratio: float, flop_per_byte: float, rows: int, source: str) -> str:
-    """A row of choice.MEASURED."""
-    return f'    "{target}": Measured({ratio:.2f}, {flop_per_byte:.0f}.0, {rows}, "{source}"),'
-
-
-def least_rows(ladder: Mapping[int, tuple[float, float]]) -> int | None:
-    """The M from which on fused (first) is no slower than addmm (second); ``None`` for never."""
-    found = None
-    for m in sorted(ladder, reverse=True):
-        fused, addmm = ladder[m]
-        if fused > addmm:
-            break
-        found = m
-    return found
-
-
 # --- on a GPU
 
 
@@ -252,37 +234,6 @@ def tune(shapes, r: int, forms: Sequence[str], target: str) -> list[str]:
     return rows
 
 
-def measure_auto(shapes, r: int, target: str) -> list[str]:
-    """Measure the row of choice.MEASURED with the tiles and the form that the library takes."""
-    ratios, speeds = [], []
-    for job in products(shapes, r):
-        z = job.tensors(torch.bfloat16, "cuda")
-        form, _ = lowrank_gemm.form(z["p"], z["q"], target, None)
-        programs = multiprocessors(0) if form == "persistent" else None
-        rest = (1.0, None, None, None, 0.0, target, programs)
-        plain = lowrank_gemm.launch(z["p"], z["q"], None, None, z["c"], *rest)
-        ours, library = time_ms(plain.run), time_ms(lambda z=z: torch.mm(z["p"], z["q"]))
-        ratios.append(ours / library)
-        speeds.append(2 * job.m * job.n * job.k / library)
-    source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
-    copy = torch.empty_like(source)
-    bytes_per_ms = 2 * source.numel() / time_ms(lambda: copy.copy_(source))
-    ladder = {}
-    for m in LADDER:
-        z = Product("forward", m, 4096, 4096, r).tensors(torch.bfloat16, "cuda")
-        a = torch.randn(r, 4096, device="cuda")
-        arguments = (z["p"], z["q"].t(), a, z["v"].t())
-        ladder[m] = tuple(
-            time_ms(lambda impl=impl, z=arguments: masked_lora_linear(*z, impl=impl))
-            for impl in ("triton", "eager")
-        )
-    rows = least_rows(ladder)
-    if rows is None:
-        return [f"# MEASURED: the fused forward is slower than addmm up to {LADDER[-1]} rows"]
-    ratio, speed = statistics.geometric_mean(ratios), statistics.median(speeds)
-    return ["# MEASURED", measured_row(target, ratio, speed / bytes_per_ms, rows, provenance())]
-
-
 def shape(text: str) -> tuple[int, int, int]:
     """Read ``"8192x4096x4096"``."""
     sizes = tuple(int(size) if size.isdigit() else 0 for size in text.split("x"))
@@ -296,7 +247,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="MxKxN")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--form", choices=("pointer", "persistent"))
-    parser.add_argument("--auto", action="store_true", help="measure what impl='auto' goes by")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(
@@ -306,11 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     target = target_of(torch.empty(1, device="cuda"))
-    if options.auto:
-        rows = measure_auto(options.shapes, options.rank, target)
-    else:
-        forms = (options.form,) if options.form else ("pointer", "persistent")
-        rows = tune(options.shapes, options.rank, forms, target)
+    forms = (options.form,) if options.form else ("pointer", "persistent")
+    rows = tune(options.shapes, options.rank, forms, target)
     print("\n".join(rows))
     return 0
 

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from ila.models.explain import Explanation as Explanation
     from ila.models.explain import explain as explain
     from ila.models.layer import MaskedLoraLinear as MaskedLoraLinear
+    from ila.models.lean_head import lean_head as lean_head
+    from ila.search.in_place import select_layers as select_layers
     from ila.search.learn import SearchConfig as SearchConfig
     from ila.search.learn import learn_mask as learn_mask
+    from ila.search.select_layers import SelectLayers as SelectLayers
     from ila_kernels._version import __version__ as __version__
 
 _HOME = {
@@ -32,13 +35,16 @@ _HOME = {
     "MaskReport": "models.edit",
     "MaskedLoraLinear": "models.layer",
     "SearchConfig": "search.learn",
+    "SelectLayers": "search.select_layers",
     "apply_mask": "models.edit",
     "attach": "models.edit",
     "convert": "models.edit",
     "explain": "models.explain",
     "gradient_checkpointing": "models.checkpointing",
+    "lean_head": "models.lean_head",
     "learn_mask": "search.learn",
     "restore": "models.edit",
+    "select_layers": "search.in_place",
 }
 __all__ = [
     "ConversionReport",
@@ -47,14 +53,17 @@ __all__ = [
     "MaskReport",
     "MaskedLoraLinear",
     "SearchConfig",
+    "SelectLayers",
     "__version__",
     "apply_mask",
     "attach",
     "convert",
     "explain",
     "gradient_checkpointing",
+    "lean_head",
     "learn_mask",
     "restore",
+    "select_layers",
 ]
 
 

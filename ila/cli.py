@@ -1,41 +1,21 @@
-"""The ``ila`` command: options in, functions of ``ila.commands``, tables out."""
+"""The ``ila`` command: read options, call ``ila.commands``, print tables."""
 
 from __future__ import annotations
 
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from ila.boundary import bug_report, described
-from ila.commands.options import (
-    Accumulate,
-    Alpha,
-    BatchSize,
-    Data,
-    Dropout,
-    Dtype,
-    Full,
-    GgufFile,
-    HeldOut,
-    LearningRate,
-    Limit,
-    LoadIn,
-    MaxLength,
-    Model,
-    Out,
-    Rank,
-    Resume,
-    SaveEvery,
-    Seed,
-    Split,
-    Targets,
-    Trust,
-)
+from ila.commands import options
+
+if TYPE_CHECKING:
+    from ila.search.selection import Selection
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,61 +23,48 @@ app = typer.Typer(
     help="Learn which linear layers matter for a data set, and train only those.",
     pretty_exceptions_enable=False,
 )
-# Paths, names and data are printed as they are: brackets in them are no markup.
+# Without markup: paths, names and data may hold brackets.
 screen = Console(markup=False)
 
 
 @app.command()
 def learn(
     context: typer.Context,
-    model: Model,
-    data: Data,
-    out: Out,
-    full: Full = False,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="Method that scores: path, ila, gate_gradient, or a baseline such as update_norm."
-        ),
-    ] = "path",
-    stage1_steps: Annotated[
-        int, typer.Option(help="Most steps of stage 1, which trains every layer.")
-    ] = 400,
-    epsilon: Annotated[
-        float, typer.Option(help="Change of the loss at which stage 1 ends; 0 never ends it.")
-    ] = 0.01,
-    stability_window: Annotated[
-        int, typer.Option(help="Steps over which that loss is averaged.")
-    ] = 50,
-    stage2_steps: Annotated[int, typer.Option(help="Steps of stage 2, which scores.")] = 128,
-    score_init: Annotated[
-        float, typer.Option(help="Score s that each layer starts with; its gate is σ(s).")
-    ] = 4.0,
-    score_learning_rate: Annotated[
-        float, typer.Option(help="Learning rate of the scores; for --method ila.")
-    ] = 1e-2,
-    gguf_file: GgufFile = None,
-    split: Split = "train",
-    limit: Limit = None,
-    held_out: HeldOut = 0.1,
-    max_length: MaxLength = 1024,
-    dtype: Dtype = "auto",
-    load_in: LoadIn = None,
-    rank: Rank = 8,
-    alpha: Alpha = 16.0,
-    dropout: Dropout = 0.0,
-    target_modules: Targets = "all-linear",
-    batch_size: BatchSize = 8,
-    gradient_accumulation: Accumulate = 1,
-    learning_rate: LearningRate = None,
-    seed: Seed = 0,
-    save_every: SaveEvery = 50,
-    resume: Resume = False,
-    trust_remote_code: Trust = False,
+    model: options.Model,
+    data: options.Data,
+    out: options.Out,
+    full: options.Full = False,
+    method: options.Method = "path",
+    stage1_steps: options.Stage1Steps = 400,
+    epsilon: options.Epsilon = 0.01,
+    stability_window: options.StabilityWindow = 50,
+    stage2_steps: options.Stage2Steps = 128,
+    score_init: options.ScoreInit = 4.0,
+    score_learning_rate: options.ScoreLearningRate = 1e-2,
+    gguf_file: options.GgufFile = None,
+    split: options.Split = "train",
+    limit: options.Limit = None,
+    held_out: options.HeldOut = 0.1,
+    max_length: options.MaxLength = 1024,
+    dtype: options.Dtype = "auto",
+    load_in: options.LoadIn = None,
+    rank: options.Rank = 8,
+    alpha: options.Alpha = 16.0,
+    dropout: options.Dropout = 0.0,
+    target_modules: options.Targets = "all-linear",
+    batch_size: options.BatchSize = 8,
+    gradient_accumulation: options.Accumulate = 1,
+    group_by_length: options.ByLength = False,
+    learning_rate: options.LearningRate = None,
+    seed: options.Seed = 0,
+    save_every: options.SaveEvery = 50,
+    resume: options.Resume = False,
+    trust_remote_code: options.Trust = False,
 ) -> None:
     """Learn how much each linear layer matters for a data set."""
     from ila.commands.inputs import Inputs
     from ila.commands.learn import learn as run
+    from ila.reports.texts import search_text
     from ila.search.learn import SearchConfig
 
     usual = _usual_rate(context, full)
@@ -130,55 +97,31 @@ def learn(
         score_learning_rate=score_learning_rate,
         batch_size=batch_size,
         save_every=save_every or None,
-        training_args=_accumulation(gradient_accumulation),
+        training_args=_trainer(gradient_accumulation, group_by_length),
     )
     mask, data_note = run(inputs, config, out, full=full, resume=resume)
     screen.print(data_note, highlight=False)
-    _print_search(mask)
+    screen.print(search_text(mask), highlight=False)
     screen.print(f"Mask and heat map in {out}; next: ila select {out} --top 0.3", soft_wrap=True)
 
 
 @app.command()
 def select(
-    run: Annotated[Path, typer.Argument(help="Folder of `ila learn`, or a mask file.")],
-    top: Annotated[float | None, typer.Option(help="Share of layers to keep, the best.")] = None,
-    freeze: Annotated[
-        float | None, typer.Option(help="Share of layers to close, the worst.")
-    ] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            help="Most that the open layers may cost: time=0.6 (of the step with all open), "
-            "memory=12GiB (held when backward begins, without checkpointing) or parameters=1M."
-        ),
-    ] = None,
-    speed: Annotated[
-        str | None,
-        typer.Option(help="File of `ila measure`, or the name of a GPU; for budgets of time."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Model to count the budget on; by default the one the mask was learned on."
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Rows of a step to count; by default those of the search."),
-    ] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens of a row to count; by default those of the search."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Mask file to write; by default beside the mask.")
-    ] = None,
+    run: options.LearnedRun,
+    top: options.Top = None,
+    freeze: options.Freeze = None,
+    budget: options.Budget = None,
+    speed: options.Speed = None,
+    model: options.CountedModel = None,
+    batch_size: options.CountedRows = None,
+    max_length: options.CountedLength = None,
+    out: options.MaskOut = None,
 ) -> None:
-    """Choose the layers to train from a learned mask: a share of them, or what a budget buys.
+    """Choose the layers to train from a learned mask: a share, or the best set for a budget.
 
-    A budget weighs importance (the sum of the scores) against cost: how deep backward goes, what
-    it passes, what each layer computes and keeps. The plain top-k of that cost is printed beside
-    it, and a picture of importance against cost is drawn beside the mask.
+    A budget weighs importance (the sum of the scores) against cost: the depth of backward, the
+    layers that it passes, and the time and memory of each open layer. The command prints the plain
+    top-k of the same cost, and draws importance against cost beside the mask.
     """
     from ila.commands import select_share
 
@@ -186,13 +129,18 @@ def select(
         from ila.commands.select_budget import StepSizes, select_within
 
         step = StepSizes(model, batch_size, max_length)
-        found = select_within(run, budget, speed=speed, step=step, out=out)
-        screen.print(found.text(), soft_wrap=True, highlight=False)
+        selected = select_within(run, budget, speed=speed, step=step, out=out)
+        screen.print(selected.text(), soft_wrap=True, highlight=False)
         return
     if budget is not None:
         raise ValueError("give exactly one of --top, --freeze and --budget")
-    options = {"--speed": speed, "--model": model, "--batch-size": batch_size}
-    for name, value in {**options, "--max-length": max_length}.items():
+    of_budgets = {
+        "--speed": speed,
+        "--model": model,
+        "--batch-size": batch_size,
+        "--max-length": max_length,
+    }
+    for name, value in of_budgets.items():
         if value is not None:
             raise ValueError(f"{name} does nothing without --budget")
     mask, path = select_share.select(run, top=top, freeze=freeze, out=out)
@@ -201,17 +149,17 @@ def select(
 
 @app.command()
 def measure(
-    model: Model,
-    out: Annotated[Path, typer.Option(help="File for the rates, such as speed.json.")],
-    batch_size: BatchSize = 8,
-    max_length: Annotated[int, typer.Option(help="Tokens of each row.")] = 1024,
-    rounds: Annotated[int, typer.Option(help="Steps to time under each mask.")] = 5,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = "auto",
-    load_in: LoadIn = None,
-    rank: Rank = 8,
-    dropout: Dropout = 0.0,
-    trust_remote_code: Trust = False,
+    model: options.Model,
+    out: options.RatesOut,
+    batch_size: options.BatchSize = 8,
+    max_length: options.RowLength = 1024,
+    rounds: options.Rounds = 5,
+    gguf_file: options.GgufFile = None,
+    dtype: options.Dtype = "auto",
+    load_in: options.LoadIn = None,
+    rank: options.Rank = 8,
+    dropout: options.Dropout = 0.0,
+    trust_remote_code: options.Trust = False,
 ) -> None:
     """Time training steps here under a dozen masks, for `ila select --budget time=…`."""
     from ila.commands.inputs import Inputs
@@ -242,53 +190,72 @@ def measure(
 @app.command()
 def train(
     context: typer.Context,
-    model: Model,
-    data: Data,
-    out: Out,
-    mask: Annotated[
-        Path | None, typer.Option(help="Mask file that says which layers are open; without it all.")
-    ] = None,
-    full: Full = False,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 400,
-    cache_prefix: Annotated[
-        bool,
-        typer.Option(
-            "--cache-prefix",
-            help="Compute the frozen prefix once for each row, and keep it on disk.",
-        ),
-    ] = False,
-    cache_folder: Annotated[
-        Path | None, typer.Option(help="Folder that keeps the cache for other runs too.")
-    ] = None,
-    cache_limit_gib: Annotated[
-        float, typer.Option(help="Most GiB that the cache may take on disk.")
-    ] = 20.0,
-    gguf_file: GgufFile = None,
-    split: Split = "train",
-    limit: Limit = None,
-    held_out: HeldOut = 0.1,
-    max_length: MaxLength = 1024,
-    dtype: Dtype = "auto",
-    load_in: LoadIn = None,
-    rank: Rank = 8,
-    alpha: Alpha = 16.0,
-    dropout: Dropout = 0.0,
-    target_modules: Targets = "all-linear",
-    batch_size: BatchSize = 8,
-    gradient_accumulation: Accumulate = 1,
-    learning_rate: LearningRate = None,
-    seed: Seed = 0,
-    save_every: SaveEvery = 50,
-    resume: Resume = False,
-    trust_remote_code: Trust = False,
+    model: options.Model,
+    data: options.Data,
+    out: options.Out,
+    mask: options.MaskFile = None,
+    select_at: options.SelectAt = None,
+    top: options.Top = None,
+    freeze: options.Freeze = None,
+    blocks: options.LastBlocks = None,
+    budget: options.Budget = None,
+    speed: options.Speed = None,
+    score: options.Score = "gate_gradient",
+    closed: options.Closed = None,
+    start: options.StartFrom = None,
+    full: options.Full = False,
+    steps: options.Steps = 400,
+    cache_prefix: options.CachePrefix = False,
+    cache_folder: options.CacheFolder = None,
+    cache_limit_gib: options.CacheLimit = 20.0,
+    gguf_file: options.GgufFile = None,
+    split: options.Split = "train",
+    limit: options.Limit = None,
+    held_out: options.HeldOut = 0.1,
+    max_length: options.MaxLength = 1024,
+    dtype: options.Dtype = "auto",
+    load_in: options.LoadIn = None,
+    rank: options.Rank = 8,
+    alpha: options.Alpha = 16.0,
+    dropout: options.Dropout = 0.0,
+    target_modules: options.Targets = "all-linear",
+    batch_size: options.BatchSize = 8,
+    gradient_accumulation: options.Accumulate = 1,
+    group_by_length: options.ByLength = False,
+    learning_rate: options.LearningRate = None,
+    seed: options.Seed = 0,
+    save_every: options.SaveEvery = 50,
+    resume: options.Resume = False,
+    trust_remote_code: options.Trust = False,
 ) -> None:
-    """Train the open layers of a mask: into a plain PEFT adapter, or their own weights."""
+    """Train the open layers of a mask: into a plain PEFT adapter, or their own weights.
+
+    With --select-at, search, selection and training are one run: all layers train at first, then
+    the layers that --top, --freeze, --blocks or --budget leave open, with the same schedule.
+    """
     from ila.commands.inputs import Inputs
-    from ila.commands.train import train_selected
     from ila.reports.tables import runs_table
     from ila.training.config import TrainConfig
 
+    selection = _selection(
+        select_at,
+        mask,
+        full,
+        closed or "keep",
+        score,
+        top=top,
+        freeze=freeze,
+        blocks=blocks,
+        budget=budget,
+        speed=speed,
+    )
     usual = _usual_rate(context, full)
+    if start is not None and (full or selection is not None):
+        raise ValueError("--from goes on from an adapter with --mask; it does nothing here")
+    if closed is not None and selection is None and (mask is None or full):
+        raise ValueError("--closed says how layers close; give --mask or --select-at")
+    if learning_rate is None and mask is not None and not full and start is None:
+        usual = _rate_for(mask)
     inputs = Inputs(
         model=model,
         data=data,
@@ -316,13 +283,31 @@ def train(
         save_every=save_every or None,
         cache_prefix=cache_prefix if cache_folder is None else str(cache_folder),
         cache_limit_gib=cache_limit_gib,
-        training_args=_accumulation(gradient_accumulation),
+        training_args=_trainer(gradient_accumulation, group_by_length),
     )
-    metrics, data_note = train_selected(
-        inputs, config, out, mask_file=mask, full=full, resume=resume
-    )
+    if selection is not None:
+        from ila.commands.train_once import train_once
+
+        metrics, data_note = train_once(inputs, config, selection, out, resume=resume)
+    else:
+        from ila.commands.train import train_selected
+
+        metrics, data_note = train_selected(
+            inputs,
+            config,
+            out,
+            mask_file=mask,
+            closed=closed or ("drop" if start is None else "keep"),
+            start=start,
+            full=full,
+            resume=resume,
+        )
     screen.print(data_note, highlight=False)
     screen.print(runs_table([metrics]))
+    if selection is not None:
+        from ila.reports.phases import phases_text
+
+        screen.print(phases_text(metrics), soft_wrap=True, highlight=False)
     if full:
         note = f"Changed weights in {out}; ila export {out} --merge --out FOLDER writes the model"
     else:
@@ -332,29 +317,27 @@ def train(
 
 @app.command()
 def explain(
-    model: Model,
-    mask: Annotated[
-        Path | None, typer.Option(help="Mask file that says which layers are open; without it all.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of a step: rows times length.")] = 4096,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = "auto",
-    load_in: LoadIn = None,
-    rank: Rank = 8,
-    alpha: Alpha = 16.0,
-    dropout: Dropout = 0.0,
-    target_modules: Targets = "all-linear",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="JSON file to write as well.")
-    ] = None,
-    trust_remote_code: Trust = False,
+    model: options.Model,
+    mask: options.MaskFile = None,
+    tokens: options.Tokens = 4096,
+    gguf_file: options.GgufFile = None,
+    dtype: options.Dtype = "auto",
+    load_in: options.LoadIn = None,
+    rank: options.Rank = 8,
+    alpha: options.Alpha = 16.0,
+    dropout: options.Dropout = 0.0,
+    target_modules: options.Targets = "all-linear",
+    long: options.All = False,
+    json_file: options.JsonFile = None,
+    trust_remote_code: options.Trust = False,
 ) -> None:
-    """Say what each layer computes, whether it is in the frozen prefix, and what it keeps.
+    """Show the path of each layer, whether it is in the frozen prefix, and the bytes it keeps.
 
-    Bytes are those of the linear layers; `ila select --budget memory=…` counts the whole step.
+    The bytes count linear layers only; `ila select --budget memory=…` counts the whole step.
     """
     from ila.commands.explain import explain_layers
     from ila.commands.inputs import Inputs
+    from ila.reports.explained import explained
     from ila.runs.atomic import write_json_atomic
 
     inputs = Inputs(
@@ -369,20 +352,52 @@ def explain(
         target_modules=target_modules,
         trust_remote_code=trust_remote_code,
     )
-    found = explain_layers(inputs, tokens, mask_file=mask)
-    screen.print(found.table())
+    explanation = explain_layers(inputs, tokens, mask_file=mask)
+    screen.print(explanation.table() if long else explained(explanation))
     if json_file is not None:
-        write_json_atomic(json_file, found.as_dict())
+        write_json_atomic(json_file, explanation.as_dict())
+
+
+@app.command()
+def tune(
+    model: options.Model,
+    tokens: options.Tokens = 8192,
+    rank: options.Rank = 16,
+    dtype: options.Dtype = "bfloat16",
+    dropout: options.Dropout = 0.0,
+    gguf_file: options.GgufFile = None,
+    trust_remote_code: options.Trust = False,
+) -> None:
+    """Measure on this machine's GPU which code of the op is fastest, and let `auto` choose by it.
+
+    It takes seconds of GPU time, and once the time to compile the kernels. The verdicts go into the
+    user's cache folder.
+    """
+    import torch
+
+    from ila.commands.tune import tune as run
+
+    if not torch.cuda.is_available():
+        _complain("PyTorch sees no GPU here, so nothing was measured", led_by="error: ")
+        raise typer.Exit(1)
+    tuned = run(
+        model,
+        tokens=tokens,
+        rank=rank,
+        dtype=dtype,
+        dropout=dropout,
+        gguf_file=gguf_file,
+        trust_remote_code=trust_remote_code,
+    )
+    screen.print(str(tuned), highlight=False)
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Two or more folders of `ila learn`.")],
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="JSON file to write as well.")
-    ] = None,
+    runs: options.LearnedRuns,
+    json_file: options.JsonFile = None,
 ) -> None:
-    """Say how far learned masks agree, beside what chance gives."""
+    """Compare learned masks: their agreement, beside the agreement by chance."""
     from ila.masks.agreement import compare_table
     from ila.masks.mask import LayerMask
     from ila.reports.tables import render_compare
@@ -399,8 +414,8 @@ def compare(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of `ila train`.")],
-    out: Out = Path("report"),
+    runs: options.TrainedRuns,
+    out: options.Out = Path("report"),
 ) -> None:
     """Compare finished trainings: held-out loss, time, memory, parameters."""
     from ila.commands.report import report as run
@@ -412,11 +427,9 @@ def report(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of `ila train`.")],
-    out: Out,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Merge the adapter into the dense base model.")
-    ] = False,
+    run: options.TrainedRun,
+    out: options.Out,
+    merge: options.Merge = False,
 ) -> None:
     """Write a trained adapter elsewhere, alone or merged into its model."""
     from ila.commands.export import export as write
@@ -427,13 +440,9 @@ def export(
 
 @app.command()
 def demo(
-    out: Out = Path("runs/demo"),
-    steps: Annotated[
-        int, typer.Option(help="Optimiser steps of each stage and each training.")
-    ] = 30,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Remove the old content of --out first.")
-    ] = False,
+    out: options.Out = Path("runs/demo"),
+    steps: options.DemoSteps = 30,
+    fresh: options.Fresh = False,
 ) -> None:
     """Run the whole path on SmolLM2-135M and three small instruction sets."""
     from ila.commands.demo import run_demo
@@ -449,52 +458,77 @@ def _leave_the_screen() -> None:
 
 
 def _usual_rate(context: typer.Context, full: bool) -> float:
-    """The learning rate where none is given; raise if an option of adapters is, beside --full."""
+    """Return the default learning rate; raise if --full meets an option of adapters."""
     if full:
         _refuse(context, ("rank", "alpha", "dropout", "load_in"), "--full trains no adapter")
-    return 2e-5 if full else 2e-4
+    from ila.training.rates import usual_rate
+
+    return usual_rate(full=full)
+
+
+def _rate_for(mask: Path) -> float:
+    """Return the learning rate for the layers that a mask opens; print an unusual one."""
+    from ila.masks.mask import LayerMask
+    from ila.training.rates import usual_rate
+
+    opened = LayerMask.load(mask)
+    rate = usual_rate(len(opened.open) / len(opened))
+    if rate != usual_rate():
+        screen.print(
+            f"Learning rate {rate:.3g}: with {len(opened.open)} of {len(opened)} layers open they "
+            f"want {rate / usual_rate():.2g} times the usual one; --learning-rate sets another",
+            soft_wrap=True,
+            highlight=False,
+        )
+    return rate
+
+
+def _selection(
+    at: float | None,
+    mask: Path | None,
+    full: bool,
+    closed: str,
+    score: str,
+    **choice: float | str | None,
+) -> Selection | None:
+    """Return the selection that the options describe; None without --select-at."""
+    if at is None:
+        given = [name for name, value in choice.items() if value is not None]
+        if given:
+            raise ValueError(f"--{given[0]} selects in the middle of a run; give --select-at too")
+        return None
+    if mask is not None or full:
+        other = "--full" if full else "--mask"
+        raise ValueError(f"--select-at selects layers of an adapter itself; leave out {other}")
+    from ila.price.choice import Choice
+    from ila.search.selection import Selection
+
+    when = int(at) if at >= 1 and at == int(at) else at
+    return Selection(Choice(**choice), when, closed, score)
 
 
 def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
-    """Raise if one of these options was given: it would do nothing."""
+    """Raise if the user gave one of these options: it would do nothing."""
     for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise ValueError(f"--{name.replace('_', '-')} does nothing here: {why}")
 
 
-def _accumulation(steps: int) -> dict[str, Any]:
+def _trainer(steps: int, group_by_length: bool) -> dict[str, str | int | bool]:
+    """Return the options that ``TrainingArguments`` take."""
+    from ila.training.batches import by_length
+
     if steps < 1:
         raise ValueError(f"gradient_accumulation must be ≥ 1, got {steps}")
-    return {} if steps == 1 else {"gradient_accumulation_steps": steps}
+    accumulation = {} if steps == 1 else {"gradient_accumulation_steps": steps}
+    return accumulation | (by_length() if group_by_length else {})
 
 
 def _distinct_names(runs: list[Path]) -> list[str]:
-    """Last part of each path, or the whole path where that would be ambiguous."""
+    """Return the last part of each path, or the whole path if two last parts are equal."""
     names = [run.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
-
-
-def _print_search(mask: Any) -> None:
-    search, held = mask.provenance["search"], mask.provenance["held_out_loss"]
-    stage1, spread = search["stage1"], search["spread"]
-    if not stage1["steps"]:
-        screen.print(f"No stage 1: method {search['config']['method']} needs none", highlight=False)
-    else:
-        losses = (held[name] for name in ("before", "after_stage1"))
-        before, after = ("–" if loss is None else f"{loss:.3f}" for loss in losses)
-        screen.print(
-            f"Stage 1: {stage1['steps']} steps (stopped: {stage1['stopped']}), "
-            f"training loss {stage1['first_window_loss']:.3f} → {stage1['last_window_loss']:.3f} "
-            f"(means of the first and the last {stage1['loss_window']} steps)"
-            f", held out {before} → {after}",
-            highlight=False,
-        )
-    screen.print(
-        f"Stage 2: {search['stage2']['steps']} steps; scores of {len(mask)} layers from "
-        f"{spread['min']:.4g} to {spread['max']:.4g}, standard deviation {spread['std']:.3g}",
-        highlight=False,
-    )
 
 
 _GOES_ON = {

@@ -1,78 +1,64 @@
-"""The choice of ``impl="auto"`` on a GPU: a pure function of call, target and measurement.
+"""The choice of ``impl="auto"`` on a GPU: a pure function of the call and of measurements.
 
-Forward and backward by library GEMMs + addmm move e·(3·M·N + 2·M·K) bytes more than the fused
-kernels (`roofline`), which take B⁻¹ seconds each; the fused ones do the 4·M·N·K FLOPs of y and dx
-with a GEMM that takes ρ times as long as the library's, F⁻¹ seconds each. Fusing pays where
-
-    (ρ − 1) · 4·N·K / F  <  e · (3·N + 2·K) / B
-
-for R → 0 (at R = 16, N = K the fused kernels' own sums over programs take back 6 %). M cancels: it
-matters only through launches, which dominate at few rows. ``benchmarks/tune.py`` measures ρ, F/B
-and the least number of rows.
+In this order: the value of ``prefer``, a verdict measured on this machine, a verdict shipped with
+the library, eager. This module measures nothing and reads no file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NamedTuple
 
-DTYPES_16BIT = ("bfloat16", "float16")
-TRITON_DTYPES = (*DTYPES_16BIT, "float32")
+from ila_kernels.verdict import Verdicts, key_of
+
+TRITON_DTYPES = ("bfloat16", "float16", "float32")
+# Measurements of GPUs that we had. Empty: none has been measured, so `auto` stays on the library's
+# GEMMs on a machine that was not tuned.
+NONE = Verdicts()
+SHIPPED = NONE
 
 
-@dataclass(frozen=True)
-class Call:
-    """One layer's call on a GPU; ``m=None`` stands for many rows, where no call is at hand."""
+class Call(NamedTuple):
+    """One call on a GPU: the layers of one x; ``m=None`` stands for many rows.
+
+    ``ns`` are the N of the layers that have an adapter, ``r`` is the largest of their ranks.
+    """
 
     m: int | None
     k: int
-    n: int
+    ns: tuple[int, ...]
+    r: int
     dtype: str
-    target: str
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The measurement of one GPU class in 16 bits.
-
-    Attributes:
-        gemm_ratio: ρ, time of the Triton GEMM over that of the library's.
-        flop_per_byte: F/B, FLOP/s of the library's GEMM over the bytes/s of a copy.
-        least_rows: M from which the fused forward is no slower than addmm's.
-        source: GPU, versions and date.
-    """
-
-    gemm_ratio: float
-    flop_per_byte: float
-    least_rows: int
-    source: str
-
-
-# By target, as `benchmarks/tune.py` prints them. Empty: no GPU has been measured, so `auto` stays
-# on the library's GEMMs everywhere unless `prefer` says otherwise.
-MEASURED: dict[str, Measured] = {}
+    adapter_dtype: str
+    dropout: bool
+    gpu: str
 
 
 @dataclass(frozen=True)
 class Preference:
-    """The caller's choice, which replaces the tables; ``None`` leaves the choice to them."""
+    """The caller's choice, which replaces the measurements; ``None`` leaves it to them."""
 
     auto: str | None = None
     gemm: str | None = None
 
 
 _preference = Preference()
+_verdicts = NONE
+_gemm: ContextVar[str | None] = ContextVar("gemm", default=None)
 
 
 def prefer(*, auto: str | None = None, gemm: str | None = None) -> None:
     """Set the choice of ``impl="auto"`` on a GPU and the form of the Triton GEMM, process-wide.
 
-    The defaults hold only what was measured; ``prefer`` lets you try the rest. It applies to every
-    later call, backward passes included, and ``prefer()`` goes back to the defaults. Set it before
-    ``torch.compile`` traces a model.
+    It applies to every later call, backward passes included, and ``prefer()`` goes back to the
+    measurements. Set it before ``torch.compile`` traces a model.
 
     Args:
-        auto: ``"triton"``: the fused kernels wherever they can run. ``"eager"``: library GEMMs
-            everywhere. ``None``: by measurement, which without one means eager.
+        auto: ``"triton"`` or ``"hybrid"``: these wherever they can run. ``"eager"``: library GEMMs
+            everywhere. ``None``: by measurement (``tune``), which without one means eager.
         gemm: ``"persistent"``: tensor descriptors and persistent programs, on sm_90 and newer and
             where the operands' alignment allows them. ``"pointer"``: never. ``None``: by
             measurement, which without one means pointers.
@@ -86,53 +72,77 @@ def prefer(*, auto: str | None = None, gemm: str | None = None) -> None:
     >>> prefer()
     """
     global _preference
-    if auto not in (None, "eager", "triton"):
-        raise ValueError(f"auto must be 'eager', 'triton' or None, got {auto!r}")
+    if auto not in (None, "eager", "hybrid", "triton"):
+        raise ValueError(f"auto must be 'eager', 'hybrid', 'triton' or None, got {auto!r}")
     if gemm not in (None, "pointer", "persistent"):
         raise ValueError(f"gemm must be 'pointer', 'persistent' or None, got {gemm!r}")
     _preference = Preference(auto, gemm)
 
 
-def preference() -> Preference:
-    """Return the arguments of the last call of ``prefer``."""
+@contextmanager
+def nothing_preferred() -> Iterator[None]:
+    """Suspend ``prefer``, so that every implementation is itself."""
+    global _preference
+    before, _preference = _preference, Preference()
+    try:
+        yield
+    finally:
+        _preference = before
+
+
+def preferred() -> Preference:
+    """Return the arguments of the last call of ``prefer``; compilers can trace this."""
     return _preference
 
 
-def most_gemm_ratio(k: int, n: int, flop_per_byte: float, element_bytes: int = 2) -> float:
-    """Return ρ at which fused and addmm break even: a slower Triton GEMM costs more than it saves.
+def preference() -> Preference:
+    """Return the preference for a kernel: of ``prefer``, or of ``gemm_form`` around its launch."""
+    gemm = _gemm.get()
+    return _preference if gemm is None else Preference(_preference.auto, gemm)
 
-    >>> round(most_gemm_ratio(4096, 4096, 295.0), 3)
-    1.18
-    """
-    return 1.0 + element_bytes * flop_per_byte * (3 * n + 2 * k) / (4 * n * k)
+
+@contextmanager
+def gemm_form(gemm: str) -> Iterator[None]:
+    """Prefer a form of the Triton GEMM inside the ``with``, in this thread only."""
+    token = _gemm.set(gemm)
+    try:
+        yield
+    finally:
+        _gemm.reset(token)
+
+
+def set_verdicts(verdicts: Verdicts) -> None:
+    """Let ``impl="auto"`` choose by these verdicts from now on."""
+    global _verdicts
+    _verdicts = verdicts
+
+
+def verdicts_in_use() -> Verdicts:
+    """Return the verdicts by which ``impl="auto"`` chooses."""
+    return _verdicts
 
 
 def gpu_impl(
-    call: Call, preferred: str | None = None, measured: dict[str, Measured] = MEASURED
+    call: Call, prefers: Preference = Preference(), verdicts: Verdicts = NONE
 ) -> tuple[str, str]:
-    """Choose between ``"eager"`` and ``"triton"`` on a GPU and say why.
+    """Choose among the candidates of ``verdict`` on a GPU and say why.
 
-    >>> gpu_impl(Call(8192, 4096, 4096, "bfloat16", "sm_90"))
-    ('eager', 'no measurement yet of the fused kernels on sm_90')
-    >>> gpu_impl(Call(8192, 4096, 4096, "bfloat16", "sm_90"), preferred="triton")
+    A group that was not measured as one is decided by its widest layer alone.
+
+    >>> call = Call(8192, 4096, (4096,), 16, "bfloat16", "float32", False, "a GPU")
+    >>> gpu_impl(call)
+    ('eager', 'not measured on a GPU yet, as ila_kernels.tune() does')
+    >>> gpu_impl(call, Preference(auto="triton"))
     ('triton', "ila_kernels.prefer(auto='triton')")
     """
     if call.dtype not in TRITON_DTYPES:
         return "eager", f"no fused kernel for {call.dtype}"
-    if preferred is not None:
-        return preferred, f"ila_kernels.prefer(auto={preferred!r})"
-    if call.target not in measured:
-        return "eager", f"no measurement yet of the fused kernels on {call.target}"
-    if call.dtype not in DTYPES_16BIT:
-        return "eager", f"the fused kernels are measured in 16 bits only, not in {call.dtype}"
-    if 0 in (call.k, call.n):
-        return "eager", "no products to fuse"
-    row = measured[call.target]
-    if call.m is not None and call.m < row.least_rows:
-        return "eager", f"{call.m} rows, and launches dominate below {row.least_rows}"
-    most = most_gemm_ratio(call.k, call.n, row.flop_per_byte)
-    ratio = f"the Triton GEMM takes {row.gemm_ratio:.2f} of the library's time on {call.target}"
-    if row.gemm_ratio >= most:
-        return "eager", f"{ratio}, and fusing pays below {most:.2f} at K = {call.k}, N = {call.n}"
-    rows = "" if call.m is not None else f" from {row.least_rows} rows"
-    return "triton", f"{ratio}, and fusing pays{rows} below {most:.2f}"
+    if prefers.auto is not None:
+        return prefers.auto, f"ila_kernels.prefer(auto={prefers.auto!r})"
+    for known in (verdicts, SHIPPED):
+        for ns in (call.ns, (max((0, *call.ns)),)):
+            kind = key_of(call.k, ns, call.r, call.dtype, call.adapter_dtype, call.dropout)
+            picked = known.find(call.gpu, kind, call.m)
+            if picked is not None:
+                return picked.pointer_only if prefers.gemm == "pointer" else picked.any_form
+    return "eager", f"not measured on {call.gpu} yet, as ila_kernels.tune() does"

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from ila_kernels.device import is_capturing
+
 _SEED_RANGE = 2**62
 
 
@@ -38,9 +40,17 @@ def keep_mask(
 
     Returns:
         bool tensor (M, K) on ``device``, True with probability 1 − p.
+
+    Raises:
+        RuntimeError: While a CUDA graph is captured: every replay would draw the same mask.
     """
     if device.type == "meta":
         return torch.empty(m, k, dtype=torch.bool, device=device)
+    if device.type == "cuda" and is_capturing():
+        raise RuntimeError(
+            "dropout_p must be 0 while a CUDA graph is captured: every replay would draw the same "
+            "mask; capture without dropout, or train without the graph"
+        )
     generator = torch.Generator(device=device)
     generator.manual_seed(int(seed))
     # Drawn as bool: comparing torch.rand with p would write and read an fp32 (M, K) on the way.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ila_kernels import eager
 from ila_kernels.autocast import autocast_dtype, outside_autocast, rounded
-from ila_kernels.config import resolve_impl
+from ila_kernels.config import KERNEL_IMPLS, resolve_impl
 from ila_kernels.device import call_of
 from ila_kernels.dispatch import run_group, run_linear
 from ila_kernels.dropout import draw_seed
@@ -67,10 +67,11 @@ def masked_lora_linear(
         scale: α, the LoRA scaling.
         dropout_p: Probability in [0, 1) of dropping an element of x on the low-rank branch;
             applied whenever it is positive.
-        impl: ``"auto"`` may choose; ``"eager"``, ``"triton"``, ``"reference"`` run or raise.
-            ``prefer`` sets the choice of auto on a GPU. ``"triton"`` takes bf16, fp16 and fp32 on a
-            CUDA or ROCm GPU, and checks itself there against the reference on first use; its
-            dropout mask for a seed is not eager's.
+        impl: ``"auto"`` may choose; every other word runs or raises. ``"eager"``: library GEMMs.
+            ``"triton"``: fused kernels. ``"hybrid"``: library GEMMs for the products with W, Triton
+            kernels for the R-thin ones. Both take bf16, fp16 and fp32 on a CUDA or ROCm GPU, and
+            check themselves there on first use; their dropout mask for a seed is not eager's.
+            ``"reference"``: the definition. ``prefer`` sets the choice of auto on a GPU.
         seed: int64 CPU tensor of shape (1,) that fixes the dropout mask; drawn from torch's
             default generator if ``None``.
         swiglu: (pre, up) of the shape of x, where x is ``swiglu_product(pre, up)``: backward
@@ -114,7 +115,7 @@ def masked_lora_linear(
     if swiglu is not None:
         check_swiglu(*swiglu, x)
     x2d = _flat(x)
-    chosen = _chosen(impl, x2d, [weight])
+    chosen = _chosen(impl, x2d, [weight], [lora_a], dropout_p)
     seed = _seeds(dropout_p, seed, 1)
     pre, up = (None, None) if swiglu is None else map(_flat, swiglu)
     numbers = float(scale), float(dropout_p)
@@ -191,7 +192,7 @@ def masked_lora_linear_group(
         weights, biases = ([rounded(t, dtype) for t in column] for column in (weights, biases))
     check_group(x, weights, lora_as, lora_bs, gates, biases, scales)
     x2d = _flat(x)
-    chosen = _chosen(impl, x2d, weights)
+    chosen = _chosen(impl, x2d, weights, lora_as, dropout_p)
     seeds = _group_seeds(dropout_p, seed, [a is not None for a in lora_as])
     columns = (weights, lora_as, lora_bs, gates, biases, seeds, map(float, scales))
     members = [Member(*row) for row in zip(*columns, strict=True)]
@@ -227,10 +228,9 @@ _FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
 def _is_plain_and_short(x, weight, lora_a, lora_b, scale) -> bool:
-    """Tell whether ``short_forward`` may run at once; after False the full checks follow.
+    """Tell whether ``short_forward`` may run at once, in 2 µs; after False the checks follow.
 
-    The full checks and the choice take 8 µs, a tenth of forward and backward at one token; this
-    takes 2.
+    They and the choice take 8 µs, a tenth of forward and backward at one token.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
@@ -248,16 +248,22 @@ def _is_plain_and_short(x, weight, lora_a, lora_b, scale) -> bool:
         return False
 
 
-def _chosen(impl: str, x: Tensor, weights: Sequence[Tensor | PackedWeight]) -> str:
+def _chosen(
+    impl: str,
+    x: Tensor,
+    weights: Sequence[Tensor | PackedWeight],
+    lora_as: Sequence[Tensor | None],
+    dropout_p: float,
+) -> str:
     packed = any(isinstance(w, PackedWeight) for w in weights)
-    if packed and impl == "triton":
+    if packed and impl in KERNEL_IMPLS:
         raise RuntimeError(
-            "impl='triton' was asked for, but W is packed and its products are bitsandbytes'; "
+            f"impl={impl!r} was asked for, but W is packed and its products are bitsandbytes'; "
             "use impl='auto' or impl='eager'"
         )
-    if packed:  # there is no kernel for it, whatever "auto" would choose
+    if packed:  # there is no kernel for it, under any choice of "auto"
         return resolve_impl("eager" if impl == "auto" else impl, x.device.type)[0]
-    call = call_of(weights[0], sum(w.shape[0] for w in weights), x.shape[0], x.dtype)
+    call = call_of(weights, lora_as, x.shape[0], x.dtype, dropout_p) if impl == "auto" else None
     return resolve_impl(impl, x.device.type, call)[0]
 
 
@@ -285,8 +291,7 @@ def _group_seeds(
 ) -> list[Tensor | None]:
     """Return the seed of each member; a closed one draws none.
 
-    The masks of the others then do not depend on whether it takes part: it does not where nothing
-    wants gradients, as in the first forward of a reentrant checkpoint.
+    It takes no part where nothing wants gradients, and the others' masks must be the same there.
     """
     check_dropout(dropout_p, seed, len(is_open))
     if dropout_p == 0.0:

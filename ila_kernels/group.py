@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ila_kernels import eager
 from ila_kernels.eager import Grads, Needs
+from ila_kernels.products import add_product, folded
 from ila_kernels.quant import PackedWeight, input_grad, linear
 
 NO_NEEDS = Needs(x=False, weight=False, lora_a=False, lora_b=False, gate=False, bias=False)
@@ -81,10 +82,10 @@ def forward(
     ts = shrink_all(x, members, dropout_p)
     ys = []
     for m, t in zip(members, ts, strict=True):
-        y = linear(x, m.weight, m.bias)
-        if t is not None:
-            eager.add_product(y, t, m.lora_b.t(), m.scale, m.gate)
-        ys.append(y)
+        if t is None:
+            ys.append(linear(x, m.weight, m.bias))
+        else:
+            ys.append(eager.expand(x, m.weight, t, m.lora_b, m.gate, m.bias, m.scale))
     return ys, ts
 
 
@@ -95,27 +96,49 @@ def shared_input_grad(
     dropout_p: float,
 ) -> Tensor | None:
     """Compute dx (M, K), accumulated in place over the members whose output was used."""
-    dx = None
-    for dy, m in zip(dys, members, strict=True):
-        if dy is not None:
-            if dx is None:
-                dx = input_grad(dy, m.weight)
-                continue
-            if isinstance(m.weight, PackedWeight):
-                dx.add_(m.weight.input_grad(dy))
-                continue
-            # Backward under autocast: mm has then rounded dx, and an in-place addmm casts nothing.
-            dx.addmm_(dy.to(dx.dtype), m.weight.to(dx.dtype))
-    if dx is None:
+    used = [(dy, m) for dy, m in zip(dys, members, strict=True) if dy is not None]
+    adapted = [(u, m) for u, m in zip(us, members, strict=True) if u is not None]
+    if not used:
         return None
-    used = [(u, m) for u, m in zip(us, members, strict=True) if u is not None]
-    if used and dropout_p == 0.0:
-        stacked = [eager.folded(m.lora_a, m.scale, m.gate, u.dtype) for u, m in used]
-        u = torch.cat([u for u, _ in used], dim=1)
-        return eager.add_product(dx, u, torch.cat(stacked), 1.0, None)
-    for u, m in used:
-        eager.add_lowrank_dx(dx, u, m.lora_a, m.gate, m.seed, m.scale, dropout_p)
+    first = adapted and all(eager.base_adds(dy, m.weight) for dy, m in used)
+    dx = add_base_grads(
+        _lowrank_dx(adapted, dropout_p).to(used[0][0].dtype) if first else None, used
+    )
+    if first or not adapted:
+        return dx
+    if dropout_p > 0.0:
+        return dx.add_(_lowrank_dx(adapted, dropout_p))
+    return add_product(dx, *stacked(adapted), 1.0, None)
+
+
+def add_base_grads(dx: Tensor | None, used: Sequence[tuple[Tensor, Member]]) -> Tensor:
+    """dx += Σ dyᵢ Wᵢ, in place; ``None`` stands for zeros."""
+    for dy, m in used:
+        if dx is None:
+            dx = input_grad(dy, m.weight)
+        elif isinstance(m.weight, PackedWeight):
+            dx.add_(m.weight.input_grad(dy))
+        else:
+            # Backward under autocast: `mm` has rounded dx, and an in-place addmm casts nothing.
+            dx.addmm_(dy.to(dx.dtype), m.weight.to(dx.dtype))
     return dx
+
+
+def stacked(adapted: Sequence[tuple[Tensor, Member]]) -> tuple[Tensor, Tensor]:
+    """Put every u (M, ΣR) and every γα A (ΣR, K) of the group beside each other."""
+    adapters = [folded(m.lora_a, m.scale, m.gate, u.dtype) for u, m in adapted]
+    return torch.cat([u for u, _ in adapted], dim=1), torch.cat(adapters)
+
+
+def _lowrank_dx(adapted: Sequence[tuple[Tensor, Member]], dropout_p: float) -> Tensor:
+    """Σ γα (u A) ⊙ keep/(1−p), (M, K), each under the mask of its member."""
+    if dropout_p == 0.0:
+        return torch.mm(*stacked(adapted))
+    total = None
+    for u, m in adapted:
+        part, factor = eager.lowrank_dx(u, m.lora_a, m.gate, m.seed, m.scale, dropout_p)
+        total = part.mul_(factor) if total is None else total.add_(part, alpha=factor)
+    return total
 
 
 def shared_grad_a(
@@ -133,7 +156,7 @@ def shared_grad_a(
 
 
 def _scaled(part: Tensor, m: Member) -> Tensor:
-    da = eager.folded(part, m.scale, m.gate, m.lora_a.dtype)
+    da = folded(part, m.scale, m.gate, m.lora_a.dtype)
     return da.clone() if da is part else da  # a gradient holds no memory but its own
 
 

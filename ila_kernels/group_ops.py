@@ -7,6 +7,7 @@ otherwise. As in ``ops``, an ``autograd.Function`` runs the same formula outside
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -179,7 +180,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _op_backward(ctx, d_outputs):
-    run = traced.group_backward if ctx.impl == "triton" else group.backward
+    by_op = partial(traced.group_backward, ctx.impl)
+    run = group.backward if ctx.impl == "eager" else by_op
     dx, grads = _backward(ctx, d_outputs[: len(ctx.scales)], run)
     by_argument = (
         [g.weight for g in grads],

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,8 @@ class LinearCall(NamedTuple):
 
 
 NO_GRADS = (None,) * len(LinearCall._fields)
+# `ctx.needs_input_grad` has a flag for each argument; pre and up are the last two.
+_BEFORE_SWIGLU = LinearCall._fields.index("pre")
 
 
 class Saved(NamedTuple):
@@ -65,19 +68,12 @@ def _forward(c: LinearCall) -> tuple[Tensor, Tensor]:
     )
 
 
-def _flags(ctx) -> LinearCall:
-    """Name the flags of ``needs_input_grad``.
-
-    A custom op leaves out the flags of trailing arguments that were not given, and adds one at the
-    end for an argument of the dispatcher's own.
-    """
-    return LinearCall(*ctx.needs_input_grad[: len(LinearCall._fields)])
-
-
 def _save(ctx, c: LinearCall, t: Tensor) -> None:
-    w = _flags(ctx)
-    wants_x = bool(w.x or w.pre or w.up)
-    needs = Needs(wants_x, w.weight, w.lora_a, w.lora_b, w.gate, w.bias)
+    # A custom op leaves out the flags of pre and up if they were not given, and adds one at the end
+    # for an argument of the dispatcher's own, which wants nothing.
+    wants_x, *parameters, _seed, _scale, _p, _impl = ctx.needs_input_grad[:_BEFORE_SWIGLU]
+    ctx.swiglu_needs = ctx.needs_input_grad[_BEFORE_SWIGLU : len(LinearCall._fields)]
+    needs = Needs(wants_x or any(ctx.swiglu_needs), *parameters)
     ctx.needs, ctx.scale, ctx.dropout_p, ctx.impl = needs, c.scale, c.dropout_p, c.impl
     ctx.set_materialize_grads(False)
     # The packed bytes are the model's own; backward unpacks them again.
@@ -120,9 +116,8 @@ def _backward(ctx, dy: Tensor | None, run: Callable[..., Grads]) -> tuple[Tensor
     with own_dtypes(dy, ctx.packed is not None):
         grads = run(dy, x, weight, s.lora_a, s.lora_b, s.gate, s.t, s.seed, **options)
     if silu is not None and grads.x is not None:
-        wanted = _flags(ctx)
         dx = grads.x.to(s.pre.dtype)
-        dpre, dup = swiglu.input_grads(dx, silu, s.pre, s.up, wanted.pre, wanted.up)
+        dpre, dup = swiglu.input_grads(dx, silu, s.pre, s.up, *ctx.swiglu_needs)
         grads = grads._replace(x=None)
     no_seed = no_scale = no_dropout_p = no_impl = None
     return (*grads, no_seed, no_scale, no_dropout_p, no_impl, dpre, dup)
@@ -184,8 +179,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _op_backward(ctx, dy, _dt):
-    triton = ctx.impl == "triton"
-    return _backward(ctx, dy, traced.linear_backward if triton else eager.backward)
+    # A formula of library calls can be traced; kernels come as an op.
+    by_op = partial(traced.linear_backward, ctx.impl)
+    return _backward(ctx, dy, eager.backward if ctx.impl == "eager" else by_op)
 
 
 masked_lora_linear.register_autograd(_op_backward, setup_context=_setup_context)

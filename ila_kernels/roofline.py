@@ -10,9 +10,11 @@ bare linear for R → 0, one dtype, no dropout, with dx, dA and dB wanted:
     addmm    `ila_kernels.eager`                          M·K + 2·M·N        3·M·K + 2·M·N
     fused    one GEMM x Wᵀ + t Bᵀ, one read of dy         M·K                M·K + M·N
 
+Of several linears of one x the fused kernels read x twice: for every t, and for every output.
+
 R is small, but the fused kernels leave fp32 shares of their sums: u from every 256 columns of dy,
-dB (and with dropout dA) from every 1024 rows. At M = 8192, N = 4096, R = 16 the shares add 31 % to
-the M·N of the one read of dy; sharing that read saves 100 %.
+dB and dA from every 256 to 1024 rows. At M = 8192, N = 4096, R = 16 the shares of u and dB add 38 %
+to the M·N of the one read of dy; sharing that read saves 100 %.
 
 With fp32 adapters over a 16-bit base peft's low-rank branch lives in fp32: x is copied to it, and
 its (M, N) tensors are twice as wide. With dropout addmm redraws the mask in backward and saves no
@@ -26,7 +28,13 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from ila_kernels.config import ADAPTERS_PER_PASS, ROWS_PER_PROGRAM, one_read_pays
+from ila_kernels.config import (
+    ADAPTERS_PER_PASS,
+    one_read_pays,
+    own_grad_a,
+    rows_per_program,
+    shrink_shares,
+)
 
 CONTESTANTS: tuple[str, ...] = ("frozen", "peft", "addmm", "fused")
 PARAMETERS = frozenset({"x", "weight", "lora_a", "lora_b", "gate", "bias"})
@@ -81,7 +89,8 @@ def forward_cost(contestant: str, p: Problem) -> Cost:
         moved += (2 * a + 1) * mk if p.dropout else 0
     else:
         moved += e * (mk + 2 * mr) + a * rkn
-        moved += 2 * e * mn + p.masked_copy_bytes * mk if contestant == "addmm" else 0
+        addmm = contestant == "addmm"
+        moved += 2 * e * mn + p.masked_copy_bytes * mk if addmm else _shrink_shares(p, p.k)
     return Cost(flops + 2 * p.m * rkn, moved)
 
 
@@ -134,16 +143,24 @@ def _fused_extra(p: Problem, needs: AbstractSet[str]) -> int:
     e, a, moved = p.base_bytes, p.adapter_bytes, 0
     makes_u = bool(needs & {"x", "lora_a", "gate"})
     # Sums over M and N are left in shares of 4 bytes, written once and read once.
-    stretches, columns = -(-p.m // ROWS_PER_PROGRAM), -(-p.n // p.block_n)
+    stretches, columns = -(-p.m // rows_per_program(p.m, p.n)), -(-p.n // p.block_n)
     if makes_u and "lora_b" in needs and one_read_pays(p.n, p.r, e, p.block_n):
         moved += e * (mn + 2 * mr) + 2 * a * rn + 8 * (columns * mr + stretches * rn)
         moved += e * mr if "gate" in needs else 0  # t again, beside the sum of u's shares
     else:
         moved += (e * (mn + mr) + a * rn) * (makes_u + ("lora_b" in needs))
+        moved += _shrink_shares(p, p.n) * makes_u
     moved += e * mr + a * rk if "x" in needs else 0
     if "lora_a" in needs:
-        moved += e * (mk + mr) + a * rk + 8 * p.dropout * stretches * rk
+        stretches = -(-p.m // rows_per_program(p.m, p.k)) * own_grad_a(p.r, e, p.dropout)
+        moved += e * (mk + mr) + a * rk + 8 * stretches * rk
     return moved
+
+
+def _shrink_shares(p: Problem, columns: int) -> int:
+    """Bytes of the shares that ``shrink`` leaves where it splits its sum over ``columns``."""
+    parts = shrink_shares(p.m, columns, p.r)
+    return 8 * parts * p.m * p.r if parts > 1 else 0
 
 
 def group_forward_cost(contestant: str, members: Sequence[Problem]) -> Cost:
@@ -158,6 +175,8 @@ def group_forward_cost(contestant: str, members: Sequence[Problem]) -> Cost:
     elif contestant == "addmm" and not first.dropout:
         passes = 1
     saved = first.base_bytes * first.m * first.k * (len(members) - passes)
+    # x for the products of W too, where one launch makes all outputs (wider than half a tile).
+    saved *= 2 if contestant == "fused" and first.m and all(p.n > 64 for p in members) else 1
     costs = [forward_cost(contestant, p) for p in members]
     return Cost(sum(c.flops for c in costs), sum(c.bytes for c in costs) - saved)
 
@@ -167,7 +186,7 @@ def group_backward_cost(
 ) -> Cost:
     """Count one backward of several linears of one x that all want the gradients of ``needs``.
 
-    Ours accumulate one dx and, without dropout, read x once for every dA.
+    Ours accumulate one dx and read x once for every dA, addmm without dropout only.
     """
     first, more = members[0], len(members) - 1
     costs = [backward_cost(contestant, p, needs) for p in members]
@@ -176,7 +195,11 @@ def group_backward_cost(
     if "x" in needs:  # every dy W into one dx that is read again; else autograd adds two and two
         extra += mk if ours else 3 * mk
         extra -= 2 * mk if contestant == "addmm" and not first.dropout else 0  # one for every u A
-    if "lora_a" in needs and ours and more and not first.dropout:  # every u beside the others
+    own = contestant == "fused" and all(own_grad_a(p.r, p.base_bytes, p.dropout) for p in members)
+    if "lora_a" in needs and own:
+        passes = -(-len(members) // ADAPTERS_PER_PASS)
+        extra -= first.base_bytes * first.m * first.k * (len(members) - passes)
+    elif "lora_a" in needs and ours and more and not first.dropout:  # every u beside the others
         extra += 2 * first.base_bytes * sum(p.m * p.r for p in members) - mk
     return Cost(sum(c.flops for c in costs), sum(c.bytes for c in costs) + extra)
 

@@ -136,8 +136,8 @@ def assert_within_rounding(
     of its terms, which its own value does not show and its neighbours' do. ``max|fp64|`` is that
     size. ``eps`` is ``finfo(same_dtype_eager.dtype).eps``, the spacing of that dtype at 1 and
     twice the error of one rounding: of storing the result, which nothing avoids, and of one
-    intermediate result, for a chain may be split elsewhere than in eager. What the sums lose on
-    top is measured, by eager. The factor 2 is there because both may be as far from fp64,
+    intermediate result, for a chain may be split elsewhere than in eager. Eager measures the
+    further error of the sums. The factor 2 is there because both may be as far from fp64,
     on opposite sides. Nothing in it can be set by the caller.
 
     Args:
@@ -145,7 +145,7 @@ def assert_within_rounding(
         expected_fp64: The specification run in fp64 on the same values.
         same_dtype_eager: The specification run in the dtype that ``actual`` was computed in.
             That is the dtype of x: dA of an fp32 A over a bf16 x is a bf16 result.
-        name: What to call it in the error message.
+        name: Name of the value in the error message.
 
     Raises:
         AssertionError: If it is further away, or not finite; tells the ratio of error to bound.
@@ -188,14 +188,14 @@ def assert_matches_reference(
     """Assert that y and every wanted gradient are within rounding and in their own dtypes.
 
     Args:
-        inputs: What to run; the computation's dtype is that of ``inputs.x``.
+        inputs: Arguments of the call; the computation has the dtype of ``inputs.x``.
         scale: α.
         dropout_p: p; positive only with a ``seed``, so that all runs share one mask.
         seed: As in ``masked_lora_linear``.
         impl: As in ``masked_lora_linear``.
 
     Returns:
-        What ``impl`` computed, as ``values_and_grads`` does.
+        The results of ``impl``, as ``values_and_grads`` returns them.
     """
 
     def run(word: str) -> Callable[[Inputs], Tensor]:

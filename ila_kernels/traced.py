@@ -1,4 +1,4 @@
-"""The backward passes of ``impl="triton"`` as ops with fakes, for compiled graphs.
+"""The backward passes that launch Triton kernels, as ops with fakes, for compiled graphs.
 
 ``torch.compile`` traces the backward formula of an op on tensors without data, and no kernel can
 run on those. Library calls can be traced and compiled with their surroundings, so ``impl="eager"``
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ila_kernels.eager import Grads, Needs
 from ila_kernels.group import NO_NEEDS, Member, rows_of
+from ila_kernels.paths import group_path, linear_path
 
 # The list that an op returns holds no None: these ops return the wanted gradients only, in order.
 
@@ -31,15 +32,14 @@ def _linear(
     scale: float,
     dropout_p: float,
     needs: Sequence[bool],
+    impl: str,
 ) -> list[Tensor]:
-    from ila_kernels.kernels import linear
-
     arguments = (dy, x, weight, lora_a, lora_b, gate, t, seed, scale, dropout_p)
-    return _made(linear.backward(*arguments, Needs(*needs)))
+    return _made(linear_path(impl).backward(*arguments, Needs(*needs)))
 
 
 @_linear.register_fake
-def _(dy, x, weight, lora_a, lora_b, gate, t, seed, scale, dropout_p, needs):
+def _(dy, x, weight, lora_a, lora_b, gate, t, seed, scale, dropout_p, needs, impl):
     like = next((s for s in (x, weight, t) if s is not None), dy)
     return _made(_empty(dy, like, lora_a, lora_b, gate, lora_a.shape[1], Needs(*needs)))
 
@@ -65,9 +65,11 @@ def _placed(made: Iterator[Tensor], needs: Needs) -> Grads:
     return Grads(*(next(made) if wanted else None for wanted in needs))
 
 
-def linear_backward(*saved: Tensor | None, scale: float, dropout_p: float, needs: Needs) -> Grads:
-    """Run ``kernels.linear.backward`` by its op; ``saved`` is dy, x, W, A, B, γ, t, seed."""
-    made = torch.ops.ila.masked_lora_linear_backward(*saved, scale, dropout_p, list(needs))
+def linear_backward(
+    impl: str, *saved: Tensor | None, scale: float, dropout_p: float, needs: Needs
+) -> Grads:
+    """Run the backward of ``impl`` by its op; ``saved`` is dy, x, W, A, B, γ, t, seed."""
+    made = torch.ops.ila.masked_lora_linear_backward(*saved, scale, dropout_p, list(needs), impl)
     return _placed(iter(made), needs)
 
 
@@ -84,20 +86,19 @@ def _group(
     scales: Sequence[float],
     dropout_p: float,
     needs: Sequence[bool],
+    impl: str,
 ) -> list[Tensor]:
-    from ila_kernels.kernels import group
-
     columns = (weights, lora_as, lora_bs, gates, seeds, scales, ts, rows_of(needs, Needs))
     members = [
         Member(w, a, b, gate, None, seed, scale, t, Needs(*flags))
         for w, a, b, gate, seed, scale, t, flags in zip(*columns, strict=True)
     ]
-    dx, grads = group.backward(dys, x, members, dropout_p)
+    dx, grads = group_path(impl).backward(dys, x, members, dropout_p)
     return _made((dx, *(g for member in grads for g in member)))
 
 
 @_group.register_fake
-def _(dys, x, weights, lora_as, lora_bs, gates, seeds, ts, scales, dropout_p, needs):
+def _(dys, x, weights, lora_as, lora_bs, gates, seeds, ts, scales, dropout_p, needs, impl):
     like = next(s for s in (x, *weights, *ts, *dys) if s is not None)
     dx, flat = None, []
     for dy, w, a, b, gate, flags in zip(
@@ -114,9 +115,13 @@ def _(dys, x, weights, lora_as, lora_bs, gates, seeds, ts, scales, dropout_p, ne
 
 
 def group_backward(
-    dys: Sequence[Tensor | None], x: Tensor | None, members: Sequence[Member], dropout_p: float
+    impl: str,
+    dys: Sequence[Tensor | None],
+    x: Tensor | None,
+    members: Sequence[Member],
+    dropout_p: float,
 ) -> tuple[Tensor | None, list[Grads]]:
-    """Run ``kernels.group.backward`` by its op."""
+    """Run the group's backward of ``impl`` by its op."""
     made = iter(
         torch.ops.ila.masked_lora_linear_group_backward(
             list(dys),
@@ -130,6 +135,7 @@ def group_backward(
             [m.scale for m in members],
             dropout_p,
             [wanted for m in members for wanted in m.needs],
+            impl,
         )
     )
     used = [m.needs if dy is not None else NO_NEEDS for dy, m in zip(dys, members, strict=True)]

@@ -6,20 +6,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ila.price.knapsack import CostTable, Frontier, Step
+from ila.price.knapsack import CostTable, Frontier, Group
 
 COST = st.integers(0, 9)
 
 
 @st.composite
 def problems(draw) -> tuple[CostTable, dict[str, float]]:
-    """A table of at most eight layers in at most four steps, and their scores."""
-    steps, names = [], iter("abcdefgh")
+    """A table of at most eight layers in at most four groups, and their scores."""
+    groups, names = [], iter("abcdefgh")
     for size in draw(st.lists(st.integers(0, 3), min_size=1, max_size=4)):
         layers = tuple(name for name, _ in zip(names, range(size), strict=False))
         own = {name: (draw(COST), draw(COST)) for name in layers}
-        steps.append(Step(layers, draw(COST), draw(COST), (draw(COST), draw(COST)), own))
-    table = CostTable(draw(COST), tuple(steps))
+        groups.append(Group(layers, draw(COST), draw(COST), (draw(COST), draw(COST)), own))
+    table = CostTable(draw(COST), tuple(groups))
     # Quarters add up without rounding, so that equal sums are equal.
     quarters = st.integers(-4, 12).map(lambda n: n / 4)
     return table, {name: draw(quarters) for name in table.layers}
@@ -67,7 +67,7 @@ def test_a_frontier_grows_in_both_and_says_the_true_cost(problem):
 
 
 def test_scores_of_other_layers_are_refused():
-    table = CostTable(0, (Step(("a",), 0, 0, (0, 0), {"a": (1, 1)}),))
+    table = CostTable(0, (Group(("a",), 0, 0, (0, 0), {"a": (1, 1)}),))
     with pytest.raises(ValueError, match="'b' is in one of them"):
         Frontier(table, {"a": 1.0, "b": 2.0})
     with pytest.raises(ValueError, match="got 'b'"):

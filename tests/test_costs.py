@@ -6,30 +6,34 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from torch._subclasses import FakeTensorMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import ila
 from benchmarks.memory.kept import saved_bytes
 from benchmarks.memory.true_size import fake
 from ila.price.costs import ceiling_price, memory_table, parameter_table, time_table
-from ila.price.shapes import Shape
+from ila.price.shapes import COUNTED, SAME_LAYERS, Shape, check_counted
 from ila_kernels.roofline import CEILINGS
 
 BLOCKS, ROWS, LENGTH, RANK = 2, 2, 40, 3
 
 
+SIZES = {
+    "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 50,
+    "use_cache": False,
+}  # fmt: skip
+
+
 def config() -> LlamaConfig:
-    made = LlamaConfig(
-        hidden_size=24, intermediate_size=40, num_hidden_layers=BLOCKS, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, vocab_size=50, use_cache=False,
-    )  # fmt: skip
+    made = LlamaConfig(**SIZES)
     made._attn_implementation = "sdpa"
     return made
 
 
-def adapted(dtype: torch.dtype) -> torch.nn.Module:
+def adapted(dtype: torch.dtype, base: torch.nn.Module | None = None) -> torch.nn.Module:
     with torch.device("meta"):
-        base = LlamaForCausalLM(config()).to(dtype).train()
+        base = (LlamaForCausalLM(config()) if base is None else base).to(dtype).train()
     lora = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     return ila.attach(base, lora, low_cpu_mem_usage=True)
 
@@ -49,6 +53,7 @@ def held(model: torch.nn.Module, opened: set[str]) -> int:
     names = layers_of(model)
     ila.apply_mask(model, ila.LayerMask(dict.fromkeys(names, 0.0), {n: n in opened for n in names}))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    ila.lean_head(model)
     with FakeTensorMode():
         fake(model)
         ids = torch.zeros(ROWS, LENGTH, dtype=torch.long)
@@ -126,3 +131,49 @@ def test_another_architecture_or_no_tokens_are_refused(change, said):
     found = config().to_dict() | change
     with pytest.raises(ValueError, match=said):
         Shape.of(found, **{name: change.get(name, value) for name, value in given_.items()})
+
+
+def family(kind: str) -> torch.nn.Module:
+    """A tiny model of another family on the meta device, as large as the Llama here."""
+    made = AutoConfig.for_model(kind, **SIZES, pad_token_id=0)
+    made._attn_implementation = "eager" if kind == "gemma2" else "sdpa"
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(made)
+
+
+@pytest.mark.parametrize("kind", SAME_LAYERS)
+def test_parameters_of_families_whose_layers_are_llamas(kind):
+    base = family(kind)
+    check_counted(base.config.to_dict(), "parameters")
+    options = {"rank": RANK, "rows": ROWS, "length": LENGTH}
+    shape, model = Shape.of(base.config.to_dict(), **options), adapted(torch.bfloat16, base)
+    names = layers_of(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert len(names) == 7 * BLOCKS and parameter_table(shape, names).cost(set(names)) == trained
+
+
+@pytest.mark.parametrize("kind", COUNTED)
+def test_memory_of_every_counted_family(kind):
+    base = family(kind)
+    check_counted(base.config.to_dict(), "memory")
+    options = {"rank": RANK, "rows": ROWS, "length": LENGTH, "base_bytes": 2}
+    shape, model = Shape.of(base.config.to_dict(), **options), adapted(torch.bfloat16, base)
+    names = layers_of(model)
+    assert memory_table(shape, names).cost(set(names)) == held(model, set(names))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "what", "said"),
+    [
+        *((kind, {}, "memory", "parameters=… counts it") for kind in SAME_LAYERS[len(COUNTED) :]),
+        ("qwen3", {}, "time", "time of a step is counted for the model types llama, mistral"),
+        *(("mixtral", {}, what, "this model is 'mixtral'") for what in ("memory", "parameters")),
+        *((kind, {}, "parameters", f"is '{kind}'") for kind in ("qwen3_moe", "olmoe", "gpt2")),
+        ("llama", {"hidden_act": "gelu"}, "memory", "this model has 'gelu'"),
+        (None, {}, "memory", "this model is None"),
+    ],
+)
+def test_what_the_formulas_do_not_count_is_refused(kind, changes, what, said):
+    found = {"model_type": kind, "hidden_act": "silu", **changes}
+    with pytest.raises(ValueError, match=said):
+        check_counted(found, what)

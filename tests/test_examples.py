@@ -14,13 +14,17 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.main import get_command
+from typer.testing import CliRunner
 
 import ila
 from ila.cli import app
 from ila.data.encoding import encode
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
+    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+}
 
 
 @pytest.fixture
@@ -82,13 +86,18 @@ def test_loop_example_trains_what_the_mask_opens(
     assert_plain_adapter(out, tiny_model_folder, 7)
 
 
-def snippets(language: str) -> list[str]:
-    found = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    assert found
+def snippets(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
+
+
+def pages_with(language: str) -> list[str]:
+    found = [page for page in PAGES if snippets(page, language)]
+    assert "README.md" in found
     return found
 
 
-def test_readme_python_runs(tiny_model_folder, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_python_of_a_page_runs(page, tiny_model_folder, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
     dataset, _ = encode(rows, AutoTokenizer.from_pretrained(tiny_model_folder))
@@ -96,31 +105,59 @@ def test_readme_python_runs(tiny_model_folder, data, tmp_path, monkeypatch):
     short = functools.partial(ila.learn_mask, config=quick, progress=False)
     monkeypatch.setattr(ila, "learn_mask", short)
     base_model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
-    for code in snippets("python"):
-        exec(compile(code, "README.md", "exec"), {"base_model": base_model, "dataset": dataset})
-    assert ila.LayerMask.load("mask.json").open
-    assert_plain_adapter(tmp_path / "adapter", tiny_model_folder, 4, trained=False)
+    for code in snippets(page, "python"):
+        exec(compile(code, page, "exec"), {"base_model": base_model, "dataset": dataset})
+        if "save_pretrained" in code:
+            assert_plain_adapter(tmp_path / "adapter", tiny_model_folder, 4, trained=False)
 
 
-def test_readme_commands_and_options_exist():
+def ila_lines(page: str) -> list[list[str]]:
+    lines = "".join(snippets(page, "sh")).splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line for line in words if line and line[0] == "ila"]
+
+
+@pytest.mark.parametrize("page", [page for page in pages_with("sh") if ila_lines(page)])
+def test_commands_and_options_of_a_page_exist(page):
     commands = get_command(app).commands
-    used = set()
-    for line in "".join(snippets("sh")).splitlines():
-        words = shlex.split(line, comments=True)
-        if not words or words[0] != "ila":
-            continue
-        used.add(words[1])
-        known = {flag for parameter in commands[words[1]].params for flag in parameter.opts}
-        assert {word for word in words[2:] if word.startswith("--")} <= known, line
-    assert used == set(commands) - {"demo"}
+    for _, verb, *words in ila_lines(page):
+        known = {flag for parameter in commands[verb].params for flag in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, (verb, words)
 
 
-def test_readme_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (REPOSITORY / target).exists(), target
+def test_the_guide_shows_every_command():
+    verbs = {line[1] for line in ila_lines("docs/guide.md")}
+    assert verbs == set(get_command(app).commands) - {"demo"}
 
 
-def test_readme_tables_are_rendered_from_the_results():
+def test_the_commands_of_the_readme_run_one_after_the_other(
+    tiny_model_folder, data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    short = {
+        "learn": ["--stage1-steps", "2", "--stage2-steps", "2", "--batch-size", "2"],
+        "train": ["--steps", "2", "--batch-size", "2"],
+    }
+    for words in ila_lines("README.md"):
+        named = {"MODEL": str(tiny_model_folder), "rows.jsonl": str(data)}
+        command = [named.get(word, word) for word in words[1:]]
+        result = CliRunner().invoke(app, [*command, *short.get(command[0], [])])
+        assert result.exit_code == 0, (command, result.output, result.exception)
+    assert_plain_adapter(tmp_path / "runs" / "top30", tiny_model_folder, 4)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    folder = (REPOSITORY / page).parent
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", PAGES[page]):
+        assert target.startswith("https://") or (folder / target).exists(), target
+
+
+def test_the_front_door_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 130
+
+
+def test_pages_are_rendered_from_the_results():
     command = [sys.executable, "-m", "benchmarks.report", "--check"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

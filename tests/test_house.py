@@ -20,6 +20,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "ila_kernels": {
         "_version": (),
+        "verdict": (),
+        "store": (),
         "choice": (),
         "config": (),
         "device": (),
@@ -29,6 +31,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "dropout": (),
         "reference": (),
         "swiglu": (),
+        "products": (),
         "eager": (),
         "group": (),
         "kernels": (
@@ -37,19 +40,25 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "partials",
             "shrink",
             "lowrank_gemm",
+            "joined_gemm",
             "grad_out",
             "grad_a",
             "linear",
             "group",
             "selfcheck",
         ),
+        "hybrid": (),
+        "hybrid_group": (),
         "paths": (),
         "traced": (),
         "ops": (),
         "group_ops": (),
         "dispatch": (),
         "roofline": (),
+        "time_budget": (),
         "functional": (),
+        "measuring": (),
+        "tuning": (),
         "testing": (),
         "__init__": (),
     },
@@ -60,16 +69,31 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "records",
             "lock",
             "folder",
+            "settings",
+            "progress",
             "processes",
             "checkpoints",
-            "meter",
             "metrics",
+            "meter",
         ),
-        "masks": ("checks", "names", "mask_file", "mask", "agreement"),
-        "data": ("messages", "rows", "rendering", "encoding", "__init__"),
+        "masks": ("checks", "names", "mask_file", "mask", "provenance", "agreement"),
+        "data": (
+            "contracts",
+            "turns",
+            "messages",
+            "tables",
+            "rows",
+            "rendering",
+            "pieces",
+            "row_encoder",
+            "columns",
+            "encoding",
+            "__init__",
+        ),
         "models": (
             "sizes",
             "loading",
+            "recomputation",
             "layer",
             "quantized",
             "blocks",
@@ -78,20 +102,32 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "shared_input",
             "attention",
             "mlp",
+            "undo",
+            "targets",
+            "lean_loss",
+            "lean_paths",
+            "lean_families",
+            "lean_forward",
+            "lean_head",
+            "edit_report",
             "edit",
+            "merge",
             "open_weights",
             "explain",
         ),
         "prefix": ("state_file", "batches", "frozen_prefix", "cache"),
-        "price": ("knapsack", "shapes", "costs", "speed", "budget", "calibration"),
+        "price": ("knapsack", "shapes", "costs", "speed", "budget", "choice", "calibration"),
         "training": (
             "arguments",
+            "batches",
             "config",
+            "rates",
             "callbacks",
             "loop",
             "trained",
             "card",
             "adapter",
+            "switch",
             "train",
         ),
         "search": (
@@ -102,11 +138,15 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "stage",
             "adapter_updates",
             "weight_updates",
-            "methods",
             "stage1",
+            "methods",
             "learn",
+            "in_place",
+            "selection",
+            "select_layers",
+            "one_run",
         ),
-        "reports": ("texts", "tables", "figures", "pareto"),
+        "reports": ("texts", "phases", "tables", "explained", "figures", "pareto"),
         "__init__": (),
         "commands": (
             "options",
@@ -114,8 +154,10 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "select_share",
             "select_budget",
             "measure",
+            "tune",
             "learn",
             "train",
+            "train_once",
             "explain",
             "report",
             "export",
@@ -143,13 +185,18 @@ INNER_ROOMS = {
     "validate",
     "dropout",
     "swiglu",
+    "products",
     "eager",
     "group",
     "kernels",
+    "hybrid",
+    "hybrid_group",
+    "store",
     "paths",
     "ops",
     "group_ops",
     "dispatch",
+    "measuring",
 }
 # Importable in a millisecond, wherever a mask or a row is read.
 PURE = {
@@ -158,7 +205,7 @@ PURE = {
     "ila/runs/folder.py",
     "ila/runs/lock.py",
     "ila/runs/records.py",
-    "ila/data/messages.py",
+    *(f"ila/data/{name}.py" for name in ("turns", "messages", "tables")),
     "ila/price/knapsack.py",
     "ila/commands/options.py",
     "ila/commands/select_share.py",
@@ -429,6 +476,103 @@ def test_no_environment_variable_is_read(package):
 def test_an_environment_read_is_reported():
     assert len(list(environment_reads("import os\nos.environ['A']\nos.getenv('B')"))) == 2
     assert len(list(environment_reads("from os import environ, path"))) == 1
+
+
+_WRITES = {"pop", "popitem", "update", "setdefault", "clear"}
+
+
+def _is_dictionary(node: ast.expr, aliases: set[str]) -> bool:
+    """Whether an expression is the dictionary of an object's attributes."""
+    if isinstance(node, ast.Name):
+        return node.id in aliases
+    if isinstance(node, ast.Attribute):
+        return node.attr == "__dict__"
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "vars"
+
+
+def _edits(node: ast.AST, aliases: set[str]) -> Iterator[ast.AST]:
+    """Yield what in a node changes a class or an attribute behind an object's back."""
+    targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+    if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Delete)):
+        for target in targets:
+            for part in ast.walk(target):
+                if isinstance(part, ast.Attribute) and part.attr == "__class__":
+                    yield part
+                if isinstance(part, ast.Subscript) and _is_dictionary(part.value, aliases):
+                    yield part
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        if node.func.attr in _WRITES and _is_dictionary(node.func.value, aliases):
+            yield node
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+        if len(node.args) > 1 and ast.unparse(node.args[1]) == "'__class__'":
+            yield node
+
+
+def _undoes_itself(function: ast.AST) -> bool:
+    """Whether a function is one half of a `with`."""
+    if getattr(function, "name", None) in ("__enter__", "__exit__"):
+        return True
+    names = [ast.unparse(decorator) for decorator in getattr(function, "decorator_list", [])]
+    return any(name.rpartition(".")[2] == "contextmanager" for name in names)
+
+
+def edits_for_good(source: str) -> list[tuple[int, str]]:
+    """Return (line, expression) of each such edit outside of a `with` that undoes it."""
+    found = []
+
+    def visit(node: ast.AST, aliases: set[str], undone: bool) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            aliases, undone = set(aliases), undone or _undoes_itself(node)
+        if isinstance(node, ast.Assign) and _is_dictionary(node.value, aliases):
+            aliases |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if not undone:
+            found.extend((edit.lineno, ast.unparse(edit)) for edit in _edits(node, aliases))
+        for child in ast.iter_child_nodes(node):
+            visit(child, aliases, undone)
+
+    visit(ast.parse(source), set(), False)
+    return found
+
+
+@pytest.mark.static
+def test_only_models_edits_a_model_for_good():
+    wrong = [
+        f"{name_of(path)}:{line}: {what}"
+        for path in sources("ila")
+        if not name_of(path).startswith("ila/models/")
+        for line, what in edits_for_good(path.read_text("utf-8"))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.static
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "layer.__class__ = Other",
+        "a, layer.__class__ = 1, Other",
+        "setattr(layer, '__class__', Other)",
+        "vars(layer)['forward'] = other",
+        "del vars(layer)['forward']",
+        "layer.__dict__['forward'] = other",
+        "layer.__dict__.pop('forward')",
+        "vars(layer).update(before)",
+        "own = vars(layer)\n    own['forward'] = other",
+        "own = layer.__dict__\n    own.pop('forward', None)",
+    ],
+)
+def test_an_edit_for_good_is_reported(edit):
+    assert len(edits_for_good(f"def planted(layer):\n    {edit}")) == 1
+    assert len(edits_for_good(f"class A:\n  def close(self, layer):\n    {edit}")) == 1
+    for head in ("@contextmanager\ndef f(layer)", "@contextlib.contextmanager\ndef f(layer)"):
+        assert edits_for_good(f"{head}:\n    {edit}\n    yield") == []
+    assert edits_for_good(f"class A:\n  def __exit__(self, layer):\n    {edit}") == []
+
+
+@pytest.mark.static
+def test_reading_a_dictionary_of_attributes_is_no_edit():
+    read = "own = vars(a)\nb = own.get('c'), a.__dict__['c'], {**vars(a)}, a.__class__\nd = {}\n"
+    assert edits_for_good(read + "d['c'] = 1\nd.update(b)\nd.pop('c')") == []
 
 
 def in_fresh_process(code: str) -> str:

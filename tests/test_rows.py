@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ila.data.rows import fingerprint, load_rows, split_rows, to_messages
+from ila.data.rows import fingerprint, load_rows, split_indices, to_messages
 
 ROWS = [
     {"question": "Größe? 🙂", "answer": "drei"},
@@ -202,22 +202,20 @@ def test_fingerprint_is_sha256_of_canonical_lines():
     assert fingerprint([{"b": "ü", "a": [1, None]}]) == wanted
 
 
-def test_split_rows_is_a_seeded_partition():
-    rows = [{"text": str(i)} for i in range(10)]
-    train, held_out = split_rows(rows, 0.3, seed=7)
+def test_a_split_is_a_seeded_partition():
+    train, held_out = split_indices(10, 0.3, seed=7)
     assert (len(train), len(held_out)) == (7, 3)
-    assert sorted(row["text"] for row in train + held_out) == [row["text"] for row in rows]
-    assert split_rows(rows, 3, seed=7) == (train, held_out)
+    assert sorted(train + held_out) == list(range(10))
+    assert split_indices(10, 3, seed=7) == (train, held_out)
     for same in (np.float32(0.3), np.float64(0.3), np.int64(3)):
-        assert split_rows(rows, same, seed=7) == (train, held_out)
-    assert split_rows(rows, 3, seed=8) != (train, held_out)
-    assert rows == [{"text": str(i)} for i in range(10)]
+        assert split_indices(10, same, seed=7) == (train, held_out)
+    assert split_indices(10, 3, seed=8) != (train, held_out)
 
 
 @pytest.mark.parametrize("held_out", [0, 10, 11, -1, 0.0, 1.0, -0.5, 0.01, 0.99, True, "3", None])
-def test_split_rows_leaves_no_side_empty(held_out):
+def test_a_split_leaves_no_side_empty(held_out):
     with pytest.raises(ValueError, match="held_out must"):
-        split_rows([{"text": str(i)} for i in range(10)], held_out, seed=0)
+        split_indices(10, held_out, seed=0)
 
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -6,7 +6,8 @@
 Weights, AdamW's states, gradients, what the step keeps for backward and the most that is alive at
 any moment of forward and backward, for one row of tokens: fake tensors run the whole step, autograd
 and checkpoints included, and ``live_bytes`` counts. Logits and loss are in it (in fp32, as
-transformers computes them), states are in the dtypes that ``torch.optim.AdamW`` gives them.
+transformers computes them; a chunk at a time where the head is lean), states are in the dtypes that
+``torch.optim.AdamW`` gives them.
 
 Not in it: what one operator needs inside of itself, the allocator's rounding and fragmentation, the
 CUDA context, other programs. ``--check`` counts the same for a model that fits here and sets beside

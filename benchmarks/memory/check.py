@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.harness.memory import allocated
-from benchmarks.memory.count import checkpoint_blocks, count, first_step
+from benchmarks.memory.count import batch_of, checkpoint_blocks, count, first_step
 from benchmarks.memory.kept import saved_bytes
 from benchmarks.memory.live_bytes import Bytes, bytes_of
 from benchmarks.memory.rows import without_mask
@@ -83,7 +83,7 @@ def measure(model: nn.Module, checkpointing: bool, tokens: int) -> dict[str, int
     ids = torch.arange(tokens).remainder(model.config.vocab_size)[None]
 
     def forward() -> Tensor:
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(**batch_of(model, ids)).loss
         gc.collect()
         return loss
 

@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from benchmarks.memory.live_bytes import TOKENS, Bytes, LiveBytes, bytes_of
 from benchmarks.memory.rows import fake
+from ila.models.lean_head import head_route
 
 
 def count(model: nn.Module, checkpointing: bool = False, tokens: int = TOKENS) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def count_step(
     start = live.now
     live.begin_anew()
     with live:
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(**batch_of(model, ids)).loss
         gc.collect()  # outputs that refer to each other would count as kept
         kept = live.now.minus(start)
         loss.backward()
@@ -62,6 +63,12 @@ def count_step(
         "kept": kept,
         "peaks": envelope([peak.minus(start) for peak in live.peaks]),
     }
+
+
+def batch_of(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """Tokens that are all labels; for a lean head the last one too, which computes what counts."""
+    shifted = {} if head_route(model) is None else {"shift_labels": ids}
+    return {"input_ids": ids, "labels": ids, **shifted}
 
 
 def envelope(lines: list[Bytes]) -> list[Bytes]:

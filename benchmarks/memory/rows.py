@@ -30,11 +30,13 @@ BASES = ("bf16", "nf4")
 SHARES = (0.75, 0.3, 0.1)
 SEEDS = (0, 1, 2)
 BLOCK, NESTED_BLOCK = 64, 256
-PEFT, PEFT_BF16, PEFT_PREPARED, OURS = (
-    "PEFT", "PEFT, adapters in the base's dtype", "PEFT, prepared for k-bit training", "ours",
+PEFT, PEFT_BF16, PEFT_PREPARED, PEFT_FUSED, OURS = (
+    "PEFT", "PEFT, adapters in the base's dtype", "PEFT, prepared for k-bit training",
+    "PEFT, fused loss", "ours",
 )  # fmt: skip
 RESTRICTED = "PEFT, the same layers"
 RESTRICTED_BF16 = "PEFT, the same layers, adapters in the base's dtype"
+RESTRICTED_FUSED = "PEFT, the same layers, fused loss"
 
 
 class Row(NamedTuple):
@@ -61,6 +63,7 @@ def rows(base: str, checkpointing: bool = False) -> Iterator[Row]:
     yield Row(PEFT_BF16, 1.0, "all", None, lambda model: adapted(model, bf16=True))
     if base == "nf4":
         yield Row(PEFT_PREPARED, 1.0, "all", None, lambda model: adapted(_prepared(model)))
+    yield Row(PEFT_FUSED, 1.0, "all", None, lambda model: fused(adapted(model)))
     yield Row(OURS, 1.0, "all", None, lambda model: converted(adapted(model)))
     seeds = SEEDS if base == "bf16" and not checkpointing else SEEDS[:1]
     for share in SHARES:
@@ -69,14 +72,16 @@ def rows(base: str, checkpointing: bool = False) -> Iterator[Row]:
             def ours(model, rank_of=rank_of, share=share):
                 return masked(converted(adapted(model)), rank_of(), share)
 
-            def peft(model, bf16=False, rank_of=rank_of, share=share):
-                return restricted(model, rank_of(), share, bf16)
+            def peft(model, bf16=False, loss=lambda model: model, rank_of=rank_of, share=share):
+                return loss(restricted(model, rank_of(), share, bf16))
 
             yield Row(OURS, share, position, seed, ours)
             yield Row(RESTRICTED, share, position, seed, peft)
             if share < 0.5 and position != "bottom" and not seed:
                 bf16 = partial(peft, bf16=True)
                 yield Row(RESTRICTED_BF16, share, position, seed, bf16)
+                fusing = partial(peft, loss=fused)
+                yield Row(RESTRICTED_FUSED, share, position, seed, fusing)
 
 
 def positions(
@@ -87,6 +92,12 @@ def positions(
     yield "bottom", None, lambda: lambda position: -float(position)
     for seed in seeds:
         yield "scattered", seed, lambda seed=seed: at_random(seed)
+
+
+def fused(model: nn.Module) -> nn.Module:
+    """Let PEFT's model have the loss that ours has: the same chunks, no more logits."""
+    ila.lean_head(model)
+    return model
 
 
 def restricted(

@@ -68,8 +68,9 @@ def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def converted(model: nn.Module) -> nn.Module:
-    """Ours, in place."""
+    """Ours, in place, with the head that ``ila train`` gives it."""
     ila.convert(model)
+    ila.lean_head(model)
     return model
 
 

@@ -19,14 +19,15 @@ from torch import nn
 
 import ila
 from benchmarks.peers.addmm import addmm_lora
+from ila.masks.names import PEFT_PREFIX
 from ila.models.blocks import find_blocks
 from ila.models.edit import masked_layers
 
-PREFIX = "base_model.model."
 # σ of B: an update that is there, and small beside W as after some training.
 B_STD = 0.01
 DROPOUT = 0.05
 BASE_DTYPE = "PEFT, base dtype"
+FUSED_LOSS = "PEFT, fused loss"  # by the code of ours, so that nothing but the layers differs
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Spec:
 
     Attributes:
         kind: ``"PEFT"``, ``"PEFT, base dtype"``, ``"PEFT, dropout"``, ``"PEFT, compiled"``,
-            ``"addmm"``, ``"ours"``, ``"ours, Triton"`` or ``"frozen"``.
+            ``"PEFT, fused loss"``, ``"addmm"``, ``"ours"``, ``"ours, Triton"`` or ``"frozen"``.
         share: Open share of the layers.
         position: ``"all"``, ``"top"``, ``"scattered"``, ``"bottom"`` or ``"learned"``.
         checkpoints: Gradient checkpointing, as transformers' Trainer turns it on.
@@ -118,7 +119,7 @@ def restricted(mask: ila.LayerMask, rank: int) -> LoraConfig:
 
     ``layers_to_transform`` where they are whole blocks, else explicit names in ``target_modules``.
     """
-    names = [name.removeprefix(PREFIX) for name in mask.open]
+    names = [name.removeprefix(PEFT_PREFIX) for name in mask.open]
     blocks = whole_blocks(mask)
     if blocks is not None:
         kinds = sorted({name.rpartition(".")[2] for name in names})
@@ -152,6 +153,8 @@ def build(spec: Spec, base: nn.Module, mask: ila.LayerMask, rank: int) -> nn.Mod
         wide = spec.kind != BASE_DTYPE  # PEFT's default is fp32 adapters over a bf16 base
         model = get_peft_model(model, config, autocast_adapter_dtype=wide)
     fill_adapters(model)
+    if spec.is_ours or spec.kind == FUSED_LOSS:
+        ila.lean_head(model)
     if spec.kind == "addmm":
         use_addmm(model)
     if spec.checkpoints:

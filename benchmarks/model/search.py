@@ -49,7 +49,7 @@ class SearchCell(ModelCell):
         layers = masked_layers(model, "default")
         with scored(model, layers, "default", SearchConfig().score_init):
             model(**self.material(0)).loss.backward()
-            gradients = [layer.lora_score["default"].grad for layer in layers.values()]
+            gradients = [layer.lora_S["default"].grad for layer in layers.values()]
         actual = {"the scores": torch.cat(gradients)}
         assert_gradients(actual, exact, plain, self.base.dtype)
 

@@ -16,9 +16,6 @@ from benchmarks.sections.memory_counts import (
     GB,
     NAMES,
     OURS,
-    PEFT_BF16,
-    RESTRICTED,
-    RESTRICTED_BF16,
     ROWS,
     TOKENS,
     chosen,
@@ -36,13 +33,6 @@ FIGURES = {
         "Lines: memory of a training step against the share of layers that is trained",
     ),
 }
-IN_SUMMARY = (
-    ("PEFT", 1.0, "all"),
-    (PEFT_BF16, 1.0, "all"),
-    (OURS, 1.0, "all"),
-    *((who, 0.3, "scattered") for who in (RESTRICTED, RESTRICTED_BF16, OURS)),
-    *((who, 0.3, "top") for who in (RESTRICTED, RESTRICTED_BF16, OURS)),
-)
 
 
 def parts_table(results: Mapping[str, Any], model: str, base: str) -> str:
@@ -138,8 +128,9 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
     parts = [
         f"One row of tokens, rank {result['options']['rank']} on all seven kinds of linear layer, "
         "AdamW. The whole step runs on tensors that have shapes and no data, and every tensor that "
-        "is alive is counted: logits and loss (in fp32, as transformers computes them), states in "
-        "the dtypes that AdamW gives them, NF4 with its scales and tables. *Kept* is what is there "
+        "is alive is counted: logits and loss (in fp32, as transformers computes them; with ours "
+        "and with *fused loss* a chunk at a time, every token being a label), states in the "
+        "dtypes that AdamW gives them, NF4 with its scales and tables. *Kept* is what is there "
         "between forward and backward; *peak* is the most at any moment of a step, with gradients "
         "standing all the time as they do where they are accumulated "
         "(`python -m benchmarks.memory --json FILE`). The adapters are in fp32, PEFT's default, "
@@ -189,27 +180,3 @@ def figures(results: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
         for name, (draw, _) in FIGURES.items()
         if chosen(result, FIRST, base, False)
     }
-
-
-def summary(results: Mapping[str, Any]) -> list[str]:
-    if "memory" not in results:
-        return []
-    bases = {base: chosen(results["memory"], FIRST, base, False) for base in BASES}
-    rows = []
-    for key in IN_SUMMARY:
-        lora, qlora = (bases[base][key] for base in ("bf16", "nf4"))
-        sizes = [f"{total(row, TOKENS) / GB:.1f} GB" for row in (lora, qlora)]
-        lengths = [longest(lora, 40 * GB), longest(qlora, 24 * GB)]
-        rows.append([label(key), *sizes, *(f"{n:,}" if n else "–" for n in lengths)])
-    return [
-        f"**Memory of a training step**, {NAMES[FIRST]}, rank 16, AdamW, no gradient "
-        f"checkpointing: the most that is alive, counted with tensors that hold no data "
-        f"(`python -m benchmarks.memory`), at {TOKENS} tokens; and the longest row of tokens that "
-        "fits on a card. No GPU has confirmed it; what is not in the count stands beside the "
-        "full tables.",
-        table(
-            ["", "LoRA, bf16", "QLoRA, NF4", "tokens, LoRA on 40 GB", "tokens, QLoRA on 24 GB"],
-            rows,
-        ),
-        picture("memory-step-bf16.png", f"Memory of a training step of {NAMES[FIRST]}"),
-    ]

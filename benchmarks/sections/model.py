@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sections.common import NOT_MEASURED, placed, save, table
+from benchmarks.sections.common import placed, save, table
 from benchmarks.sections.pieces import (
     COLOURS,
     by_device,
@@ -20,12 +20,8 @@ from benchmarks.sections.pieces import (
 
 TITLE = "A training step of a model"
 COMMAND = "`pytest benchmarks/test_model.py`"
-# What the README shows.
-HEADLINES = (
-    "PEFT", "ours", "PEFT, 30% top", "ours, 30% top", "ours, 30% top, cache", "frozen",
-)  # fmt: skip
 OTHER_BATCH = re.compile(r"model-\d+x\d+(-gpu)?")
-PEERS = ("PEFT, base dtype", "PEFT, dropout", "PEFT, compiled", "addmm")
+PEERS = ("PEFT, base dtype", "PEFT, fused loss", "PEFT, dropout", "PEFT, compiled", "addmm")
 
 
 def _sentence(document: Mapping[str, Any]) -> str:
@@ -66,24 +62,6 @@ def _one(document: Mapping[str, Any]) -> list[str]:
         table(
             ["", *columns], [[placed(row["contestant"]), *_cells(row)] for row in document["rows"]]
         ),
-    ]
-
-
-def summary(results: Mapping[str, Any]) -> list[str]:
-    """What of it belongs in the README: both ratios of the main contestants."""
-    if "model" not in results:
-        return []
-    rows = {row["contestant"]: row for row in results["model"]["rows"]}
-    gpu = {row["contestant"]: row for row in results.get("model-gpu", {"rows": []})["rows"]}
-    lines = []
-    for name in (n for n in HEADLINES if n in rows):
-        other = share(gpu[name]["ratio_to_peft"]) if name in gpu else NOT_MEASURED
-        lines.append([placed(name), *_cells(rows[name]), other])
-    columns = ["", "time / PEFT's", "/ PEFT's on the same layers", "ms", "tokens/s", "peak", "GPU"]
-    return [
-        "**A training step**: time relative to PEFT on all layers, and to PEFT restricted to the "
-        f"same layers; the last layers are next to the output. {_sentence(results['model'])}",
-        table(columns, lines),
     ]
 
 

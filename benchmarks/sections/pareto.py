@@ -45,19 +45,6 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def summary(results: Mapping[str, Any]) -> list[str]:
-    """What the README shows: the comparisons."""
-    result = results.get("budget")
-    if result is None or not comparisons(result):
-        return []
-    options = result["options"]
-    title = (
-        f"**A budgeted selection against the plain top-k of its step time**, {options['model']} on "
-        f"{options['data']}, {options['steps']} steps; tables and figure are in docs/study.md:"
-    )
-    return [title, "\n".join(comparisons(result))]
-
-
 def comparisons(result: Mapping[str, Any]) -> list[str]:
     """A sentence for each budget: how far it is ahead of its rivals, seed by seed."""
     lines, step_ms = [], result["step_ms"]

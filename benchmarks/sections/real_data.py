@@ -116,9 +116,3 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
         ),
         *_trained(real),
     ]
-
-
-def summary(results: Mapping[str, Any]) -> list[str]:
-    """The trainings alone."""
-    real = _results(results)
-    return [_setting(next(iter(real.values()))), *_trained(real)] if real else []

@@ -37,12 +37,3 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
         "By place: the part of a block, over all blocks, in which a tensor is kept. A tensor that "
         "two parts keep counts once.",
     ]
-
-
-def summary(results: Mapping[str, Any]) -> list[str]:
-    """The table without places, where nothing else in the README speaks of memory."""
-    if "saved-bytes" not in results or "memory" in results:
-        return []
-    result = results["saved-bytes"]
-    rows = [[placed(name), gib(row["bytes"])] for name, row in result["rows"].items()]
-    return [_said(result), table(["", "kept"], rows)]

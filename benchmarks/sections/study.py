@@ -14,11 +14,9 @@ from benchmarks.sections.study_claims import RULE, claims
 from benchmarks.sections.study_numbers import ALL, Estimate, Study, studies
 from benchmarks.study.agreement import halves
 from ila.masks.mask import chance_jaccard
-from ila.search.config import SearchConfig
 
 PAGE = "study"
 TITLE = "Does the ranking repeat, and is it useful?"
-DEFAULT = SearchConfig.method
 _PLACES = ("first", "middle", "last")
 _FACTORS = {
     "seed": "two seeds of one data set",
@@ -42,20 +40,6 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
         if study.cuts():
             parts.append(picture(f"{stem}-loss.png", "held-out loss against the layers open"))
         parts += ["**The claims.** " + RULE, "\n".join(f"- {text}" for text in claims(study))]
-    return parts
-
-
-def summary(results: Mapping[str, Any]) -> list[str]:
-    """The verdicts on the method that is the default, of the studies that trained."""
-    parts = []
-    for study in studies(results).values():
-        said = [text for text in claims(study) if f"`{DEFAULT}`" in text]
-        if study.trained and said:
-            parts.append(
-                f"**What the search's ranking is worth**, {study.name}, `{DEFAULT}`; the rule of "
-                "the verdicts, the other methods and figures are in docs/study.md:"
-            )
-            parts.append("\n".join(f"- {text}" for text in said))
     return parts
 
 

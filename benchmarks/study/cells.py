@@ -16,6 +16,7 @@ from transformers import set_seed
 from benchmarks.study.records import Records, digest
 from ila.commands.inputs import Inputs, Prepared, attach_adapter, prepare, versions
 from ila.masks.mask import LayerMask
+from ila.masks.names import PEFT_PREFIX
 from ila.models.edit import apply_mask
 from ila.models.loading import find_source, load_model
 from ila.runs.atomic import write_folder_atomic, write_json_atomic
@@ -258,7 +259,7 @@ class Bench:
         key = self._layers_key()
         if self.records.get("layers", key) is None:
             sizes = dict(mask.provenance["parameters"])
-            names = [name.removeprefix("base_model.model.") for name in sizes]
+            names = [name.removeprefix(PEFT_PREFIX) for name in sizes]
             self.records.add("layers", key, {"names": names, "parameters": [*sizes.values()]})
 
     def training(
@@ -293,7 +294,7 @@ class Bench:
 
     def _cut(self, scores: Sequence[float], cut: str, share: float) -> LayerMask:
         layers = self.records.get("layers", self._layers_key())
-        names = [f"base_model.model.{name}" for name in layers["names"]]
+        names = [PEFT_PREFIX + name for name in layers["names"]]
         mask = LayerMask(dict(zip(names, scores, strict=True)))
         if cut == "count":
             return mask.top(share)

@@ -1,1 +1,1 @@
-"""What each verb of the command line does, one file a verb."""
+"""Commands: the work of each verb of the command line, one file a verb."""

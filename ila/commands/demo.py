@@ -1,8 +1,8 @@
-"""The whole path as one plan: learn masks, compare them, train all layers and the selected ones.
+"""Run the whole path as one plan: learn masks, compare them, train all and selected layers.
 
 ``ila demo`` runs it on SmolLM2-135M and the instruction sets of ``examples/data``. Every step is an
-``ila`` command in a process of its own (so that its peak memory is its own); a step whose result
-exists is skipped, one that was interrupted is resumed.
+``ila`` command in its own process, so that each has its own peak memory. The plan skips a step
+whose result exists and resumes an interrupted one.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from ila.runs.atomic import write_folder_atomic, write_json_atomic
 from ila.runs.folder import claim, read
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "data"
-# Says with which options a plan was begun: finished steps are skipped, so none may change.
+# Keeps the options of a plan: a rerun skips finished steps, so no option may change.
 PLAN_MARKER = "plan.json"
 DATA = ("arithmetic", "polite", "extraction")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run.
+    """Steps to run, and their options.
 
     Attributes:
         model: Model folder or hub id.
-        data: Name -> instruction file; a mask is learned on each.
-        trained_on: Names of the sets to train on, all layers and the selected ones.
+        data: Name -> instruction file; each gets a mask.
+        trained_on: Names of the sets to train on, with all layers and with the selected ones.
         out: Folder of all results.
-        top: Share of layers kept.
+        top: Share of layers to keep.
         learn: Further options of ``ila learn``.
         train: Further options of ``ila train``.
-        both: Further options of both.
+        both: Further options of both commands.
     """
 
     model: str
@@ -52,10 +52,10 @@ class Plan:
 
 
 def run_plan(plan: Plan, screen: Console) -> None:
-    """Run every step of a plan that has no result yet.
+    """Run every step of a plan without a result.
 
     Raises:
-        RuntimeError: If a step fails; the message has its command.
+        RuntimeError: If a step fails; the message holds its command.
     """
     for name, data in plan.data.items():
         run = plan.out / f"learn-{name}"
@@ -89,8 +89,8 @@ def run_demo(out: Path, *, steps: int, fresh: bool, screen: Console) -> None:
 
     Raises:
         FileNotFoundError: If the demo's model or data is not installed.
-        ValueError: If ``steps`` is below 5, or ``out`` holds something else: a demo of other steps
-            (without ``fresh``), or none.
+        ValueError: If ``steps`` is below 5, or ``out`` holds a demo of other steps (without
+            ``fresh``) or other files.
     """
     if steps < 5:  # one for each point of the search's path
         raise ValueError(f"steps must be ≥ 5, got {steps}")
@@ -116,7 +116,7 @@ def run_demo(out: Path, *, steps: int, fresh: bool, screen: Console) -> None:
 
 
 def _claim(out: Path, steps: int, fresh: bool) -> None:
-    """Make ``out`` this demo's; ``fresh`` removes what a demo makes there and nothing else."""
+    """Claim ``out`` for this demo; ``fresh`` removes the results of an old demo only."""
     mine = {"what": "ila demo", "options": {"steps": steps}}
     if fresh and (out / PLAN_MARKER).is_file() and _is_demo(out):
         (out / "compare.json").unlink(missing_ok=True)

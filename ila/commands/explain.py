@@ -1,4 +1,4 @@
-"""What ``ila explain`` does."""
+"""``ila explain``: report the path and the memory of each layer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from ila.commands.inputs import Inputs, attach_adapter
 from ila.masks.mask import LayerMask
 from ila.models.edit import apply_mask
 from ila.models.explain import Explanation, explain
+from ila.models.lean_head import leaning
 from ila.models.loading import find_source, load_model
 from ila.runs.processes import processes
 
 
 def explain_layers(inputs: Inputs, tokens: int, *, mask_file: Path | None = None) -> Explanation:
-    """Say which layers of a model a mask opens, what computes them, and what they keep.
+    """Report which layers a mask opens, which path computes each, and the bytes that it keeps.
 
-    Of ``inputs`` only what makes the model and its adapter is read, no data.
+    The function reads model and adapter options of ``inputs``, and no data.
     """
     mask = None if mask_file is None else LayerMask.load(mask_file)
     source = find_source(inputs.model, inputs.gguf_file, inputs.trust_remote_code)
@@ -23,4 +24,5 @@ def explain_layers(inputs: Inputs, tokens: int, *, mask_file: Path | None = None
     model = attach_adapter(model, inputs)
     if mask is not None:
         apply_mask(model, mask)
-    return explain(model, tokens)
+    with leaning(model):  # as training does
+        return explain(model, tokens)

@@ -1,7 +1,7 @@
-"""From names to tensors: what every command does before its own work.
+"""Turn names into tensors: the common first part of every command.
 
-A run is described by what it reads (model, data) and how (rank, split, seed); the description is
-kept beside its results, so that a folder can tell whether it is being resumed or misused.
+The description of a run names its model, its data and its options (rank, split, seed). The folder
+keeps it beside the results, and so can tell a resumed run from another run.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ila.boundary import InputError, reading
+from ila.data.contracts import Row
 from ila.data.encoding import Collator, DataSummary, encode, pad_token_id
 from ila.data.rows import fingerprint, load_rows, split_indices
-from ila.models.edit import attach
+from ila.models.edit import attach, masked_layers, single_adapter
 from ila.models.loading import (
     LOAD_IN,
     check_runs,
@@ -30,21 +32,24 @@ from ila.models.loading import (
     load_model,
     load_tokenizer,
 )
+from ila.models.targets import Outside, outside, unmatched_targets
 from ila.runs.folder import RUN_MARKER, check, claim, read
 from ila.runs.processes import on_main_process, processes
 from ila_kernels._version import __version__
 
-# What must be the same for a run to be resumed; versions may differ.
-_SAME = ("what", "model", "data", "inputs", "open", "full")
+# Entries that must be equal for a run to resume; versions may differ.
+_SAME = ("what", "model", "data", "inputs", "open", "full", "closed", "from", "selection")
 _HIGHEST_RANK = 2**16
-# A name of a module or its end; a dot alone is what a regular expression has too.
+# A name of a module or its end. A regular expression may have dots as well.
 _MODULE_NAME = re.compile(r"\w+(\.\w+)*")
+# Rows of token ids and labels.
+Encoded = list[dict[str, list[int]]]
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads and how; the fields are the command line's options of the same names."""
+    """Options of a run's input; the command line has options of the same names."""
 
     model: str
     data: str
@@ -81,7 +86,7 @@ class Inputs:
             raise ValueError(f"load_in must be one of {LOAD_IN}, got {self.load_in!r}")
 
     def located(self) -> Inputs:
-        """Local paths made absolute: the run may be read again from another working folder."""
+        """Make local paths absolute: another command may read the run from another folder."""
         return replace(self, model=_located(self.model), data=_located(self.data))
 
 
@@ -92,28 +97,30 @@ def _located(name: str) -> str:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model with a fresh adapter, encoded data, and what says where both came from."""
+    """A model with a fresh adapter, encoded data, and the description of both."""
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
-    dataset: list[dict[str, list[int]]]
-    held_out: list[dict[str, list[int]]]
+    dataset: Encoded
+    held_out: Encoded
     summary: DataSummary
     held_out_summary: DataSummary | None
     collator: Collator
-    description: dict[str, Any]
+    description: dict[str, object]
+    outside: Outside
 
     @property
     def note(self) -> str:
-        """What became of the rows, in a sentence for each part."""
+        """Count the kept and dropped rows, a sentence for each part, and parameters of no mask."""
         aside = "nothing." if self.held_out_summary is None else str(self.held_out_summary)
-        return f"To train on: {self.summary}\nHeld out: {aside}"
+        beside = f"\n{self.outside}." if self.outside.parameters else ""
+        return f"To train on: {self.summary}\nHeld out: {aside}{beside}"
 
 
 def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
     """Read the data, load the model, attach a fresh adapter.
 
-    The data is read and encoded first: its mistakes are found before a large model is loaded.
+    The data comes first: its mistakes show before a large model loads.
 
     Raises:
         FileNotFoundError: If model or data cannot be found.
@@ -134,39 +141,55 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
         held_out, held_out_summary = _encode(rows, aside, tokenizer, inputs, "held out", progress)
     model = load_model(source, inputs.dtype, inputs.load_in, processes().device)
     check_runs(model, source, [*dataset, *held_out])
-    description = {
-        "model": identity(model, source),
-        "data": {
-            "source": inputs.data,
-            "split": inputs.split,
-            "fingerprint": fingerprint(rows),
-            **summary.as_dict(),
-            "held_out": None if held_out_summary is None else held_out_summary.as_dict(),
-        },
+    data = {
+        "source": inputs.data,
+        "split": inputs.split,
+        "fingerprint": fingerprint(rows),
+        **summary.as_dict(),
+        "held_out": None if held_out_summary is None else held_out_summary.as_dict(),
+    }
+    description = _description(identity(model, source), data, inputs)
+    set_seed(inputs.seed)
+    adapted = attach_adapter(model, inputs)
+    return Prepared(
+        model=adapted,
+        tokenizer=tokenizer,
+        dataset=dataset,
+        held_out=held_out,
+        summary=summary,
+        held_out_summary=held_out_summary,
+        collator=Collator(pad_token_id(tokenizer)),
+        description=description,
+        outside=outside(adapted, masked_layers(adapted, single_adapter(adapted, None))),
+    )
+
+
+def _description(
+    model: Mapping[str, object], data: Mapping[str, object], inputs: Inputs
+) -> dict[str, object]:
+    return {
+        "model": model,
+        "data": data,
         "inputs": asdict(inputs),
         "versions": versions(),
         "seed": inputs.seed,
     }
-    set_seed(inputs.seed)
-    return Prepared(
-        attach_adapter(model, inputs),
-        tokenizer,
-        dataset,
-        held_out,
-        summary,
-        held_out_summary,
-        Collator(pad_token_id(tokenizer)),
-        description,
-    )
 
 
 def attach_adapter(model: PreTrainedModel, inputs: Inputs) -> PeftModel:
     """Attach the adapter that ``inputs`` describe."""
+    targets = read_targets(inputs.target_modules)
+    unmatched = unmatched_targets(model, targets if targets != "all-linear" else None)
+    if unmatched:
+        raise ValueError(
+            f"target_modules names {', '.join(map(repr, unmatched))}, and the model has no such "
+            f"module; its linear layers are {', '.join(_linear_names(model))}"
+        )
     config = LoraConfig(
         r=inputs.rank,
         lora_alpha=inputs.alpha,
         lora_dropout=inputs.dropout,
-        target_modules=read_targets(inputs.target_modules),
+        target_modules=targets,
         task_type="CAUSAL_LM",
     )
     with reading(
@@ -179,7 +202,7 @@ def read_targets(text: str) -> str | list[str]:
     r"""Read ``--target-modules``: ``all-linear``, names with commas, else a regular expression.
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: If the text has another form.
 
     >>> read_targets("q_proj, v_proj"), read_targets(r".*layers\.[0-9]{1,2}\.mlp.*")
     (['q_proj', 'v_proj'], '.*layers\\.[0-9]{1,2}\\.mlp.*')
@@ -199,9 +222,20 @@ def read_targets(text: str) -> str | list[str]:
     return text
 
 
+def _linear_names(model: nn.Module) -> list[str]:
+    """Name the kinds of layers that can take an adapter, in the order of the model."""
+    names = (n for n, m in model.named_modules() if hasattr(m, "in_features"))
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
 def _encode(
-    rows: list[dict], places: list[int], tokenizer, inputs: Inputs, part: str, progress: bool
-) -> tuple[list[dict[str, list[int]]], DataSummary]:
+    rows: list[Row],
+    places: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Inputs,
+    part: str,
+    progress: bool,
+) -> tuple[Encoded, DataSummary]:
     source = f"{inputs.data} ({part})"
     try:
         with reading(source, "data"):
@@ -219,49 +253,50 @@ def _encode(
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide the numbers."""
-    found = {}
+    """Return the versions of the packages that decide the numbers."""
+    installed = {}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return {**found, "ila-kernels": __version__}
+            installed[package] = "not installed"
+    return {**installed, "ila-kernels": __version__}
 
 
-def check_folder(out: Path, inputs: Inputs, resume: bool, what: str) -> None:
-    """Find before anything is loaded what ``claim_folder`` would refuse for the inputs alone."""
-    known = {"what": what, "inputs": asdict(inputs)}
+def check_folder(out: Path, inputs: Inputs, resume: bool, verb: str) -> None:
+    """Raise early, before any load, if ``claim_folder`` would refuse these inputs."""
+    known = {"what": verb, "inputs": asdict(inputs)}
     on_main_process(lambda: check(out, known, marker=RUN_MARKER, resume=resume))
 
 
-def claim_folder(out: Path, description: Mapping[str, Any], resume: bool, what: str) -> None:
-    """Make ``out`` this run's, or check that it is: same model, data, options, open layers.
+def claim_folder(out: Path, description: Mapping[str, object], resume: bool, verb: str) -> None:
+    """Claim ``out`` for this run, or check that model, data, options and open layers are equal.
 
     Raises:
-        ValueError: If the folder holds another run, or one that was not asked to be resumed, or
-            anything that is no run at all.
+        ValueError: If the folder holds another run, a run although ``resume`` is false, or files
+            that belong to no run.
     """
-    described = {"what": what, **description}
+    described = {"what": verb, **description}
     same = {key: described[key] for key in _SAME if key in described}
     also = {key: value for key, value in described.items() if key not in _SAME}
     on_main_process(lambda: claim(out, same, marker=RUN_MARKER, resume=resume, also=also))
 
 
-def read_run(folder: str | Path, what: str) -> dict[str, Any]:
-    """The description that ``claim_folder`` wrote.
+def read_run(folder: str | Path, verb: str) -> dict[str, Any]:
+    """Return the description that ``claim_folder`` wrote.
 
     Raises:
         FileNotFoundError: If the folder is not a run.
-        ValueError: If it is a run of another kind, or damaged.
+        ValueError: If another command wrote the run, or it is damaged.
     """
-    found = read(Path(folder), RUN_MARKER)
-    if found.get("what") != what:
-        raise ValueError(f"{folder} holds a run of `ila {found.get('what')}`, not of `ila {what}`")
-    return found
+    description = read(Path(folder), RUN_MARKER)
+    if description.get("what") != verb:
+        other = description.get("what")
+        raise ValueError(f"{folder} holds a run of `ila {other}`, not of `ila {verb}`")
+    return description
 
 
 def refuse_packed(full: bool, inputs: Inputs) -> None:
-    """Raise if the base's own weights are to be trained and are packed."""
+    """Raise if full training meets a packed base: packed weights cannot train."""
     if full and inputs.load_in is not None:
         raise ValueError("full training changes the base's own weights; leave out load_in")

@@ -1,4 +1,4 @@
-"""What ``ila learn`` does."""
+"""``ila learn``: learn a mask and write it with its picture."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from ila.commands.inputs import Inputs, check_folder, claim_folder, prepare, refuse_packed
+from torch import nn
+
+from ila.commands.inputs import (
+    Inputs,
+    Prepared,
+    check_folder,
+    claim_folder,
+    prepare,
+    refuse_packed,
+)
 from ila.masks.checks import thawed
 from ila.masks.mask import LayerMask
+from ila.masks.provenance import Provenance
 from ila.models.open_weights import OpenLayers, open_layers
 from ila.reports.figures import heatmap
 from ila.runs.checkpoints import LOGS, keep_logs
@@ -17,6 +27,7 @@ from ila.runs.processes import owning, processes
 from ila.runs.records import COUNT, NUMBER, OBJECT, TEXT, check_record, or_null
 from ila.search.learn import SearchConfig, learn_mask
 from ila.search.weight_updates import WeightUpdates
+from ila.training.batches import padding_note
 from ila.training.loop import held_out_loss
 
 
@@ -31,10 +42,11 @@ def learn(
 ) -> tuple[LayerMask, str]:
     """Learn a mask into ``out``: ``mask.json``, ``heatmap.png``, ``log.jsonl``, ``adapter/``.
 
-    With ``full`` the layers' own weights are trained and their changes scored; no adapter is kept.
+    With ``full`` the layers' own weights train and the search scores their changes; it keeps no
+    adapter.
 
     Returns:
-        The mask and what became of the rows, in words.
+        The mask, and a note on the rows.
     """
     config, inputs = replace(config, seed=inputs.seed), inputs.located()
     check_folder(out, inputs, resume, "learn")
@@ -48,42 +60,59 @@ def _learn_owned(
 ) -> tuple[LayerMask, str]:
     check_folder(out, inputs, resume, "learn")  # again: it may have had an owner until now
     prepared = prepare(inputs, progress=progress)
+    padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
+    note = f"{prepared.note}\n{padding}"
     model = open_layers(prepared.model) if full else prepared.model
     description = {**prepared.description, "full": True} if full else prepared.description
     claim_folder(out, description, resume, "learn")
-    if resume and (out / "mask.json").is_file():
-        mask = LayerMask.load(out)
-        _check_finished(mask, out)
-        search = mask.provenance["search"]
-        same = thawed(search["config"]) == json.loads(json.dumps(config.as_dict()))
-        if same and mask.provenance.get("full", False) == full:
-            return mask, prepared.note  # finished; with another config, learn_mask objects
-    size, collator = config.batch_size, prepared.collator
-    held_out = prepared.held_out
+    if resume and (finished := _finished(out, config, full)) is not None:
+        return finished, note
     bare = model.model if isinstance(model, OpenLayers) else model
-    before = held_out_loss(bare, held_out, collator, size) if held_out else None
+    before = _held_out_loss(bare, prepared, config)
     mask = learn_mask(
         model,
         prepared.dataset,
         config,
-        collator=collator,
+        collator=prepared.collator,
         output_dir=out,
         resume=resume,
         progress=progress,
     )
-    after = held_out_loss(bare, held_out, collator, size) if held_out else None
-    held = {"before": before, "after_stage1": after, "rows": len(held_out)}
-    provenance = {**description, "search": mask.provenance, "held_out_loss": held}
+    after = _held_out_loss(bare, prepared, config)
+    held_out = {"before": before, "after_stage1": after, "rows": len(prepared.held_out)}
+    provenance = {**description, "search": mask.provenance, "held_out_loss": held_out}
     mask = LayerMask(mask.scores, provenance=provenance)
     if processes().is_main_process:
-        title = f"{Path(inputs.model).name} on {Path(inputs.data).stem}: method {config.method}"
-        heatmap(mask, out / "heatmap.png", title=title)
-        mask.save(out / "mask.json")
-        for stage in ("stage1", "stage2"):
-            keep_logs(out / stage, out / LOGS / stage)
-        for folder in ("stage1", "stage2", WeightUpdates.folder):
-            shutil.rmtree(out / folder, ignore_errors=True)
-    return mask, prepared.note
+        _write(mask, out, inputs, config)
+    return mask, note
+
+
+def _write(mask: LayerMask, out: Path, inputs: Inputs, config: SearchConfig) -> None:
+    """Write the mask and its picture, then keep the logs and remove the checkpoints."""
+    title = f"{Path(inputs.model).name} on {Path(inputs.data).stem}: method {config.method}"
+    heatmap(mask, out / "heatmap.png", title=title)
+    mask.save(out / "mask.json")
+    for stage in ("stage1", "stage2"):
+        keep_logs(out / stage, out / LOGS / stage)
+    for folder in ("stage1", "stage2", WeightUpdates.folder):
+        shutil.rmtree(out / folder, ignore_errors=True)
+
+
+def _finished(out: Path, config: SearchConfig, full: bool) -> LayerMask | None:
+    """Return the mask in a folder if this search made it; ``learn_mask`` refuses any other."""
+    if not (out / "mask.json").is_file():
+        return None
+    mask = LayerMask.load(out)
+    _check_finished(mask, out)
+    said = Provenance(mask.provenance)
+    mine = json.loads(json.dumps(config.as_dict()))
+    return mask if thawed(said.config) == mine and said.full == full else None
+
+
+def _held_out_loss(model: nn.Module, prepared: Prepared, config: SearchConfig) -> float | None:
+    if not prepared.held_out:
+        return None
+    return held_out_loss(model, prepared.held_out, prepared.collator, config.batch_size)
 
 
 _HELD_OUT = dict.fromkeys(("before", "after_stage1"), or_null(NUMBER))
@@ -94,7 +123,7 @@ _STAGE1 = {
 
 
 def _check_finished(mask: LayerMask, out: Path) -> None:
-    """Refuse a mask that does not say how it was learned."""
+    """Refuse a mask without the record of the search that learned it."""
     where = f"{out / 'mask.json'}, provenance"
     check_record(mask.provenance, {"search": OBJECT, "held_out_loss": OBJECT}, where)
     check_record(mask.provenance["held_out_loss"], _HELD_OUT, f"{where}.held_out_loss")

@@ -1,25 +1,24 @@
-"""What ``ila report`` does."""
+"""``ila report``: compare finished trainings in a page and a picture."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ila.reports.figures import runs_figure
 from ila.reports.tables import runs_markdown
 from ila.runs.atomic import write_text_atomic
-from ila.runs.metrics import load_run
+from ila.runs.metrics import Metrics, load_run
 
 _REPORT_MARK = "<!-- written by `ila report`, which may write it again -->"
 
 
-def report(runs: list[Path], out: Path) -> list[dict[str, Any]]:
+def report(runs: list[Path], out: Path) -> list[Metrics]:
     """Compare finished trainings: ``report.md`` and ``report.png`` in ``out``.
 
-    A report that is there is written again, so that one can be kept up to date.
+    The function replaces an old report.
 
     Raises:
-        FileExistsError: If a file of one of these names is there that no report made.
+        FileExistsError: If one of the two files exists and is not a report.
     """
     loaded = [load_run(run) for run in runs]
     page, picture = out / "report.md", out / "report.png"
@@ -28,7 +27,7 @@ def report(runs: list[Path], out: Path) -> list[dict[str, Any]]:
         if file.exists() and not ours:
             raise FileExistsError(f"{file} is not of `ila report` and was left alone; move it")
     out.mkdir(parents=True, exist_ok=True)
-    # The page first: without its mark the picture could not be written again.
+    # The page first: its mark allows a later report to replace the picture.
     write_text_atomic(
         page, f"{_REPORT_MARK}\n\n{runs_markdown(loaded)}\n\n![report]({picture.name})\n"
     )

@@ -1,7 +1,7 @@
-"""``ila select --budget`` and ``ila measure``: a mask cut to what a budget buys, with a picture.
+"""``ila select --budget``: cut a mask to the best layers for a budget, with a picture.
 
-No weights are loaded to select: the sizes come from the model's configuration, those of the step
-from the run that learned the mask or from the file of speeds.
+The command loads no weights. The sizes of the model come from its configuration. The sizes of a
+step come from the run that learned the mask, or from the file of speeds.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ila.boundary import reading
 from ila.masks.mask import LayerMask
-from ila.models.loading import LOAD_IN, find_source
+from ila.masks.provenance import Provenance
+from ila.models.loading import LOAD_IN, find_source, same_layers
 from ila.models.sizes import load_config
-from ila.price.budget import ADDITIVE, MEMORY, TIME, Budget, Spending, method_of
+from ila.price.budget import ADDITIVE, MEMORY, TIME, Budget, Spending
 from ila.price.knapsack import Point
-from ila.price.shapes import Shape
+from ila.price.shapes import Shape, check_counted
 from ila.price.speed import Speed
 from ila.reports.pareto import pareto
 from ila.runs.records import NUMBER, SIZE, TEXT, Field, check_record, or_null
@@ -27,7 +27,7 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class StepSizes:
-    """What a step looks like where the mask does not say it: None takes what the mask says."""
+    """Model and size of a step; None takes the value of the mask."""
 
     model: str | None = None
     rows: int | None = None
@@ -36,7 +36,7 @@ class StepSizes:
 
 @dataclass(frozen=True)
 class Selected:
-    """What ``select_within`` did."""
+    """Result of ``select_within``: the cut mask, its files, and the plain top-k beside it."""
 
     mask: LayerMask
     path: Path
@@ -46,11 +46,11 @@ class Selected:
     plain: Point | None
 
     def text(self) -> str:
-        """The selection and the plain top-k beside it, in sentences."""
-        budget, found = self.spending.budget, self.spending.described(self.point)
+        """Describe the selection and the plain top-k beside it, in sentences."""
+        budget, chosen = self.spending.budget, self.spending.described(self.point)
         lines = [
-            f"{found['layers']} of {len(self.mask)} layers open, with "
-            f"{found['importance_share']:.1%} of the importance, for "
+            f"{chosen['layers']} of {len(self.mask)} layers open, with "
+            f"{chosen['importance_share']:.1%} of the importance, for "
             f"{budget.text(self.point.cost / self.spending.unit)}: {self.path}"
         ]
         if self.plain is None:
@@ -64,7 +64,7 @@ class Selected:
                 f"{budget.text(self.plain.cost / self.spending.unit)}"
             )
         lines.append(self._how())
-        method = method_of(self.mask)
+        method = Provenance(self.mask.provenance).method
         if method not in ADDITIVE:
             lines.append(
                 f"The scores of method {method} are no shares of the loss, and their sum as "
@@ -73,14 +73,15 @@ class Selected:
         return "\n".join([*lines, f"Importance against cost: {self.picture}"])
 
     def _how(self) -> str:
-        shape, speed, kind = self.spending.shape, self.spending.speed, self.spending.budget.kind
+        shape, speed = self.spending.shape, self.spending.speed
+        resource = self.spending.budget.resource
         step = f"a step of {shape.rows} rows of {shape.length} tokens"
-        if kind == MEMORY:
+        if resource == MEMORY:
             return (
                 f"Counted for {step}: weights, adapters, gradients, AdamW and what autograd keeps, "
                 "when backward begins and without checkpointing; buffers of kernels are on top"
             )
-        if kind != TIME:
+        if resource != TIME:
             return f"Counted at rank {shape.rank}"
         if isinstance(speed, Speed):
             return (
@@ -103,34 +104,33 @@ def select_within(
     Args:
         run: Folder of ``ila learn``, or a mask file.
         budget: ``"time=0.6"``, ``"memory=12GiB"`` or ``"parameters=1M"``.
-        speed: For time: a file of ``measure``, or the name of a GPU whose ceilings are known.
-        step: Model and size of a step; those the mask was learned with by default.
-        out: Mask file to write; ``mask-BUDGET.json`` beside the learned one by default. The
+        speed: File of ``measure`` or name of a GPU with known ceilings, for a budget of time.
+        step: Model and size of a step; by default the values of the search.
+        out: Mask file to write; by default ``mask-BUDGET.json`` beside the learned one. The
             picture goes beside it.
 
     Raises:
-        ValueError: If the budget cannot be read or pays for no layer, the mask does not say what
-            is needed and ``step`` neither, or the file of speeds is of another model.
+        ValueError: If the budget cannot be read or pays for no layer, neither mask nor ``step``
+            gives a size, or the file of speeds is of another model.
     """
     wanted, mask = Budget.parse(budget), LayerMask.load(run)
     _check_provenance(mask, run)
-    if wanted.kind == TIME and speed is None:
+    if wanted.resource == TIME and speed is None:
         raise ValueError(
             "budget time needs --speed: a file that `ila measure` wrote, or a GPU's name such as "
             "'NVIDIA H100 80GB HBM3' to count with its ceilings"
         )
-    if wanted.kind != TIME and speed is not None:
-        raise ValueError(f"--speed does nothing for a budget of {wanted.kind}")
+    if wanted.resource != TIME and speed is not None:
+        raise ValueError(f"--speed does nothing for a budget of {wanted.resource}")
     rates = _rates(speed, mask)
-    spending = Spending(mask, wanted, _shape(mask, step or StepSizes(), rates), rates)
+    shape = _shape(mask, step or StepSizes(), rates, wanted.resource)
+    spending = Spending(mask, wanted, shape, rates)
     point, plain = spending.chosen(), spending.plain_within()
     folder = run if run.is_dir() else run.parent
     out = folder / f"mask-{budget.replace('=', '-')}.json" if out is None else out
-    cut = LayerMask(
-        mask.scores,
-        {name: name in point.opened for name in mask.scores},
-        {**mask.provenance, "selection": _provenance(budget, spending, point, plain, speed)},
-    )
+    gates = {name: name in point.opened for name in mask.scores}
+    selection = _provenance(budget, spending, point, plain, speed)
+    cut = LayerMask(mask.scores, gates, {**mask.provenance, "selection": selection})
     cut.save(out)
     picture = pareto(spending, point, plain, out.with_suffix(".png"))
     return Selected(cut, out, picture, spending, point, plain)
@@ -138,7 +138,7 @@ def select_within(
 
 def _provenance(
     budget: str, spending: Spending, point: Point, plain: Point | None, speed: str | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     return {
         "top": None,
         "freeze": None,
@@ -151,65 +151,79 @@ def _provenance(
 
 
 def _rates(speed: str | None, mask: LayerMask) -> Speed | str | None:
-    """The rates in a file, or the name of a GPU as it is."""
+    """Read the rates in a file; return the name of a GPU unchanged."""
     if speed is None or not (speed.endswith(".json") or Path(speed).exists()):
         return speed
     rates = Speed.load(Path(speed))
-    ours = _of(mask, "model", "config_fingerprint")
-    model = rates.measured.get("model")
-    theirs = model.get("config_fingerprint") if isinstance(model, Mapping) else None
-    if ours and theirs and ours != theirs:
+    said, theirs = Provenance(mask.provenance), rates.measured.get("model")
+    is_known = bool(said.model_record) and isinstance(theirs, Mapping)
+    if is_known and not same_layers(said.model_record, theirs):
         raise ValueError(
-            f"{speed} was measured on model {model['source']!r}, and the mask "
-            f"was learned on {_of(mask, 'model', 'source')!r}, which has another configuration"
+            f"{speed} was measured on model {theirs['source']!r}, and the mask "
+            f"was learned on {said.model_source!r}, whose layers have other names or sizes"
         )
     return rates
 
 
-def _shape(mask: LayerMask, step: StepSizes, rates: Speed | str | None) -> Shape:
-    """Sizes from the mask's provenance, overridden by ``step``; a file of speeds fixes the step."""
-    found = {
-        "model": step.model or _of(mask, "inputs", "model"),
-        "rank": _of(mask, "inputs", "rank"),
-        "rows": step.rows or _of(mask, "search", "config", "batch_size"),
-        "length": step.length or _of(mask, "inputs", "max_length"),
-    }
+def _shape(mask: LayerMask, step: StepSizes, rates: Speed | str | None, resource: str) -> Shape:
+    """Take sizes from the mask, overridden by ``step``; a file of speeds fixes the step."""
+    said = Provenance(mask.provenance)
+    rank = said.rank
+    rows, length = step.rows or said.batch_size, step.length or said.max_length
     if isinstance(rates, Speed):
-        measured = rates.measured
-        for name, given in (("rows", step.rows), ("length", step.length), ("rank", found["rank"])):
-            if given is not None and given != measured[name]:
-                raise ValueError(f"speed was measured with {name} {measured[name]}, got {given}")
-            found[name] = measured[name]
-    missing = [name for name, value in found.items() if value is None]
+        given = {"rows": step.rows, "length": step.length, "rank": rank}
+        rows, length, rank = _measured_sizes(rates, given)
+    model = step.model or said.model
+    _check_known({"model": model, "rank": rank, "rows": rows, "length": length})
+    source = find_source(model, None if step.model else said.gguf_file)
+    config = load_config(source.name, source.gguf_file, source.trust_remote_code)
+    with reading(source.name, "model"):
+        sizes = config.to_dict()
+    check_counted(sizes, resource)
+    return Shape.of(
+        sizes,
+        rank=rank,
+        rows=rows,
+        length=length,
+        base_bytes=_bytes_of(said.dtype or str(config.dtype).removeprefix("torch.")),
+        dropout=said.has_dropout,
+        load_in=said.load_in,
+    )
+
+
+def _measured_sizes(rates: Speed, given: Mapping[str, int | None]) -> tuple[int, int, int]:
+    """Return rows, length and rank of the measured steps; raise if a given size differs."""
+    for name, value in given.items():
+        if value is not None and value != rates.measured[name]:
+            raise ValueError(f"speed was measured with {name} {rates.measured[name]}, got {value}")
+    return rates.measured["rows"], rates.measured["length"], rates.measured["rank"]
+
+
+def _check_known(sizes: Mapping[str, str | int | None]) -> None:
+    missing = [name for name, value in sizes.items() if value is None]
     if missing:
         raise ValueError(
             f"the mask does not say its {missing[0]}; a budget needs a mask that `ila learn` wrote"
             + (", or --model" if missing[0] == "model" else "")
         )
-    file = _of(mask, "inputs", "gguf_file")
-    source = find_source(found.pop("model"), None if step.model else file)
-    config = load_config(source.name, source.gguf_file, source.trust_remote_code)
-    dtype = _of(mask, "model", "dtype") or str(config.dtype).removeprefix("torch.")
+
+
+def _bytes_of(dtype: str) -> int:
     if dtype not in _BYTES:
         raise ValueError(
             f"the dtype of the model's weights must be one of {', '.join(_BYTES)}, got {dtype!r}: "
             "neither the mask nor the model's configuration says which"
         )
-    with reading(source.name, "model"):
-        sizes = config.to_dict()
-    return Shape.of(
-        sizes,
-        **found,
-        base_bytes=_BYTES[dtype],
-        dropout=bool(_of(mask, "inputs", "dropout")),
-        load_in=_of(mask, "inputs", "load_in"),
-    )
+    return _BYTES[dtype]
 
 
-# What a budget takes from a mask's provenance; where a field is not there, the user may say it.
+# Fields of a mask's provenance that a budget reads; the user may give an absent one.
 _INPUTS = {
-    **{"model": or_null(TEXT), "gguf_file": or_null(TEXT), "rank": or_null(SIZE)},
-    **{"max_length": or_null(SIZE), "dropout": or_null(NUMBER)},
+    "model": or_null(TEXT),
+    "gguf_file": or_null(TEXT),
+    "rank": or_null(SIZE),
+    "max_length": or_null(SIZE),
+    "dropout": or_null(NUMBER),
     "load_in": Field(f"one of {LOAD_IN} or null", lambda value: value in (None, *LOAD_IN)),
 }
 _MODEL = dict.fromkeys(("source", "config_fingerprint", "dtype"), or_null(TEXT))
@@ -217,16 +231,12 @@ _CONFIG = {"batch_size": or_null(SIZE), "method": or_null(TEXT)}
 
 
 def _check_provenance(mask: LayerMask, run: Path) -> None:
-    """Refuse a mask whose provenance holds what no search writes."""
-    places = ((_INPUTS, "inputs"), (_MODEL, "model"), (_CONFIG, "search", "config"))
-    for fields, *keys in places:
-        said = {name: _of(mask, *keys, name) for name in fields}
-        check_record(said, fields, f"mask {run}, {'.'.join(keys)} of its provenance")
-
-
-def _of(mask: LayerMask, *keys: str) -> Any:
-    """What the provenance holds under these keys; None where it does not."""
-    found: Any = mask.provenance
-    for key in keys:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
+    """Raise unless the fields that a budget reads have the types that a search writes."""
+    said = Provenance(mask.provenance)
+    for fields, place, record in (
+        (_INPUTS, "inputs", said.inputs),
+        (_MODEL, "model", said.model_record),
+        (_CONFIG, "search.config", said.config),
+    ):
+        values = {name: record.get(name) for name in fields}
+        check_record(values, fields, f"mask {run}, {place} of its provenance")

@@ -1,4 +1,4 @@
-"""A learned mask cut down to the layers to train; no torch, so that choosing takes no time."""
+"""``ila select --top`` and ``--freeze``: cut a mask by a share of its layers; without torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def select(
     """Cut a learned mask: keep the best ``top`` or freeze the worst ``freeze`` of the layers.
 
     Raises:
-        ValueError: Unless exactly one of the two is given, within its range.
+        ValueError: If both or none of the two are given, or the share is out of range.
     """
     if (top is None) == (freeze is None):
         raise ValueError("give exactly one of --top, --freeze and --budget")
@@ -22,9 +22,10 @@ def select(
     if out is None:
         folder = run if run.is_dir() else run.parent
         out = folder / (f"mask-top-{top}.json" if top is not None else f"mask-freeze-{freeze}.json")
-    chosen = {"top": top, "freeze": freeze}
-    chosen = {name: None if share is None else float(share) for name, share in chosen.items()}
-    provenance = {**mask.provenance, "selection": chosen}
-    cut = LayerMask(cut.scores, cut.gates, provenance=provenance)
+    selection = {
+        "top": None if top is None else float(top),
+        "freeze": None if freeze is None else float(freeze),
+    }
+    cut = cut.with_provenance(selection=selection)
     cut.save(out)
     return cut, out

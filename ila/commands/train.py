@@ -1,19 +1,23 @@
-"""What ``ila train`` does."""
+"""``ila train``: train the layers that a mask opens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from ila.commands.inputs import Inputs, check_folder, claim_folder, prepare, refuse_packed
 from ila.masks.mask import LayerMask
+from ila.masks.provenance import Provenance
 from ila.models.edit import apply_mask
+from ila.models.loading import same_layers
 from ila.models.open_weights import OpenLayers, open_layers
+from ila.runs.metrics import Metrics
 from ila.runs.processes import owning
+from ila.training.adapter import load_adapter
+from ila.training.batches import padding_note
 from ila.training.config import TrainConfig
 from ila.training.train import train
 
@@ -24,51 +28,78 @@ def train_selected(
     out: Path,
     *,
     mask_file: Path | None = None,
+    closed: str = "drop",
+    start: Path | None = None,
     full: bool = False,
     resume: bool = False,
     progress: bool = True,
-) -> tuple[dict[str, Any], str]:
-    """Train the layers a mask opens (all without one) into ``out``.
+) -> tuple[Metrics, str]:
+    """Train the layers that a mask opens, or all layers without a mask, into ``out``.
 
-    The result is a plain PEFT adapter; with ``full``, the changed weights of the layers themselves
-    in ``changed.safetensors``.
+    The result is a plain PEFT adapter; with ``full``, the changed weights of the layers in
+    ``changed.safetensors``.
+
+    Args:
+        inputs: Options of the input.
+        config: Options of the training.
+        out: Folder of the run.
+        mask_file: Mask with the open layers.
+        closed: Way to close the others: ``"drop"`` or ``"keep"``.
+        start: Adapter to start from, such as the adapter of a search.
+        full: Whether to train the layers' own weights.
+        resume: Whether to continue the run in ``out``.
+        progress: Whether to show progress bars.
 
     Returns:
-        The metrics and what became of the rows, in words.
+        The metrics, and a note on the rows.
 
     Raises:
-        ValueError: If the mask was learned on a model of another configuration. Names of layers
-            are no proof: Llama-2-7B and Mistral-7B share all of theirs. A chat model has the
-            configuration of its base, so a mask goes from one to the other.
+        ValueError: If the mask was learned on a model whose layers have other sizes. Names of
+            layers prove nothing: Llama-2-7B and Mistral-7B have the same names. A chat model has
+            the layers of its base, so a mask fits both. If the adapter to go on from has another
+            rank, alpha or layers.
     """
     config, inputs = replace(config, seed=inputs.seed), inputs.located()
     check_folder(out, inputs, resume, "train")
     with owning(out):
-        return _train_owned(inputs, config, out, mask_file, full, resume, progress)
+        layers = _Layers(mask_file, closed, start, full)
+        return _train_owned(inputs, config, out, layers, resume, progress)
+
+
+class _Layers(NamedTuple):
+    """The layers to train: mask, way to close the others, first adapter, own weights."""
+
+    mask_file: Path | None
+    closed: str
+    start: Path | None
+    full: bool
 
 
 def _train_owned(
     inputs: Inputs,
     config: TrainConfig,
     out: Path,
-    mask_file: Path | None,
-    full: bool,
+    layers: _Layers,
     resume: bool,
     progress: bool,
-) -> tuple[dict[str, Any], str]:
+) -> tuple[Metrics, str]:
+    mask_file, closed, start, full = layers
     check_folder(out, inputs, resume, "train")  # again: it may have had an owner until now
     mask = None if mask_file is None else LayerMask.load(mask_file)
     refuse_packed(full, inputs)
     prepared = prepare(inputs, progress=progress)
     if mask is not None:
         _check_same_model(mask, mask_file, prepared.description["model"])
-    model: PeftModel | OpenLayers = prepared.model
-    if full:
-        model = open_layers(prepared.model, mask)
-    elif mask is not None:
-        apply_mask(prepared.model, mask)
+    model = _opened(prepared.model, inputs, layers, mask)
     opened = None if mask is None else list(mask.open)
-    description = {**prepared.description, "open": opened, "full": full}
+    description = {
+        **prepared.description,
+        "open": opened,
+        "full": full,
+        "selection": None,
+        "closed": None if closed == "drop" else closed,
+        "from": None if start is None else str(start.absolute()),
+    }
     claim_folder(out, description, resume, "train")
     metrics = train(
         model,
@@ -82,17 +113,42 @@ def _train_owned(
         name=out.name,
         tokenizer=None if full else prepared.tokenizer,
     )
-    return metrics, prepared.note
+    padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
+    return metrics, f"{prepared.note}\n{padding}"
 
 
-def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, Any]) -> None:
-    """Compare the configurations' fingerprints; a mask that says nothing of its model passes."""
-    learned_on = mask.provenance.get("model")
-    fingerprint = isinstance(learned_on, Mapping) and learned_on.get("config_fingerprint")
-    if fingerprint and fingerprint != model["config_fingerprint"]:
+def _opened(
+    model: PeftModel, inputs: Inputs, layers: _Layers, mask: LayerMask | None
+) -> PeftModel | OpenLayers:
+    """Load the first adapter and apply the mask, or open the layers' own weights."""
+    if layers.start is not None:
+        _check_alpha(layers.start, inputs)
+        load_adapter(model, "default", layers.start)
+    if layers.full:
+        return open_layers(model, mask)
+    if mask is not None:
+        apply_mask(model, mask, closed=layers.closed)
+    return model
+
+
+def _check_alpha(start: Path, inputs: Inputs) -> None:
+    """Raise unless an adapter has the scaling of this run; its tensors do not tell."""
+    config = PeftConfig.from_pretrained(str(start))
+    theirs, mine = (config.r, config.lora_alpha), (inputs.rank, inputs.alpha)
+    if theirs != mine:
         raise ValueError(
-            f"mask {file} was learned on model {learned_on.get('source')!r} "
-            f"({learned_on.get('architecture')}), and the configuration of model "
-            f"{model['source']!r} ({model['architecture']}) is another; learn a mask on it. "
-            "ila.apply_mask, in Python, asks for the same layer names only"
+            f"the adapter in {start} has rank and alpha {theirs}, and this run {mine}; give --rank "
+            "and --alpha of the search"
+        )
+
+
+def _check_same_model(mask: LayerMask, file: Path | None, model: dict[str, object]) -> None:
+    """Compare names and sizes of the layers; a mask without a model passes."""
+    said = Provenance(mask.provenance)
+    if said.model_record and not same_layers(said.model_record, model):
+        raise ValueError(
+            f"mask {file} was learned on model {said.model_source!r} "
+            f"({said.architecture}), and the layers of model "
+            f"{model['source']!r} ({model['architecture']}) have other names or sizes; learn a "
+            "mask on it. ila.apply_mask, in Python, asks for the same layer names only"
         )

@@ -1,41 +1,44 @@
-"""Rows to tokens: the loss is on the answers only.
+"""Encode rows to tokens, with the loss on the answers only.
 
     labels = input_ids where a token belongs to an answer, else -100
 
-``ila.data.rendering`` says which stretches of the text are answers. The text is tokenised once; a
-stretch begins at the first token at which the text up to it, tokenised alone, departs from the
-whole. That asks nothing of the tokenizer but that it be deterministic, and a token that straddles
-the border between prompt and answer counts as answer.
+``ila.data.rendering`` finds the answers in the text. The text is tokenised once, as far as the
+longest row allows. An answer begins at the first token that reaches into it: a token across the
+border between prompt and answer counts as answer.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
-from ila.data.messages import to_messages
-from ila.data.rendering import common_prefix, render_chat, render_plain
+from ila.data.columns import Values, pad_column
+from ila.data.contracts import IGNORED, Row
+from ila.data.row_encoder import RowEncoder
+from ila.runs.progress import bar
 
-IGNORED = -100
+_FILLS = {"labels": IGNORED, "special_tokens_mask": 1}
+_RENAMED = {"label": "labels", "label_ids": "labels"}
 # About two seconds of work at the 0.5 to 1 ms a short row takes.
 _ROWS_WORTH_A_BAR = 3000
+_NAMES_SHOWN = 12
 
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What ``encode`` made of its rows; kept and dropped rows add up to all rows.
+    """Counts of ``encode``; kept and dropped rows add up to all rows.
 
     Attributes:
         rows: Rows given.
         kept: Rows encoded.
         truncated: Kept rows that lost tokens at the right end.
-        dropped_no_answer: Rows whose answers are all empty or missing.
+        dropped_no_answer: Rows in which every answer is empty, missing or of weight 0.
         dropped_no_room: Rows with no answer token left after truncation.
         tokens: Tokens of the kept rows.
         answer_tokens: Tokens of the kept rows that carry loss.
+        unused: Columns of rows, and keys of messages (``messages.…``), with a value that does not
+            reach the text.
     """
 
     rows: int
@@ -45,22 +48,26 @@ class DataSummary:
     dropped_no_room: int
     tokens: int
     answer_tokens: int
+    unused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Say it in one sentence, for a log or a terminal."""
+        """Write the counts in one sentence, for a log or a terminal."""
         lost = (
             (self.truncated, "truncated"),
             (self.dropped_no_answer, "dropped without an answer"),
             (self.dropped_no_room, "dropped with no room for one within the longest row"),
         )
         parts = [f"{self.kept:,} of {self.rows:,} rows"]
-        parts += [f"{count:,} {what}" for count, what in lost if count]
+        parts += [f"{count:,} {fate}" for count, fate in lost if count]
         tokens = f"{self.tokens:,} tokens, {self.answer_tokens:,} of them in answers"
-        return f"{', '.join(parts)}; {tokens}."
+        more = len(self.unused) - _NAMES_SHOWN
+        names = ", ".join(self.unused[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        unused = f" Not used: {names}." if names else ""
+        return f"{', '.join(parts)}; {tokens}.{unused}"
 
-    def as_dict(self) -> dict[str, int]:
-        """Give the counts by name, for JSON."""
-        return asdict(self)
+    def as_dict(self) -> dict[str, int | list[str]]:
+        """Give the counts and names, for JSON."""
+        return {**asdict(self), "unused": list(self.unused)}
 
 
 def encode(
@@ -77,34 +84,36 @@ def encode(
     one of ``weight`` 0. In a row of plain text all of the text is the answer. The first token of a
     row never carries loss: nothing comes before it to predict it from.
 
+    A row's ``tools`` are given to the chat template. Calls of tools are given to it with their
+    arguments as objects, or as JSON text if it takes no objects; without a template a call is a
+    line of JSON. An answer that ends in the end token already gets no second one.
+
     Args:
-        rows: Rows in the forms of ``ila.data.rows.to_messages``.
+        rows: Rows in the forms of ``ila.data.messages.to_messages``.
         tokenizer: Tokenizer; its chat template is used if it has one, the plain one of
             ``ila.data.rendering`` otherwise.
-        max_length: Longest row in tokens, at least 2; longer rows are cut at the right end.
-        progress: Show a progress bar on stderr when there are rows enough to wait for.
-        numbers: The number of each row in the user's file, from 1, for errors; None counts the rows
-            given.
+        max_length: Longest row in tokens, at least 2; longer rows are cut at the right end. Little
+            more than that is rendered and tokenised.
+        progress: Whether to show a progress bar on stderr, if there are rows enough to wait for.
+        numbers: Number of each row in the user's file, from 1, for errors; None counts the given
+            rows.
 
     Returns:
         (encoded, summary): for every kept row, in order, ``{"input_ids", "labels"}`` as lists of
-        equal length, labels -100 outside the answers; and the counts.
+        equal length, labels -100 outside the answers; and the counts, with the names of unused
+        columns.
 
     Raises:
-        ValueError: No rows, every row dropped, ``max_length`` below 2, a row of no known form, or a
-            conversation that the chat template refuses or in which answers cannot be told apart.
+        ValueError: No rows, every row dropped, ``max_length`` below 2, a row of no known form or
+            with an unknown part, or a conversation that the chat template refuses or in which
+            answers cannot be told apart.
     """
-    if max_length < 2:
-        raise ValueError(f"max_length must be at least 2, got {max_length}")
-    if len(rows) == 0:
-        raise ValueError("rows must hold at least one row, got none")
+    _check(rows, max_length)
+    encoder = RowEncoder(tokenizer, max_length)
     encoded, truncated, no_answer, no_room = [], 0, 0, 0
-    for index, row in enumerate(_watched(rows, progress)):
-        try:
-            full = _encode_row(row, tokenizer)
-        except ValueError as error:
-            number = index + 1 if numbers is None else numbers[index]
-            raise ValueError(f"row {number}: {error}") from error
+    places = range(1, len(rows) + 1) if numbers is None else numbers
+    for number, row in zip(places, _watched(rows, progress), strict=True):
+        full = _encoded(encoder, row, number)
         if full is None:
             no_answer += 1
             continue
@@ -127,8 +136,23 @@ def encode(
         dropped_no_room=no_room,
         tokens=sum(len(row["input_ids"]) for row in encoded),
         answer_tokens=sum(label != IGNORED for row in encoded for label in row["labels"]),
+        unused=tuple(encoder.unused),
     )
     return encoded, summary
+
+
+def _check(rows: Sequence[Row], max_length: int) -> None:
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2, got {max_length}")
+    if len(rows) == 0:
+        raise ValueError("rows must hold at least one row, got none")
+
+
+def _encoded(encoder: RowEncoder, row: Row, number: int) -> dict[str, list[int]] | None:
+    try:
+        return encoder(row)
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}") from error
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -151,7 +175,7 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads encoded rows on the right into one batch.
+    """Pad encoded rows on the right into one batch.
 
     Attributes:
         pad_token_id: Id that fills ``input_ids``.
@@ -163,24 +187,29 @@ class Collator:
     pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a multiple that is none."""
+        """Refuse a multiple below 1."""
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
             raise ValueError(
                 f"pad_to_multiple_of must be None or at least 1, got {self.pad_to_multiple_of}"
             )
 
-    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Values]]) -> dict[str, torch.Tensor]:
         """Make a batch.
 
         Args:
-            rows: Rows as ``encode`` returns them, at least one.
+            rows: At least one row, as ``encode`` returns them or with more columns. All have the
+                same columns, ``input_ids`` among them; a ``label`` is called ``labels``, as
+                ``transformers`` does.
 
         Returns:
-            ``input_ids``, ``attention_mask`` (1 on rows, 0 on padding) and ``labels`` (-100 on
-            padding), int64, each of shape (rows, length).
+            Every column, rows first. A column with a value for each token is padded on the right:
+            ``input_ids`` with the pad id, ``labels`` with -100, ``attention_mask`` and the others
+            with 0. An ``attention_mask`` (1 on rows, 0 on padding) is added where rows have none.
+            Not to rows with ``position_ids``, though: those may hold several sequences, which
+            models keep apart by the positions alone, and only without a mask.
 
         Raises:
-            ValueError: No rows.
+            ValueError: No rows, rows with different columns, or a column that is no tensor.
 
         >>> batch = Collator(0)([{"input_ids": [5, 6], "labels": [-100, 6]}])
         >>> batch["labels"].tolist()
@@ -188,66 +217,47 @@ class Collator:
         """
         if not rows:
             raise ValueError("rows must hold at least one row, got none")
+        names = _columns(rows)
+        lengths = [len(row["input_ids"]) for row in rows]
         step = self.pad_to_multiple_of or 1
-        length = -(-max(len(row["input_ids"]) for row in rows) // step) * step
-
-        def stack(sequences: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
-            padded = [[*one, *[fill] * (length - len(one))] for one in sequences]
-            return torch.tensor(padded, dtype=torch.long)
-
-        return {
-            "input_ids": stack([row["input_ids"] for row in rows], self.pad_token_id),
-            "attention_mask": stack([[1] * len(row["input_ids"]) for row in rows], 0),
-            "labels": stack([row["labels"] for row in rows], IGNORED),
-        }
-
-
-def _watched(rows: Sequence, progress: bool) -> Iterator:
-    quiet = not progress or len(rows) < _ROWS_WORTH_A_BAR
-    screen = Console(stderr=True)
-    return track(rows, "Encoding", console=screen, transient=True, disable=quiet)
+        width = -(-max(lengths) // step) * step
+        fills = _FILLS | {"input_ids": self.pad_token_id}
+        batch = {}
+        for name in names:
+            column = pad_column(name, [row[name] for row in rows], lengths, width, fills)
+            if column is not None:
+                batch[_RENAMED.get(name, name)] = column
+        if "attention_mask" not in batch and "position_ids" not in batch:
+            ones = [[1] * length for length in lengths]
+            batch["attention_mask"] = pad_column("attention_mask", ones, lengths, width, fills)
+        return batch
 
 
-def _encode_row(row: Mapping, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]] | None:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"a row must be a dict, got {type(row).__name__}")
-    messages = to_messages(row)
-    turns = [i for i, message in enumerate(messages) if _is_answer(i, message)]
-    if not turns:
-        return None
-    messages = messages[: turns[-1] + 1]
-    if tokenizer.chat_template and messages[0]["role"] != "text":
-        text, spans = render_chat(messages, turns, tokenizer)
-        start = []
-    else:
-        text, spans = render_plain(messages, turns, tokenizer.eos_token)
-        start = _opening(tokenizer)
-    ids = _ids(text, tokenizer)
-    labels = [IGNORED] * len(ids)
-    for begin, end in spans:
-        first = common_prefix(_ids(text[:begin], tokenizer), ids)
-        last = len(ids) if end == len(text) else common_prefix(_ids(text[:end], tokenizer), ids)
-        labels[first:last] = ids[first:last]
-    ids, labels = start + ids, [IGNORED] * len(start) + labels
-    if labels:
-        labels[0] = IGNORED
-    return {"input_ids": ids, "labels": labels}
+def token_count(row: Mapping[str, Values]) -> int:
+    """Count the tokens of a row, its own padding left out.
+
+    >>> token_count({"input_ids": [0, 5, 6], "attention_mask": [0, 1, 1]})
+    2
+    """
+    mask = row.get("attention_mask")
+    return len(row["input_ids"]) if mask is None else int(torch.as_tensor(mask).bool().sum())
 
 
-def _is_answer(index: int, message: Mapping) -> bool:
-    if message["role"] == "text":
-        return bool(message["content"].strip())
-    if message["role"] != "assistant" or index == 0 or message.get("weight") == 0:
-        return False
-    return bool(message["content"].strip() or message.get("tool_calls"))
+def _columns(rows: Sequence[Mapping]) -> list[str]:
+    names = rows[0].keys()
+    for index, row in enumerate(rows):
+        if "input_ids" not in row or row.keys() != names:
+            lacking = sorted({"input_ids", *names, *row} - (row.keys() & names))
+            raise ValueError(
+                "rows must have the same columns, input_ids among them; rows 0 and "
+                f"{index} of the batch do not share {lacking}"
+            )
+    twice = [name for name in ("labels", *_RENAMED) if name in names]
+    if len(twice) > 1:
+        raise ValueError(f"rows must have one column of labels, got {twice}")
+    return list(names)
 
 
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # verbose=False: long rows are cut later, no need to warn about model_max_length.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Give the begin-of-sequence token, for tokenizers that put one before every text."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+def _watched(rows: Sequence[Row], progress: bool) -> Iterable[Row]:
+    show = progress and len(rows) >= _ROWS_WORTH_A_BAR
+    return bar(rows, "Encoding", show=show, transient=True)

@@ -1,25 +1,29 @@
-"""Rows of an instruction set: read them, split them, fingerprint them.
+"""Read the rows of an instruction set, split them, fingerprint them.
 
-A row is a plain ``dict`` as it stands in the file. Nothing here knows a tokenizer: ``ila.data``
-turns rows into tokens. Files are read with the standard library where it says best what is wrong
-and on which line; Parquet and hub ids go through ``pyarrow`` and ``datasets``, imported when
-needed.
+A row is a plain ``dict`` as it stands in the file. This module knows no tokenizer:
+``ila.data.encoding`` turns rows into tokens. The standard library reads text files, because its
+errors name the fault and the line; ``pyarrow`` reads Parquet and ``datasets`` the hub, imported
+when needed.
 """
 
 import codecs
 import csv
 import hashlib
-import io
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
 
+from ila.boundary import in_one_line, reading
 from ila.data.messages import FIELDS, to_messages
+from ila.data.tables import rows_of_columns, without_absent
 
-__all__ = ["fingerprint", "load_rows", "split_indices", "split_rows", "to_messages"]
+__all__ = ["fingerprint", "load_rows", "split_indices", "to_messages"]
+
+_BATCH = 65_536  # rows of a Parquet file in memory at once
+_LONGEST_FIELD = 2**31 - 1  # characters; csv's own limit of 131,072 is less than a long document
 
 
 def load_rows(
@@ -27,16 +31,19 @@ def load_rows(
 ) -> list[dict[str, object]]:
     """Read the rows of a local file or of a data set on the hub.
 
-    A local file is ``.json`` (an array, JSON lines, or an object that holds the array under
-    ``data``, ``rows`` or the split's name), ``.jsonl``, ``.csv`` or ``.parquet``. CSV values stay
-    text. Anything else that is not a path is a hub id, with a configuration's name after a colon
-    where the data set wants one (``"openai/gsm8k:main"``); code from the hub is never run.
+    A local file is ``.json`` (an array, JSON lines, an object that holds the array under ``data``,
+    ``rows`` or the split's name, or one that holds a list or mapping for each column, as tables
+    write themselves), ``.jsonl``, ``.csv`` or ``.parquet``. CSV values stay text. In the objects of
+    a table a null is an absent key. Anything else that is not a path is a hub id, with a
+    configuration's name after a colon where the data set wants one (``"openai/gsm8k:main"``); code
+    from the hub is never run.
 
     Args:
         source: Path of a file, or hub id.
         split: Split to read. A local file has one split, ``"train"``, unless it is a JSON object
             with an array under the split's name.
-        limit: Read at most this many rows from the start; all of them if None.
+        limit: Most rows to read, from the start; None reads all. The function does not read the
+            rest of a file of lines.
 
     Returns:
         The rows in their order, at least one.
@@ -55,7 +62,9 @@ def load_rows(
         if path.suffix.lower() not in _READERS:
             kinds = ", ".join(_READERS)
             raise ValueError(f"source {path}: expected a file ending in {kinds}")
-        rows = list(islice(_READERS[path.suffix.lower()](path, split), limit))
+        if split != "train" and path.suffix.lower() != ".json":
+            _one_split(path, split)
+        rows = list(islice(_READERS[path.suffix.lower()](path, split, limit), limit))
     elif _looks_like_path(source):
         raise FileNotFoundError(f"source {path}: no such file")
     else:
@@ -66,7 +75,7 @@ def load_rows(
 
 
 def fingerprint(rows: Iterable[Mapping[str, object]]) -> str:
-    """Name the content and order of rows, whatever file they came from.
+    """Name the content and order of rows, from any file.
 
     Args:
         rows: Rows; values that JSON does not know (dates, say) count as their ``str``.
@@ -85,29 +94,16 @@ def fingerprint(rows: Iterable[Mapping[str, object]]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def split_rows(
-    rows: Sequence[dict[str, object]], held_out: float, seed: int
-) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-    """Shuffle rows by a seed and set some of them aside.
+def split_indices(rows: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """Shuffle the places of rows, from 0, by a seed and set some of them aside.
 
     Args:
-        rows: Rows to divide; not changed.
-        held_out: How many to set aside: a count (integer), or a fraction in (0, 1), rounded to a
-            count.
-        seed: Same rows and seed, same division, on every machine.
+        rows: Number of rows to divide.
+        held_out: Rows to set aside: a count (integer), or a fraction in (0, 1), rounded to a count.
+        seed: Same number of rows and seed, same division, on every machine.
 
     Returns:
         (train, held out), both shuffled, neither empty.
-
-    Raises:
-        ValueError: ``held_out`` is out of range or leaves one side empty.
-    """
-    train, aside = split_indices(len(rows), held_out, seed)
-    return [rows[i] for i in train], [rows[i] for i in aside]
-
-
-def split_indices(rows: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:
-    """Divide as ``split_rows`` does, and give the places of the rows, from 0, instead of them.
 
     Raises:
         ValueError: ``held_out`` is out of range or leaves one side empty.
@@ -156,18 +152,11 @@ def _from_hub(source: str, split: str, limit: int | None) -> list[dict]:
             f"source {source}: no such local file, and it could not be loaded from the hub "
             f"({error}); the path of a .json, .jsonl, .csv or .parquet file may be given instead"
         ) from error
-    except ValueError as error:
-        raise ValueError(f"source {source}, split {split}: {error}") from error
-    return table.select(range(min(limit or len(table), len(table)))).to_list()
-
-
-def _read_text(path: Path) -> str:
-    raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"source {path}, line {line}: not UTF-8 text") from error
+    except Exception as error:
+        raise ValueError(f"source {source}, split {split}: {in_one_line(error)}") from error
+    with reading(source, "source"):
+        rows = table.select(range(min(limit or len(table), len(table)))).to_list()
+    return [without_absent(row) for row in rows]
 
 
 def _one_split(path: Path, split: str) -> None:
@@ -175,43 +164,57 @@ def _one_split(path: Path, split: str) -> None:
         raise ValueError(f"split must be 'train' for {path}, a file of one split, got {split!r}")
 
 
-def _read_jsonl(path: Path, split: str) -> Iterator[dict]:
-    _one_split(path, split)
-    return _json_lines(_read_text(path), path)
+def _decoded(raw: bytes, path: Path, line: int) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += raw.count(b"\n", 0, error.start)
+        raise ValueError(f"source {path}, line {line}: not UTF-8 text") from error
 
 
-def _json_lines(text: str, path: Path) -> Iterator[dict]:
-    # Not splitlines(): JSON text may hold U+2028 and its like as they are.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                where = f"source {path}, line {number}, column {error.colno}"
-                raise ValueError(f"{where}: not JSON ({error.msg})") from error
-            yield _object(row, path, f"line {number}")
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Give the lines that are not blank, with their numbers, and read no further than asked."""
+    with path.open("rb") as file:
+        # By the newline alone: JSON text may hold U+2028 and its like as they are.
+        for number, raw in enumerate(file, 1):
+            line = _decoded(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, path, number)
+            if line.strip():
+                yield number, line
 
 
-def _object(row: object, path: Path, where: str) -> dict:
+def _from_json(text: str, place: str, locate: Callable[[json.JSONDecodeError], str]) -> object:
+    """Parse JSON; ``locate`` says where in the place a mistake is."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}, {locate(error)}: not JSON ({error.msg})") from error
+    except Exception as error:  # nested too deeply, or a number of too many digits
+        raise ValueError(f"{place}: not JSON that can be read ({in_one_line(error)})") from error
+
+
+def _read_jsonl(path: Path, split: str, limit: int | None) -> Iterator[dict]:
+    for number, line in _lines(path):
+        place = f"source {path}, line {number}"
+        yield _object(_from_json(line, place, lambda e: f"column {e.colno}"), place)
+
+
+def _object(row: object, place: str) -> dict:
     if not isinstance(row, dict):
-        kind = type(row).__name__
-        raise ValueError(f"source {path}, {where}: a row must be a JSON object, got {kind}")
+        raise ValueError(f"{place}: a row must be a JSON object, got {type(row).__name__}")
     return row
 
 
-def _read_json(path: Path, split: str) -> Iterator[dict]:
-    text = _read_text(path)
+def _read_json(path: Path, split: str, limit: int | None) -> Iterator[dict]:
+    if _holds_lines(path):
+        _one_split(path, split)
+        yield from _read_jsonl(path, split, limit)
+        return
+    text = _decoded(path.read_bytes().removeprefix(codecs.BOM_UTF8), path, 1)
     if not text.strip():
         return
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data" or not text.lstrip().startswith("{"):
-            where = f"source {path}, line {error.lineno}, column {error.colno}"
-            raise ValueError(f"{where}: not JSON ({error.msg})") from error
-        _one_split(path, split)
-        yield from _json_lines(text, path)
-        return
+    value = _from_json(
+        text, f"source {path}", lambda error: f"line {error.lineno}, column {error.colno}"
+    )
     if isinstance(value, dict):
         value = _array_in(value, path, split)
     else:
@@ -219,7 +222,18 @@ def _read_json(path: Path, split: str) -> Iterator[dict]:
     if not isinstance(value, list):
         raise ValueError(f"source {path}: expected a JSON array of rows, got {value!r:.40}")
     for number, row in enumerate(value, 1):
-        yield _object(row, path, f"row {number}")
+        yield _object(row, f"source {path}, row {number}")
+
+
+def _holds_lines(path: Path) -> bool:
+    """Tell JSON lines: the first line is an object, and another line follows."""
+    first = list(islice(_lines(path), 2))
+    if len(first) < 2 or not first[0][1].lstrip().startswith("{"):
+        return False
+    try:
+        return isinstance(json.loads(first[0][1]), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _array_in(value: dict, path: Path, split: str) -> list:
@@ -227,20 +241,29 @@ def _array_in(value: dict, path: Path, split: str) -> list:
         if isinstance(value.get(name), list):
             return value[name]
     if split == "train" and FIELDS & value.keys():
-        return [value]
+        return rows_of_columns(value, path) or [value]
     names = "'train', 'data' or 'rows'" if split == "train" else repr(split)
     raise ValueError(f"source {path}: expected an array under {names}, got keys {list(value)[:20]}")
 
 
-def _read_csv(path: Path, split: str) -> Iterator[dict]:
-    _one_split(path, split)
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
+def _read_csv(path: Path, split: str, limit: int | None) -> Iterator[dict]:
+    usual = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from _csv_rows(csv.DictReader(file, strict=True), path)
+    except UnicodeDecodeError:
+        _decoded(path.read_bytes(), path, 1)  # says in which line
+        raise
+    finally:
+        csv.field_size_limit(usual)
+
+
+def _csv_rows(reader: csv.DictReader, path: Path) -> Iterator[dict]:
     try:
         reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         for row in reader:
             if None in row:
-                width = len(reader.fieldnames)
-                line = reader.line_num
+                width, line = len(reader.fieldnames), reader.line_num
                 raise ValueError(
                     f"source {path}, line {line}: more than the header's {width} values"
                 )
@@ -249,7 +272,7 @@ def _read_csv(path: Path, split: str) -> Iterator[dict]:
         raise ValueError(f"source {path}, line {reader.line_num}: not CSV ({error})") from error
 
 
-def _read_parquet(path: Path, split: str) -> Iterator[dict]:
+def _read_parquet(path: Path, split: str, limit: int | None) -> Iterator[dict]:
     try:
         from pyarrow import ArrowInvalid, parquet
     except ImportError as error:
@@ -257,13 +280,13 @@ def _read_parquet(path: Path, split: str) -> Iterator[dict]:
             f"reading {path} needs the package pyarrow: pip install pyarrow"
         ) from error
 
-    _one_split(path, split)
-    try:
-        with parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches():
-                yield from batch.to_pylist()
-    except ArrowInvalid as error:
-        raise ValueError(f"source {path}: not Parquet ({error})") from error
+    with reading(path, "source"):
+        try:
+            with parquet.ParquetFile(path) as table:
+                for batch in table.iter_batches(batch_size=min(limit or _BATCH, _BATCH)):
+                    yield from map(without_absent, batch.to_pylist())
+        except ArrowInvalid as error:
+            raise ValueError(f"source {path}: not Parquet ({in_one_line(error)})") from error
 
 
 _READERS = {

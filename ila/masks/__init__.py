@@ -1,1 +1,1 @@
-"""Which layers matter and which are open: plain data, no torch."""
+"""Masks: how much each layer matters, and which layers are open. Plain data, no torch."""

@@ -1,21 +1,54 @@
 """Agreement between masks, for every pair."""
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TypedDict
 
 from ila.masks.mask import LayerMask, chance_jaccard
-
-if TYPE_CHECKING:
-    pass
 
 FRACTIONS = (0.1, 0.3, 0.5, 0.75)
 
 
+class TopAgreement(TypedDict):
+    """Overlap of the best layers of two masks.
+
+    Attributes:
+        fraction: Share p of the layers that each mask keeps.
+        kept: Layers that each keeps.
+        jaccard: Layers in both selections / layers in either.
+        chance: The value that two random selections reach.
+    """
+
+    fraction: float
+    kept: int
+    jaccard: float
+    chance: float
+
+
+class Agreement(TypedDict):
+    """Comparison of two masks, JSON-able.
+
+    Attributes:
+        a: Label of the first mask.
+        b: Label of the second.
+        modules: Layers that both score.
+        top: Overlap at each share.
+        spearman: Rank correlation; None if all scores of a mask are equal, which ranks nothing.
+    """
+
+    a: str
+    b: str
+    modules: int
+    top: list[TopAgreement]
+    spearman: float | None
+
+
 def compare_table(
     masks: Mapping[str, LayerMask], fractions: Sequence[float] = FRACTIONS
-) -> list[dict[str, Any]]:
+) -> list[Agreement]:
     """Compare every pair of masks: do they rank the layers alike, and choose the same ones?
 
     Args:
@@ -23,9 +56,7 @@ def compare_table(
         fractions: Shares p at which the best layers of both masks are compared.
 
     Returns:
-        A row for each pair, JSON-able: ``a``, ``b``, ``modules``, ``spearman`` (None if all
-        scores of a mask are equal, which ranks nothing), and ``top``, a list of ``fraction``,
-        ``kept``, ``jaccard``, ``chance``.
+        A row for each pair.
 
     Raises:
         ValueError: Fewer than two masks, different modules, or a fraction outside (0, 1].
@@ -37,17 +68,29 @@ def compare_table(
     """
     if len(masks) < 2:
         raise ValueError(f"masks must hold at least two masks to compare, got {len(masks)}")
-    rows = []
+    rows: list[Agreement] = []
     for (a, one), (b, other) in itertools.combinations(masks.items(), 2):
         try:
             rho = one.spearman(other)
         except ValueError as error:
             raise ValueError(f"masks {a!r} and {b!r} cannot be compared: {error}") from None
-        row: dict[str, Any] = {"a": a, "b": b, "modules": len(one), "top": []}
-        row["spearman"] = None if math.isnan(rho) else rho
-        for p in fractions:
-            mine, theirs = one.top(p), other.top(p)
-            agreement = {"jaccard": mine.jaccard(theirs), "chance": chance_jaccard(p)}
-            row["top"].append({"fraction": float(p), "kept": len(mine.open), **agreement})
-        rows.append(row)
+        rows.append(
+            {
+                "a": a,
+                "b": b,
+                "modules": len(one),
+                "top": [_top_agreement(one, other, p) for p in fractions],
+                "spearman": None if math.isnan(rho) else rho,
+            }
+        )
     return rows
+
+
+def _top_agreement(one: LayerMask, other: LayerMask, p: float) -> TopAgreement:
+    mine, theirs = one.top(p), other.top(p)
+    return {
+        "fraction": float(p),
+        "kept": len(mine.open),
+        "jaccard": mine.jaccard(theirs),
+        "chance": chance_jaccard(p),
+    }

@@ -1,7 +1,7 @@
-"""Checks of what a mask is made from; each error names the argument and what came."""
+"""Check the parts of a mask; each error names the argument, the expectation and the value."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from numbers import Real
 from types import MappingProxyType
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 
-def checked_scores(scores: Any) -> dict[str, float]:
+def checked_scores(scores: object) -> dict[str, float]:
     """Return the scores as floats, or raise."""
     if not isinstance(scores, Mapping):
         got = type_name(scores)
@@ -26,7 +26,7 @@ def checked_scores(scores: Any) -> dict[str, float]:
     return checked
 
 
-def checked_gates(gates: Any, scores: dict[str, float]) -> dict[str, bool]:
+def checked_gates(gates: object, scores: dict[str, float]) -> dict[str, bool]:
     """Return the gates as bools in the order of the scores, or raise."""
     if not isinstance(gates, Mapping):
         raise TypeError(f"gates must be a mapping from module name to bool, got {type_name(gates)}")
@@ -39,34 +39,34 @@ def checked_gates(gates: Any, scores: dict[str, float]) -> dict[str, bool]:
     return {name: bool(gates[name]) for name in scores}
 
 
-def check_same_names(given: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+def check_same_names(given: Collection[str], expected: Collection[str], argument: str) -> None:
     """Raise unless both name the same modules."""
     missing = [name for name in expected if name not in given]
     unknown = [name for name in given if name not in expected]
     if missing or unknown:
-        found = [
+        wrong = [
             f"{len(names)} {word} (such as {names[0]!r})"
             for word, names in (("missing", missing), ("unknown", unknown))
             if names
         ]
         raise ValueError(
-            f"{what} must name the same {len(expected)} modules as scores, got {len(given)}: "
-            + ", ".join(found)
+            f"{argument} must name the same {len(expected)} modules as scores, got {len(given)}: "
+            + ", ".join(wrong)
         )
 
 
-def number(value: Any, what: str) -> float:
-    """Return a float, or raise; ``what`` names the argument."""
+def number(value: object, argument: str) -> float:
+    """Return a float, or raise an error that names the argument."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
-        raise TypeError(f"{what} must be a number, got {type_name(value)}")
+        raise TypeError(f"{argument} must be a number, got {type_name(value)}")
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{what} must be finite, got an integer beyond every float") from None
+        raise ValueError(f"{argument} must be finite, got an integer beyond every float") from None
 
 
-def frozen(value: Any, where: str) -> Any:
-    """Return a read-only copy of what JSON can hold, or raise."""
+def frozen(value: object, where: str) -> object:
+    """Return a read-only copy of a JSON value, or raise."""
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
@@ -82,12 +82,12 @@ def frozen(value: Any, where: str) -> Any:
 
 
 def thawed(value: Any) -> Any:
-    """Return plain dicts and lists of what ``provenance`` keeps frozen."""
+    """Return plain dicts and lists from a value that ``frozen`` returned."""
     if isinstance(value, Mapping):
         return {key: thawed(item) for key, item in value.items()}
     return [thawed(item) for item in value] if isinstance(value, tuple) else value
 
 
-def type_name(value: Any) -> str:
+def type_name(value: object) -> str:
     """Return the name of a value's type, for messages."""
     return type(value).__name__

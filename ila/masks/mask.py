@@ -1,7 +1,8 @@
-"""Which linear layers matter, and which of them are open: plain data, no model and no torch.
+"""The mask: a score for every linear layer, and which layers are open. No model and no torch.
 
-A mask is made by the search, cut with ``top`` or ``without_bottom``, compared with other masks, and
-kept in a small JSON file. *Layer* means one linear module (q, k, v, o, gate, up, down of a block).
+The search makes a mask. ``top`` and ``without_bottom`` cut it, ``jaccard`` and ``spearman`` compare
+two, and a small JSON file keeps one. *Layer* means one linear module: `q_proj`, `k_proj`, `v_proj`,
+`o_proj`, `gate_proj`, `up_proj` or `down_proj` of a block.
 """
 
 import json
@@ -35,8 +36,9 @@ class LayerMask:
         scores: Module name -> importance, a finite number; larger is more important. Not empty.
         gates: Module name -> open?, for exactly the modules of ``scores``; at least one is open.
             None opens all, and reads back as a mapping.
-        provenance: Where the scores come from (model, data, configuration, versions, seed).
-            Anything JSON can hold; it is kept as a read-only copy in which lists are tuples.
+        provenance: Where the scores come from (model, data, configuration, versions, seed). Any
+            JSON value; the mask keeps a read-only copy in which lists are tuples.
+            ``ila.masks.provenance.Provenance`` reads it by name.
 
     Raises:
         TypeError: An argument or one of its values has the wrong type.
@@ -68,34 +70,38 @@ class LayerMask:
     def __hash__(self) -> int:
         return hash((frozenset(self.scores.items()), frozenset(self.open)))
 
-    def with_provenance(self, **more: Any) -> "LayerMask":
-        """Return a mask with the same scores and gates, and more in its provenance."""
+    def with_provenance(self, **more: object) -> "LayerMask":
+        """Return a mask with the same scores and gates, and more in its provenance.
+
+        >>> LayerMask({"a": 1}, provenance={"seed": 0}).with_provenance(steps=3).provenance["steps"]
+        3
+        """
         return type(self)(self.scores, self.gates, {**thawed(self.provenance), **more})
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         # Mapping proxies can be neither pickled nor deep-copied.
         return type(self), (dict(self.scores), dict(self.gates), thawed(self.provenance))
 
     @property
     def open(self) -> tuple[str, ...]:
-        """Names of the open modules, in the order of ``scores``."""
+        """Name the open modules, in the order of ``scores``."""
         return tuple(name for name in self.scores if self.gates[name])
 
     @property
     def closed(self) -> tuple[str, ...]:
-        """Names of the closed modules, in the order of ``scores``."""
+        """Name the closed modules, in the order of ``scores``."""
         return tuple(name for name in self.scores if not self.gates[name])
 
     @property
     def ranking(self) -> tuple[str, ...]:
-        """All names, most important first; equal scores in the order of their names."""
+        """Name all modules, the most important first; equal scores sort by name."""
         return tuple(sorted(self.scores, key=lambda name: (-self.scores[name], name)))
 
     def top(self, fraction: float) -> "LayerMask":
         """Open the best ``fraction`` of all modules, at least one, and close the others.
 
-        Only the scores decide: what was closed before may be opened. ``fraction * len(mask)`` is
-        rounded half up, with ``fraction`` read as the decimal number it prints as.
+        Only the scores decide: a closed layer may open again. ``fraction * len(mask)`` is rounded
+        half up, with ``fraction`` read as the decimal number that it prints as.
 
         Args:
             fraction: Share of the modules to keep, in (0, 1].
@@ -140,7 +146,7 @@ class LayerMask:
         return self._keep(kept)
 
     def jaccard(self, other: "LayerMask") -> float:
-        """|open in both| / |open in either|; compare it with ``chance_jaccard``.
+        """Return |open in both| / |open in either|; compare it with ``chance_jaccard``.
 
         Args:
             other: Mask over the same modules.
@@ -168,7 +174,7 @@ class LayerMask:
 
         Returns:
             Correlation in [-1, 1]; NaN if all scores of either mask are equal, since such a mask
-            ranks nothing and agreement with it means nothing.
+            ranks nothing.
 
         Raises:
             TypeError: ``other`` is not a mask.
@@ -196,16 +202,10 @@ class LayerMask:
         >>> LayerMask({"a": 1, "b": 3}).spread()
         {'min': 1.0, 'max': 3.0, 'mean': 2.0, 'std': 1.0}
         """
-        values = np.array(list(self.scores.values()))
-        low, high = float(values.min()), float(values.max())
-        exponent = math.frexp(max(-low, high))[1]
-        scaled = np.ldexp(values, -exponent)  # exact, and sums of scores near 1e308 stay finite
-        mean = math.ldexp(float(scaled.mean()), exponent)
-        std = 0.0 if low == high else math.ldexp(float(scaled.std()), exponent)
-        return {"min": low, "max": high, "mean": min(high, max(low, mean)), "std": std}
+        return spread_of(self.scores)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the mask as JSON; a failure leaves what was there before.
+        """Write the mask as JSON; a failure leaves the old file.
 
         Args:
             path: File, or a folder, in which the file is called ``mask.json``.
@@ -227,8 +227,8 @@ class LayerMask:
             The mask.
 
         Raises:
-            ValueError: There is no such file, or it is no complete and valid mask of this version.
-                The message names the file and what is wrong with it.
+            ValueError: The file is missing, or is not a whole and valid mask of this version. The
+                message names the file and the fault.
         """
         file = file_of(path)
         try:
@@ -249,6 +249,17 @@ class LayerMask:
         if not isinstance(other, LayerMask):
             raise TypeError(f"other must be a LayerMask, got {type_name(other)}")
         check_same_names(other.scores, self.scores, "other")
+
+
+def spread_of(scores: Mapping[str, float]) -> dict[str, float]:
+    """Return ``LayerMask.spread`` of scores that are in no mask yet."""
+    values = np.array(list(scores.values()))
+    low, high = float(values.min()), float(values.max())
+    exponent = math.frexp(max(-low, high))[1]
+    scaled = np.ldexp(values, -exponent)  # exact, and sums of scores near 1e308 stay finite
+    mean = math.ldexp(float(scaled.mean()), exponent)
+    std = 0.0 if low == high else math.ldexp(float(scaled.std()), exponent)
+    return {"min": low, "max": high, "mean": min(high, max(low, mean)), "std": std}
 
 
 def chance_jaccard(p: float) -> float:
@@ -273,8 +284,8 @@ def chance_jaccard(p: float) -> float:
 
 
 def _rounded_share(fraction: float, count: int) -> int:
-    # 0.145 * 100 is 14.499999999999998 in floating point; the caller meant 14.5. str: a number of
-    # numpy's prints as what it was made from, and float32's 0.3 is not float64's.
+    # 0.145 * 100 is 14.499999999999998 in floating point; the caller meant 14.5. str: numpy prints
+    # the decimal that the caller wrote, and float32's 0.3 is not float64's.
     return math.floor(Fraction(str(fraction)) * count + Fraction(1, 2))
 
 

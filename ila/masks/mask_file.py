@@ -1,10 +1,10 @@
-"""Read a mask file: JSON of one format and version, every field checked."""
+"""Read and write a mask file: JSON of one format and version, every field checked."""
 
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypedDict
 
 from ila.masks.checks import type_name
 from ila.runs.atomic import write_json_atomic
@@ -13,13 +13,21 @@ FORMAT = "ila.layer_mask"
 VERSION = 1
 
 
-def read_fields(file: Path) -> dict[str, Any]:
-    """Read ``scores``, ``gates`` and ``provenance`` of a mask file.
+class Fields(TypedDict):
+    """Arguments of ``LayerMask`` as a file holds them; the mask checks their values."""
+
+    scores: dict[str, Any]
+    gates: dict[str, Any]
+    provenance: Any
+
+
+def read_fields(file: Path) -> Fields:
+    """Read the arguments of a mask from its file.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        json.JSONDecodeError: It is not JSON, or cut short.
-        ValueError: It is JSON, and no mask of this version.
+        FileNotFoundError: The file is missing.
+        json.JSONDecodeError: The file is not JSON, or cut short.
+        ValueError: The file is JSON, but not a mask of this version.
     """
     document = json.loads(
         file.read_bytes().decode("utf-8"),
@@ -33,15 +41,15 @@ def write_fields(
     file: Path,
     scores: Mapping[str, float],
     gates: Mapping[str, bool],
-    provenance: Mapping[str, Any],
+    provenance: Mapping[str, object],
 ) -> None:
-    """Write a mask file; a failure leaves what was there before."""
+    """Write a mask file; a failure leaves the old file."""
     modules = {name: {"score": s, "open": gates[name]} for name, s in scores.items()}
     document = {"format": FORMAT, "version": VERSION, "modules": modules}
-    write_json_atomic(file, document | {"provenance": provenance})
+    write_json_atomic(file, {**document, "provenance": provenance})
 
 
-def _fields_of(document: Any) -> dict[str, Any]:
+def _fields_of(document: object) -> Fields:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f'expected an object with "format": "{FORMAT}"')
     version = document.get("version")
@@ -59,19 +67,19 @@ def _fields_of(document: Any) -> dict[str, Any]:
     }
 
 
-def _check_keys(entry: Any, expected: set[str], what: str) -> None:
+def _check_keys(entry: object, expected: set[str], place: str) -> None:
     if not isinstance(entry, dict) or set(entry) != expected:
         got = sorted(entry) if isinstance(entry, dict) else type_name(entry)
-        raise ValueError(f"{what} must be an object with the fields {sorted(expected)}, got {got}")
+        raise ValueError(f"{place} must be an object with the fields {sorted(expected)}, got {got}")
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    entries: dict[str, object] = {}
     for key, value in pairs:
-        if key in found:
+        if key in entries:
             raise ValueError(f"{key!r} appears twice in one object")
-        found[key] = value
-    return found
+        entries[key] = value
+    return entries
 
 
 def _refuse_constant(token: str) -> NoReturn:

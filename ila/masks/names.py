@@ -14,8 +14,8 @@ def parse_module_name(name: str) -> tuple[int, str] | None:
         name: A name from ``model.named_modules()``.
 
     Returns:
-        The first of the dotted parts that is a number, and the last part; None if no number comes
-        before the last part.
+        The first dotted part that is a number, and the last part; None if no number comes before
+        the last part.
 
     >>> parse_module_name("base_model.model.model.layers.12.self_attn.q_proj")
     (12, 'q_proj')
@@ -29,6 +29,11 @@ def parse_module_name(name: str) -> tuple[int, str] | None:
     return None
 
 
-# The linear layers of a block in the order of the data; those of one step read the same x.
-STEPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-KINDS = tuple(kind for step in STEPS for kind in step)
+# PEFT's prefix of the names of the base's modules.
+PEFT_PREFIX = "base_model.model."
+
+# The linear layers of a block in the order of the data; the layers of one group read the same x.
+QKV, OUTPUT = ("q_proj", "k_proj", "v_proj"), ("o_proj",)
+GATE_UP, DOWN = ("gate_proj", "up_proj"), ("down_proj",)
+GROUPS = (QKV, OUTPUT, GATE_UP, DOWN)
+KINDS = (*QKV, *OUTPUT, *GATE_UP, *DOWN)

@@ -1,28 +1,25 @@
 """``FusedQkv``: an attention block whose q_proj, k_proj and v_proj compute as one op.
 
-A block stays what it is, with its parameters, names and hooks, and its forward is transformers'
-own: only its class changes, to a subclass of its own, and back (``fuse_qkv``, ``unfuse_qkv``).
+A block keeps its parameters, names and hooks, and runs transformers' own forward. Only its class
+changes, to a subclass, and back (``fuse_qkv``, ``unfuse_qkv``).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
+from ila.masks.names import QKV
 from ila.models.class_swap import Swapped, swap, swap_back
 from ila.models.shared_input import sharing
-
-QKV = ("q_proj", "k_proj", "v_proj")
 
 
 class FusedQkv(Swapped):
     """An attention block whose q, k and v share their x; a base of the classes below.
 
-    Each names the forward that it runs: one that a hook has bound stays callable when the block is
-    plain again.
+    Each class names the forward that it runs: a hook may keep that forward, and it must stay
+    callable after the block is plain again.
     """
 
 
@@ -31,8 +28,8 @@ class FusedQkvLlamaAttention(FusedQkv, LlamaAttention):
 
     plain_class = LlamaAttention
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute what the plain class computes, by its own forward."""
+    def forward(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
+        """Run the forward of the plain class with q, k and v as one op."""
         with sharing(self, QKV):
             return LlamaAttention.forward(self, *args, **kwargs)
 
@@ -42,8 +39,8 @@ class FusedQkvMistralAttention(FusedQkv, MistralAttention):
 
     plain_class = MistralAttention
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute what the plain class computes, by its own forward."""
+    def forward(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
+        """Run the forward of the plain class with q, k and v as one op."""
         with sharing(self, QKV):
             return MistralAttention.forward(self, *args, **kwargs)
 
@@ -58,8 +55,8 @@ def fuse_qkv(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     """Change the class of every attention block of Llama and Mistral to its subclass.
 
     Returns:
-        The names of the blocks changed, and name -> reason of those left: every other module that
-        has q_proj, k_proj and v_proj.
+        The names of the changed blocks, and name -> reason for every other module that has q_proj,
+        k_proj and v_proj.
     """
     return swap(model, _FUSED_CLASSES, QKV, "attention block")
 

@@ -1,6 +1,6 @@
-"""The only code that edits a model: ``attach``, ``convert``, ``restore``, ``apply_mask``.
+"""Edit a model: ``attach``, ``convert``, ``restore``, ``apply_mask``.
 
-Every edit returns what it changed, an error leaves the model as it was, and ``restore`` gives back
+Every edit reports its changes, an error leaves the model as it was, and ``restore`` gives back
 PEFT's own layers with every adapter open.
 """
 
@@ -8,59 +8,37 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ila.masks.mask import LayerMask
 from ila.models.attention import fuse_qkv, unfuse_qkv
 from ila.models.checkpointing import make_prefix_aware, undo_prefix_aware
+from ila.models.edit_report import ConversionReport as ConversionReport
+from ila.models.edit_report import MaskReport as MaskReport
 from ila.models.layer import MaskedLoraLayer, MaskedLoraLinear
+from ila.models.lean_head import plain_head
 from ila.models.mlp import make_lean, make_plain
+from ila.models.targets import (
+    outside,
+    restore_targets,
+    retarget,
+    unmatched_targets,
+)
+from ila.models.undo import Snapshot
+
+CLOSINGS = ("drop", "keep")
 
 # They move part of W into B A, so that W is not there once the adapter is gone.
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What ``convert`` or ``restore`` did: swapped module names, and module name -> why left.
-
-    ``mlps`` names the SwiGLU blocks made lean, or plain again, and ``attentions`` the
-    blocks whose q, k and v share their x where two of them are adapted, or no longer do; a block
-    that was left is in ``left``.
-    """
-
-    swapped: tuple[str, ...]
-    left: Mapping[str, str] = field(default_factory=dict)
-    mlps: tuple[str, ...] = ()
-    attentions: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        blocks = f", {len(self.mlps)} SwiGLU blocks" if self.mlps else ""
-        blocks += f", {len(self.attentions)} attention blocks" if self.attentions else ""
-        lines = [f"{len(self.swapped)} layers swapped{blocks}, {len(self.left)} left"]
-        lines += [f"  left {name}: {reason}" for name, reason in self.left.items()]
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class MaskReport:
-    """What ``apply_mask`` did: names of the layers now open and closed, for which adapter."""
-
-    adapter: str
-    open: tuple[str, ...]
-    closed: tuple[str, ...]
-
-    def __str__(self) -> str:
-        total = len(self.open) + len(self.closed)
-        return f"adapter {self.adapter!r}: {len(self.open)} of {total} layers open"
 
 
 def _dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any):
@@ -73,7 +51,7 @@ def _dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs
 
 
 def _masked_classes() -> tuple[type[MaskedLoraLayer], ...]:
-    """Our layer classes; those of bitsandbytes' bases where something has loaded bitsandbytes."""
+    """Return our layer classes; with bitsandbytes' bases if a module has loaded bitsandbytes."""
     if "bitsandbytes" not in sys.modules:
         return (MaskedLoraLinear,)
     from ila.models.quantized import CLASSES
@@ -104,18 +82,20 @@ def attach(
         The ``PeftModel``; ``model`` itself is modified in place, as PEFT does.
 
     Raises:
-        TypeError: If ``model`` is a ``PeftModel`` already or the configuration is not LoRA's.
+        TypeError: If ``model`` has adapters already or the configuration is not LoRA's.
         ValueError: If no module matches, or none that matches is a plain ``nn.Linear`` or a 4-bit
             or int8 layer of bitsandbytes.
+
+    Warns:
+        UserWarning: If some of ``target_modules`` match nothing.
     """
-    if isinstance(model, PeftModel):
-        raise TypeError("model must be a base model, got a PeftModel; use ila.convert(model)")
+    _check_base(model)
     if not isinstance(lora_config, LoraConfig):
         raise TypeError(f"lora_config must be a LoraConfig, got {type(lora_config).__name__}")
     config = copy.deepcopy(lora_config)
     config._register_custom_module({nn.Linear: _dispatch})
-    modules, attributes = set(model.modules()), set(model.__dict__)
-    required = {p: p.requires_grad for p in model.parameters()}
+    unmatched = unmatched_targets(model, config.target_modules)
+    before = Snapshot(model, copies=str(config.init_lora_weights).lower() == "olora")
     try:
         peft_model = get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
         if not _masked_layers(peft_model):
@@ -125,13 +105,15 @@ def attach(
                 f"one plain nn.Linear, or 4-bit or int8 layer of bitsandbytes; the layers it "
                 f"matched became {', '.join(sorted(found))}"
             )
+        if unmatched:
+            warnings.warn(
+                f"lora_config.target_modules names {', '.join(map(repr, unmatched))}, and the "
+                "model has no such module; the other names are adapted",
+                stacklevel=2,
+            )
     except Exception:
-        # PEFT wraps modules one by one and checks each when its turn comes.
-        _unwrap_all_but(modules, model)
-        for name in set(model.__dict__) - attributes:
-            delattr(model, name)
-        for parameter, flag in required.items():
-            parameter.requires_grad_(flag)
+        # PEFT replicates blocks, wraps modules one by one and checks each when its turn comes.
+        before.restore()
         raise
     make_prefix_aware(peft_model)
     make_lean(peft_model)
@@ -140,15 +122,17 @@ def attach(
     return peft_model
 
 
-def _unwrap_all_but(modules: set[nn.Module], model: nn.Module) -> None:
-    for parent in modules.intersection(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child in modules:
-                continue
-            if isinstance(child, LoraLayer):
-                setattr(parent, name, child.get_base_layer())
-            elif isinstance(child, AuxiliaryTrainingWrapper):
-                setattr(parent, name, child.original_module)
+def _check_base(model: nn.Module) -> None:
+    if isinstance(model, PeftModel):
+        raise TypeError("model must be a base model, got a PeftModel; use ila.convert(model)")
+    adapted = (BaseTunerLayer, AuxiliaryTrainingWrapper, PeftModel)
+    for name, module in model.named_modules():
+        if isinstance(module, adapted):
+            raise TypeError(
+                f"model must be a base model, got a {type(model).__name__} that has adapters "
+                f"already ({name or 'it'} is a {type(module).__name__}); unload them first, or use "
+                "ila.convert(model) to go on with them"
+            )
 
 
 def convert(model: nn.Module) -> ConversionReport:
@@ -206,28 +190,30 @@ def _why_not_convertible(module: LoraLayer) -> str | None:
 
 
 def restore(model: nn.Module) -> ConversionReport:
-    """Undo ``attach``/``convert`` and ``apply_mask``: PEFT's own layers, every adapter open.
+    """Undo ``attach``/``convert``, ``apply_mask``, ``lean_head``: PEFT's own layers, all open.
 
     Returns:
         The names restored.
 
     Raises:
-        ValueError: If the model has none of this library's layers.
+        ValueError: If the model has neither a layer of this library nor a lean head.
     """
-    layers = _masked_layers(model)
+    layers, head = _masked_layers(model), plain_head(model)
+    if not layers and head:
+        return ConversionReport((), head=True)
     if not layers:
-        raise ValueError("model has no MaskedLoraLinear layer to restore")
+        raise ValueError("model has no MaskedLoraLinear layer to restore, and no lean head")
     for layer in layers.values():
         layer.strip()
         layer.__class__ = layer.peft_class
     mlps, attentions = make_plain(model), unfuse_qkv(model)
     for config in getattr(model, "peft_config", {}).values():
-        _restore_targets(config)
+        restore_targets(config)
         if isinstance(config, LoraConfig) and config._custom_modules:
             config._custom_modules.pop(nn.Linear, None)
     undo_prefix_aware(model)
     _keep_training_layout(model, keep=False)
-    return ConversionReport(tuple(layers), {}, tuple(mlps), tuple(attentions))
+    return ConversionReport(tuple(layers), {}, tuple(mlps), tuple(attentions), head)
 
 
 def masked_layers(model: nn.Module, adapter: str) -> dict[str, MaskedLoraLayer]:
@@ -244,7 +230,7 @@ def _masked_layers(model: nn.Module) -> dict[str, MaskedLoraLayer]:
 
 
 def single_adapter(peft_model: PeftModel, adapter_name: str | None) -> str:
-    """The adapter meant by ``adapter_name``; ``None`` means the active one, if there is one.
+    """Return the adapter of this name; ``None`` means the active one, if there is one.
 
     Raises:
         TypeError: If ``peft_model`` is not a ``PeftModel``.
@@ -267,19 +253,25 @@ def apply_mask(
     peft_model: PeftModel,
     mask: LayerMask,
     *,
+    closed: str = "drop",
     adapter_name: str | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> MaskReport:
     """Close the layers that the mask closes and open the others.
 
-    A closed layer computes its base layer and nothing else; its adapter weights are set aside
-    (``restore``, or a mask that opens it, brings them back) and are not part of what
-    ``save_pretrained`` writes. The adapter's ``target_modules`` name the open layers only, so the
-    saved adapter loads in plain PEFT.
+    With ``closed="drop"`` a closed layer computes its base layer and nothing else. Its adapter
+    weights are set aside (``restore``, or a mask that opens it, brings them back), and
+    ``save_pretrained`` does not write them. The adapter's ``target_modules`` name the open layers
+    only, so the saved adapter loads in plain PEFT.
+
+    With ``closed="keep"`` a closed layer keeps its update and learns no more: the update stays in
+    the model and in the saved adapter, and has no gradient, no optimiser state and no dropout.
+    Blocks below the lowest open layer are a frozen prefix like any other.
 
     Args:
         peft_model: A model from ``attach``, or converted by ``convert``.
-        mask: A mask whose names are those of this model's ``MaskedLoraLinear`` layers.
+        mask: A mask with the names of this model's ``MaskedLoraLinear`` layers.
+        closed: ``"drop"`` or ``"keep"``; it holds for every layer that the mask closes.
         adapter_name: The adapter to mask; ``None`` means the active one.
         optimizer: If given, the parameters and state of closed layers are removed from it.
 
@@ -289,17 +281,20 @@ def apply_mask(
     Raises:
         ValueError: If the mask is for another model (names unknown or missing), if it opens a
             layer whose parameters the given ``optimizer`` does not hold, or if it closes a layer
-            and the adapter's configuration changes base weights or trains base biases.
+            and the adapter's configuration trains base biases, or changes base weights and the
+            closed layers are dropped. If ``closed`` is another word.
         RuntimeError: If the adapter is merged.
     """
+    if closed not in CLOSINGS:
+        raise ValueError(f"closed must be one of {CLOSINGS}, got {closed!r}")
     adapter = single_adapter(peft_model, adapter_name)
     layers = masked_layers(peft_model, adapter)
     _check_mask(layers, mask, adapter)
     if mask.closed:
-        _check_base_untouched(peft_model.peft_config[adapter])
+        _check_closable(peft_model.peft_config[adapter], closed)
     if any(adapter in layer.merged_adapters for layer in layers.values()):
         raise RuntimeError(f"adapter {adapter!r} is merged; unmerge it before applying a mask")
-    opening = [layers[name] for name in mask.open if layers[name].is_closed(adapter)]
+    opening = [layers[name] for name in mask.open if not layers[name].is_open(adapter)]
     if optimizer is not None and opening:
         raise ValueError(
             f"optimizer does not hold the parameters of {len(opening)} layers that the mask opens; "
@@ -310,11 +305,12 @@ def apply_mask(
     dropped = set()
     for name in mask.closed:
         dropped |= _adapter_parameters(layers[name], adapter)
-        layers[name].close(adapter)
+        layers[name].keep(adapter) if closed == "keep" else layers[name].close(adapter)
     if optimizer is not None:
         _forget(optimizer, dropped)
-    _retarget(peft_model, adapter, all_open=not mask.closed)
-    return MaskReport(adapter, tuple(mask.open), tuple(mask.closed))
+    retarget(peft_model, adapter, all_there=closed == "keep" or not mask.closed)
+    beside = outside(peft_model, layers)
+    return MaskReport(adapter, tuple(mask.open), tuple(mask.closed), closed, beside)
 
 
 def _check_mask(layers: Mapping[str, nn.Module], mask: LayerMask, adapter: str) -> None:
@@ -335,13 +331,15 @@ def _check_mask(layers: Mapping[str, nn.Module], mask: LayerMask, adapter: str) 
         )
 
 
-def _check_base_untouched(config: Any) -> None:
-    """Raise unless a layer without this adapter is the pretrained layer, here and once reloaded."""
+def _check_closable(config: Any, closed: str) -> None:
+    """Raise unless a closed layer learns nothing and is, if dropped, the pretrained layer."""
     if config.bias != "none":
         raise ValueError(
             f"bias must be 'none' to close layers, got {config.bias!r}: it trains the base bias of "
             "closed layers too, which plain PEFT does not load without an adapter beside it"
         )
+    if closed == "keep":
+        return
     init = str(config.init_lora_weights).lower()
     if init.startswith(_INITS_THAT_CHANGE_THE_BASE) or config.kasa_config is not None:
         raise ValueError(
@@ -365,23 +363,3 @@ def _forget(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter]) -> 
         group["params"] = [p for p in group["params"] if p not in parameters]
     for parameter in parameters:
         optimizer.state.pop(parameter, None)
-
-
-def _retarget(peft_model: PeftModel, adapter: str, all_open: bool) -> None:
-    """Let the adapter's configuration name exactly the layers that hold it."""
-    config = peft_model.peft_config[adapter]
-    _restore_targets(config)
-    if all_open:
-        return
-    config._ila_target_modules = config.target_modules
-    prefix = "base_model.model."
-    config.target_modules = {
-        name.removeprefix(prefix)
-        for name, module in peft_model.named_modules()
-        if isinstance(module, LoraLayer) and adapter in {*module.lora_A, *module.lora_embedding_A}
-    }
-
-
-def _restore_targets(config: Any) -> None:
-    if "_ila_target_modules" in config.__dict__:
-        config.target_modules = config.__dict__.pop("_ila_target_modules")

@@ -1,24 +1,30 @@
 """``MaskedLoraLinear``: PEFT's ``lora.Linear`` with ``y = x Wᵀ + bias + γα (x̂ Aᵀ) Bᵀ`` as one op.
 
-What is ours is in ``MaskedLoraLayer``, mixed into PEFT's layer class for the kind of base: here
-``nn.Linear``, in ``ila.models.quantized`` those of bitsandbytes. Subclasses, so that everything
-PEFT does to a LoRA layer works on them. ``forward`` takes the op where the op covers the case, the
+Our code is in ``MaskedLoraLayer``, a mixin for PEFT's layer class of each kind of base: here
+``nn.Linear``, in ``ila.models.quantized`` the layers of bitsandbytes. They are subclasses, so that
+all of PEFT's functions work on them. ``forward`` takes the op where the op covers the case, the
 bare linear where no adapter is there, and PEFT's own ``forward`` everywhere else; ``route`` says
 which and why.
 
 Two kinds of zero. A *closed* layer has its adapter set aside (``close``): its parameters are no
-longer registered, so no optimiser, checkpoint, state dict, merge or backward sees them, and what
-is left is the base layer, bit for bit. A *score* is a parameter s of an open layer, γ = σ(s).
+longer registered, so no optimiser, checkpoint, state dict, merge or backward sees them, and the
+layer is the base layer, bit for bit. A *score* is a parameter s of an open layer, γ = σ(s).
+
+A *kept* layer is closed in another way (``keep``): its adapter stays, computes and is saved, and
+learns no more. It is a constant, so it has no dropout either.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 
+from ila.models.recomputation import Seen, has_hooks
 from ila_kernels import masked_lora_linear
 from ila_kernels.quant import PackedWeight
 
@@ -33,12 +39,12 @@ class Route(NamedTuple):
     adapter: str | None = None
 
 
-# What the fused path reads of a layer: base layer, W, A, B, dropout.
+# Parts of a layer that the fused path reads: base layer, W, A, B, dropout.
 _Parts = tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, nn.Module]
 
 
 class Operands(NamedTuple):
-    """What the op computes a layer from; a layer without an adapter has no A, B and gate."""
+    """Operands of the op for a layer; a layer without an adapter has no A, B and gate."""
 
     weight: torch.Tensor | PackedWeight
     lora_a: torch.Tensor | None
@@ -47,6 +53,21 @@ class Operands(NamedTuple):
     bias: torch.Tensor | None
     scale: float = 1.0
     dropout_p: float = 0.0
+
+
+class Recipe(NamedTuple):
+    """Operands of ``swiglu_product(pre, up)``, which makes the x of down_proj again."""
+
+    made: Seen
+    pre: torch.Tensor
+    up: torch.Tensor
+
+
+class Shared(Protocol):
+    """A joint computation of a layer while its block runs: ``ila.models.shared_input``."""
+
+    def output_of(self, layer: MaskedLoraLayer, x: torch.Tensor) -> torch.Tensor | None:
+        """Return y of a layer; ``None`` where it has to compute for itself."""
 
 
 _DISABLED = Route(PEFT, "adapters are disabled")
@@ -61,21 +82,6 @@ _ADAPTER_TYPE = Route(PEFT, "an adapter module is not a plain nn.Linear or dropo
 SHARDED = Route(PEFT, "a weight is sharded here (DTensor)")
 
 
-def has_hooks(*modules: nn.Module) -> bool:
-    """Whether somebody may see or change what goes into one of these or comes out of it."""
-    for module in modules:
-        own = module.__dict__
-        if (
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-            or "forward" in own  # how accelerate hooks a module
-        ):
-            return True
-    return False
-
-
 def _weight(module: nn.Linear) -> torch.Tensor:
     # Where a sharding wrapper keeps the parameter elsewhere, the attribute still answers.
     weight = module._parameters.get("weight")
@@ -86,8 +92,20 @@ def _is_sharded(weight: torch.Tensor) -> bool:
     return type(weight) is not nn.Parameter and hasattr(weight, "placements")
 
 
+def _dropout_of(dropout: nn.Module) -> float:
+    return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+
+
+def _parameters_in(parts: Mapping[str, object]) -> Iterator[nn.Parameter]:
+    for value in parts.values():
+        if isinstance(value, nn.Module):
+            yield from value.parameters()
+        elif isinstance(value, nn.Parameter):
+            yield value
+
+
 def _move(value: nn.Module | torch.Tensor, device: torch.device) -> None:
-    """Move parameters in place, so that who refers to them keeps them."""
+    """Move parameters in place: references to them stay valid."""
     if isinstance(value, nn.Module):
         value.to(device)
     else:
@@ -101,16 +119,19 @@ class MaskedLoraLayer:
 
     Attributes:
         peft_class: PEFT's class for this kind of base layer, the other parent.
-        plain: What the fused path computes, in words.
+        plain: Name of the computation of the fused path.
+        _shared_input: The group of layers that this one computes with now, while its block runs;
+            copies and pickles have none.
     """
 
     peft_class: type[LoraLayer]
     plain: str
-    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_score")
+    _shared_input: Shared | None = None
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_S")
 
     @staticmethod
     def covers(base: nn.Module) -> bool:
-        """Whether the op computes a base layer of this kind."""
+        """Tell whether the op computes a base layer of this kind."""
         raise NotImplementedError
 
     def base_weight(
@@ -123,25 +144,37 @@ class MaskedLoraLayer:
         """Add or replace an adapter, as PEFT does; an adapter set aside by that name is dropped."""
         self.prepare()
         self._closed.pop(adapter_name, None)
+        self._kept.discard(adapter_name)
         super().update_layer(adapter_name, *args, **kwargs)
 
     def prepare(self) -> None:
         """Give the layer the state that PEFT's class lacks; nothing if it is there."""
         if "_closed" not in self.__dict__:
             self._closed: dict[str, dict[str, Any]] = {}
-            self.lora_score = nn.ParameterDict()
+            self._kept: set[str] = set()
+            self.lora_S = nn.ParameterDict()
+            self._shared_input = None
         # Variants such as DoRA give an instance a tuple of its own.
-        if "lora_score" not in self.adapter_layer_names:
-            self.adapter_layer_names = (*self.adapter_layer_names, "lora_score")
+        if "lora_S" not in self.adapter_layer_names:
+            self.adapter_layer_names = (*self.adapter_layer_names, "lora_S")
 
     def strip(self) -> None:
-        """Open every adapter and remove what ``prepare`` and the search added."""
-        for adapter in list(self._closed):
+        """Open every adapter and remove the additions of ``prepare`` and of the search."""
+        for adapter in (*self._closed, *self._kept):
             self.open(adapter)
-        del self._closed, self.lora_score
+        del self._closed, self._kept, self.lora_S
+        self.__dict__.pop("_shared_input", None)
         if "adapter_layer_names" in self.__dict__:
-            names = (name for name in self.adapter_layer_names if name != "lora_score")
+            names = (name for name in self.adapter_layer_names if name != "lora_S")
             self.adapter_layer_names = tuple(names)
+
+    def join(self, shared: Shared | None) -> None:
+        """Compute with other layers from now on, or alone again."""
+        object.__setattr__(self, "_shared_input", shared)  # nn.Module's takes 1 µs
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return the state for copies and pickles, without the state of a running forward."""
+        return {**self.__dict__, "_shared_input": None}
 
     def close(self, adapter: str) -> None:
         """Set an adapter aside: the layer computes as if it never had it.
@@ -153,6 +186,8 @@ class MaskedLoraLayer:
             raise RuntimeError(f"adapter {adapter!r} is merged; unmerge it before closing layers")
         if adapter not in self.lora_A:
             return
+        if adapter in self._kept:
+            self.open(adapter)
         parts = {}
         for name in (*self.adapter_layer_names, *self.other_param_names, "lora_variant"):
             entries = getattr(self, name)
@@ -165,12 +200,39 @@ class MaskedLoraLayer:
                     parameter.grad = None
         self._closed[adapter] = parts
 
-    def open(self, adapter: str) -> None:
-        """Put an adapter back as it was when it was closed, on the device of the base layer.
+    def keep(self, adapter: str) -> None:
+        """Freeze an adapter in place: it computes and is saved, and learns no more.
 
         Raises:
-            RuntimeError: If the base layer was sharded since: nobody would add up the gradients
-                that each process computes for an adapter put back now.
+            RuntimeError: If the adapter is merged into the base weight.
+        """
+        if adapter in self.merged_adapters:
+            raise RuntimeError(f"adapter {adapter!r} is merged; unmerge it before closing layers")
+        if adapter in self._closed:
+            self.open(adapter)
+        if adapter in self.lora_A:
+            self._kept.add(adapter)
+            self._require_grad(adapter, False)
+
+    def _require_grad(self, adapter: str, required: bool) -> None:
+        """Let the parameters of an adapter require grad, except the ones that PEFT keeps frozen."""
+        frozen = self.frozen_peft_weight_names.get(adapter, ())
+        for name in self.adapter_layer_names:
+            entries = getattr(self, name)
+            if adapter in entries:
+                entry = entries[adapter]
+                entry.requires_grad_(required and name not in frozen)
+                for parameter in [entry] if isinstance(entry, nn.Parameter) else entry.parameters():
+                    parameter.grad = None
+
+    def open(self, adapter: str) -> None:
+        """Let an adapter learn again: one set aside is put back as it was when it was closed.
+
+        It comes to the device of the base layer.
+
+        Raises:
+            RuntimeError: If the base layer was sharded since: no code would add up the gradients
+                of the processes for an adapter put back now.
         """
         if adapter in self._closed and _is_sharded(_weight(self.get_base_layer())):
             a = self._closed[adapter]["lora_A"]
@@ -179,6 +241,9 @@ class MaskedLoraLayer:
                     f"adapter {adapter!r} was closed before the model was sharded and cannot be "
                     "opened after; load the model again and apply the mask first"
                 )
+        if adapter in self._kept:
+            self._kept.discard(adapter)
+            self._require_grad(adapter, adapter in self.active_adapters)
         parts = self._closed.pop(adapter, None)
         if parts is None:
             return
@@ -192,8 +257,10 @@ class MaskedLoraLayer:
             getattr(self, name)[adapter] = value
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters, as PEFT does; what requires grad follows in those set aside."""
+        """Activate adapters, as PEFT does; adapters set aside follow in requiring grad."""
         super().set_adapter(adapter_names, inference_mode)
+        for adapter in self._kept:
+            self._require_grad(adapter, False)
         for adapter, parts in self._closed.items():
             trainable = adapter in self.active_adapters and not inference_mode
             frozen = self.frozen_peft_weight_names.get(adapter, ())
@@ -205,18 +272,69 @@ class MaskedLoraLayer:
         # PEFT picks the next active adapter from these; all layers of a model must pick the same.
         return sorted({*super()._all_available_adapter_names(), *self._closed})
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # ``to``, ``half`` and ``cuda`` reach an adapter that is set aside as well. It is
+        # moved and not emptied: nothing else holds its weights.
+        for parts in self._closed.values():
+            for parameter in _parameters_in(parts):
+                probe = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
+                if probe.device.type != "meta":
+                    parameter.data = parameter.data.to(probe.device, probe.dtype)
+        return super()._apply(fn, recurse)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set a scale, as PEFT does, of an adapter that is set aside too."""
+        with self._whole():
+            super().set_scale(adapter, scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the active adapters, as PEFT does, of those set aside too."""
+        with self._whole():
+            super().scale_layer(scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of the active adapters, as PEFT does, of those set aside too."""
+        with self._whole():
+            super().unscale_layer(scale)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Put the numbers of adapters set aside beside the others, where PEFT reads them."""
+        closed = {adapter: parts for adapter, parts in self._closed.items() if "scaling" in parts}
+        numbers = ("r", "lora_alpha", "scaling", "use_rslora")
+        for adapter, parts in closed.items():
+            self.lora_A[adapter] = parts["lora_A"]
+            for name in numbers:
+                getattr(self, name)[adapter] = parts[name]
+        try:
+            yield
+        finally:
+            for adapter, parts in closed.items():
+                del self.lora_A[adapter]
+                for name in numbers:
+                    parts[name] = getattr(self, name).pop(adapter)
+
     def is_closed(self, adapter: str) -> bool:
-        """Whether this adapter is set aside here."""
+        """Tell whether this adapter is set aside here."""
         return adapter in self._closed
+
+    def is_kept(self, adapter: str) -> bool:
+        """Tell whether this adapter is frozen in place here."""
+        return adapter in self._kept
+
+    def is_open(self, adapter: str) -> bool:
+        """Tell whether this adapter is here and neither set aside nor frozen in place."""
+        return adapter in self.lora_A and adapter not in self._kept
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, open or closed."""
         self._closed.pop(adapter_name, None)
+        self._kept.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
     def gate(self, adapter: str) -> torch.Tensor | None:
         """γ = σ(s), one element, or ``None`` (γ = 1) where the adapter has no score."""
-        score = self._modules["lora_score"]._parameters.get(adapter)
+        score = self._modules["lora_S"]._parameters.get(adapter)
         return None if score is None else torch.sigmoid(score)
 
     def route(self) -> Route:
@@ -224,7 +342,7 @@ class MaskedLoraLayer:
         return self._resolve()[0]
 
     def _resolve(self) -> tuple[Route, _Parts | None]:
-        """The route, and what the fused path computes with; this runs in every forward."""
+        """Return the route and the operands of the fused path; this runs in every forward."""
         if self._disable_adapters:
             return _DISABLED, None
         if self.merged_adapters:
@@ -264,13 +382,13 @@ class MaskedLoraLayer:
         return Route(FUSED, self.plain, adapter), (base, weight, lora_a, _weight(b), dropout)
 
     def forward(
-        self, x: torch.Tensor, *args: Any, swiglu: Any = None, **kwargs: Any
+        self, x: torch.Tensor, *args: Any, swiglu: Recipe | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """Compute the layer by its route; extra arguments (``adapter_names`` …) take PEFT's.
 
-        ``swiglu``, from ``LeanMLP``, says what x can be recomputed from; only the op reads it.
+        ``swiglu``, from ``LeanMLP``, holds the tensors that make x again; only the op reads it.
         """
-        shared = self.__dict__.get("_shared_input")
+        shared = self._shared_input
         if shared is not None and not args and not kwargs:
             y = shared.output_of(self, x)
             if y is not None:
@@ -278,16 +396,19 @@ class MaskedLoraLayer:
         route, parts = self._resolve()
         if parts is not None and not args and not kwargs:
             weight, a, b, gate, bias, scale, dropout_p = self._operands(x, route.adapter, parts)
+            recipe = None
+            if swiglu is not None and swiglu.made.is_now(x, self):
+                recipe = swiglu.pre, swiglu.up
             return masked_lora_linear(
                 *(x, weight, a, b, gate),
                 bias=bias,
                 scale=scale,
                 dropout_p=dropout_p,
-                swiglu=swiglu,
+                swiglu=recipe,
             )
         if route.path == BARE and not kwargs:
             return self.base_layer(x, *args)
-        if self.lora_score and not self._disable_adapters:
+        if self.lora_S and not self._disable_adapters:
             raise RuntimeError(
                 "a layer that is being scored must take the fused path, but it takes PEFT's: "
                 f"{route.reason if route.path == PEFT else 'extra forward arguments'}"
@@ -295,7 +416,7 @@ class MaskedLoraLayer:
         return super().forward(x, *args, **kwargs)
 
     def operands(self, x: torch.Tensor | None) -> Operands | None:
-        """What the op would compute this layer from; ``None`` where something else has to.
+        """Return the operands of the op for this layer; ``None`` where other code computes it.
 
         Without x, W is the base layer's parameter as it is stored, and nothing is prepared for it.
         """
@@ -310,21 +431,25 @@ class MaskedLoraLayer:
 
     def _operands(self, x: torch.Tensor | None, adapter: str, parts: _Parts) -> Operands:
         base, weight, lora_a, lora_b, dropout = parts
+        gate, scale = self.gate(adapter), self.scaling[adapter]
+        if isinstance(scale, torch.Tensor):  # PEFT's hot-swapping changes it between compiled calls
+            scale = scale.to(lora_a.device)
+            gate, scale = scale if gate is None else gate * scale, 1.0
         return Operands(
             weight if x is None else self.base_weight(base, weight, x),
             lora_a,
             lora_b,
-            self.gate(adapter),
+            gate,
             base._parameters["bias"] if "bias" in base._parameters else base.bias,
-            self.scaling[adapter],
-            dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
+            scale,
+            0.0 if adapter in self._kept else _dropout_of(dropout),
         )
 
 
 class MaskedLoraLinear(MaskedLoraLayer, Linear):
     """A LoRA linear layer with a gate, a drop-in for ``peft.tuners.lora.layer.Linear``.
 
-    Args: those of PEFT's class: ``base_layer``, ``adapter_name``, ``config``, ``r``,
+    Args: the arguments of PEFT's class: ``base_layer``, ``adapter_name``, ``config``, ``r``,
     ``lora_alpha``, and keywords.
     """
 

@@ -22,9 +22,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from ila.boundary import InputError, reading
+from ila.data.contracts import Row
 from ila.models.sizes import check_counts, check_fits, load_config
 
 DTYPES = {
@@ -66,12 +68,18 @@ def find_source(
 
     Raises:
         FileNotFoundError: If a local path holds no model or no such GGUF file.
-        ValueError: If a folder holds several GGUF files and none is named.
+        ValueError: If a folder holds an adapter, or several GGUF files and none is named.
     """
     path = Path(model)
     if path.is_file() and path.suffix == ".gguf":
         return Source(str(path.parent), path.name, trust_remote_code)
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise ValueError(
+                f"model folder {model!r} must hold a base model, but it holds an adapter "
+                "(adapter_config.json); give the model that the adapter was trained on, or merge "
+                "the two first"
+            )
         if gguf_file is None and not (path / "config.json").exists():
             found = sorted(p.name for p in path.glob("*.gguf"))
             if not found:
@@ -131,6 +139,11 @@ def load_model(
     except InputError as error:
         raise _of_model(source, error) from error.__cause__
     _check_whole(source, report)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"model {source.name!r} must be a base model, but an adapter comes with it; give the "
+            "model that the adapter was trained on"
+        )
     if source.gguf_file is not None:
         # The weights are plain tensors now; without this, saving would try to write them as GGUF.
         if hasattr(model.config, "quantization_config"):
@@ -165,15 +178,13 @@ def _packing(source: Source, load_in: str, dtype: torch.dtype | str) -> dict[str
     }
 
 
-def check_runs(
-    model: PreTrainedModel, source: Source, rows: Iterable[Mapping[str, Any]] = ()
-) -> None:
-    """Run a model as it was loaded on its longest row, or on two tokens: what it raises is its own.
+def check_runs(model: PreTrainedModel, source: Source, rows: Iterable[Row] = ()) -> None:
+    """Run a loaded model on its longest row, or on two tokens: an error is the model's own.
 
     Args:
-        model: Before anything of it is changed.
-        source: Where it came from.
-        rows: Rows with ``input_ids`` that it is to read.
+        model: Unchanged model.
+        source: Source of the model.
+        rows: Rows with ``input_ids`` for the model.
 
     Raises:
         ValueError: The model cannot run, its loss is not finite, or its embedding has no row for a
@@ -230,7 +241,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_whole(source: Source, report: Mapping[str, Any]) -> None:
+def _check_whole(source: Source, report: Mapping[str, object]) -> None:
     """Refuse a model of which weights were not there: they would be drawn at random."""
     missing = sorted(report["missing_keys"])
     if missing:
@@ -241,7 +252,7 @@ def _check_whole(source: Source, report: Mapping[str, Any]) -> None:
 
 
 def _of_model(source: Source, error: InputError) -> Exception:
-    """The error of a library, as one of the model's: what was not found, or is damaged."""
+    """Turn the error of a library into an error about the model: not found, or damaged."""
     cause = error.__cause__
     if isinstance(cause, OSError) and cause.errno is None:
         return FileNotFoundError(_not_found(source, cause))
@@ -250,7 +261,7 @@ def _of_model(source: Source, error: InputError) -> Exception:
     return error
 
 
-# What a configuration says of a file, a run or a tokenizer, and not of the layers: a chat model
+# Entries of a configuration about a file, a run or a tokenizer, not about layers: a chat model
 # often has end-of-turn ids of its own, and a model loaded in 4 bits is still the same one.
 _NOT_OF_THE_LAYERS = (
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config"),
@@ -259,20 +270,54 @@ _NOT_OF_THE_LAYERS = (
 
 
 def identity(model: PreTrainedModel, source: Source) -> dict[str, Any]:
-    """What says which model this is: source, architecture, size, dtype, hash of its shape."""
+    """Identify a model: source, architecture, size, dtype, hashes of its shape.
+
+    ``layers_fingerprint`` hashes names and sizes of the layers that can take an adapter.
+    ``config_fingerprint`` hashes the configuration; masks of older versions have only this one.
+    """
     with reading(source.name, "model"):
         config = AutoConfig.for_model(**model.config.to_dict()).to_diff_dict()
     for key in _NOT_OF_THE_LAYERS:
         config.pop(key, None)
-    canonical = json.dumps(config, sort_keys=True, default=str)
     return {
         "source": source.name,
         "gguf_file": source.gguf_file,
         "architecture": type(model).__name__,
         "parameters": model.num_parameters(),  # of a packed weight too
         "dtype": str(model.dtype).removeprefix("torch."),
-        "config_fingerprint": "sha256:" + hashlib.sha256(canonical.encode()).hexdigest(),
+        "config_fingerprint": _hash(config),
+        "layers_fingerprint": _hash(_layer_sizes(model)),
     }
+
+
+def same_layers(one: Mapping[str, object], other: Mapping[str, object]) -> bool:
+    """Tell whether two ``identity`` are of models whose layers have the same names and sizes.
+
+    A mask of an older version passes if it has the same configuration, or the same architecture
+    and number of parameters: most of a configuration says nothing of the layers.
+    """
+    for key in ("layers_fingerprint", "config_fingerprint"):
+        if one.get(key) and other.get(key):
+            if one[key] == other[key] or key == "layers_fingerprint":
+                return one[key] == other[key]
+            sizes = ("architecture", "parameters")
+            return all(one.get(name) == other.get(name) is not None for name in sizes)
+    return True
+
+
+def _layer_sizes(model: PreTrainedModel) -> dict[str, list[int]]:
+    head = model.get_output_embeddings()  # grows with the vocabulary
+    modules = {name: module for name, module in model.named_modules() if module is not head}
+    linears = {n: m for n, m in modules.items() if hasattr(m, "in_features")}
+    sizes = {name: [linear.in_features, linear.out_features] for name, linear in linears.items()}
+    sizes |= {n: [m.nx, m.nf] for n, m in modules.items() if isinstance(m, Conv1D)}
+    experts = {name: list(p.shape) for name, p in model.named_parameters() if p.dim() == 3}
+    return sizes | experts
+
+
+def _hash(value: object) -> str:
+    canonical = json.dumps(value, sort_keys=True, default=str)
+    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _need_gguf(source: Source) -> None:

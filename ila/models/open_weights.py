@@ -1,12 +1,12 @@
-"""Full fine-tuning of chosen layers: W itself is trained where an adapter would be, ΔW = W' − W.
+"""Fine-tune chosen layers in full: W itself trains in place of an adapter, ΔW = W' − W.
 
 A mask means the same as for adapters: ΔW of a closed layer is 0, its weight is frozen, and backward
 makes no gradient for it.
 
-While they are trained, weights are float32 and rounded to the dtype of x at each use: AdamW moves
-a weight by about the learning rate, and bf16 cannot hold a step below 1/512 of the weight. They
-are written in the dtype that they had. An open parameter costs 16 bytes in training (weight,
-gradient, two moments) and 2 to 4 in the result, which holds the changed weights alone.
+Weights are float32 in training and rounded to the dtype of x at each use: AdamW moves a weight by
+about the learning rate, and bf16 cannot hold a step below 1/512 of the weight. Files keep the old
+dtype. An open parameter costs 16 bytes in training (weight, gradient, two moments) and 2 to 4 in
+the result, which holds the changed weights alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -25,18 +24,19 @@ from transformers import Trainer
 
 from ila.boundary import reading
 from ila.masks.mask import LayerMask
+from ila.masks.names import PEFT_PREFIX
 from ila.models.edit import apply_mask, masked_layers, single_adapter
 from ila.models.layer import MaskedLoraLayer
 from ila.runs.metrics import LayerCounts
 
 CHANGED_FILE = "changed.safetensors"
-PEFT_PREFIX = "base_model.model."  # of a PeftModel's modules before those of its base
 
 
 class OpenLinear(nn.Linear):
-    """A linear layer that is trained: float32 parameters, computed in the dtype of x."""
+    """A linear layer that trains: float32 parameters, computed in the dtype of x."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x Wᵀ + bias in the dtype of x."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
@@ -46,10 +46,10 @@ class OpenLayers:
     """A base model with some of its linear layers open, ready for ``ila.training.train.train``.
 
     Attributes:
-        model: The base model; only parameters of open layers require grad.
-        names: The open layers, as in ``model.named_modules()``.
-        total: Number of layers that could have been open.
-        dtypes: Parameter name -> dtype before it was opened, the dtype it is saved in.
+        model: Base model; only parameters of open layers require grad.
+        names: Names of the open layers, as in ``model.named_modules()``.
+        total: Number of open and closed layers.
+        dtypes: Parameter name -> dtype of the base, which files keep.
     """
 
     model: nn.Module
@@ -69,18 +69,18 @@ class OpenLayers:
         }
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The changed weights in the dtypes of the base."""
+        """Return the changed weights in the dtypes of the base."""
         return {
             name: self.model.get_parameter(name).detach().to("cpu", dtype).contiguous()
             for name, dtype in self.dtypes.items()
         }
 
     def save(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
-        """Write what ``state`` returned into ``folder``."""
+        """Write the result of ``state`` into ``folder``."""
         save_file(dict(state), folder / CHANGED_FILE, metadata={"format": "pt"})
 
     def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote."""
+        """Read a folder that ``save`` wrote."""
         load_changed(self.model, folder)
 
     def trainer_class(self, kind: type[Trainer] = Trainer) -> type[Trainer]:
@@ -89,20 +89,20 @@ class OpenLayers:
 
 
 def open_layers(peft_model: PeftModel, mask: LayerMask | None = None) -> OpenLayers:
-    """Take the adapter off a model and open the layers that a mask opens, all without one.
+    """Remove the adapter of a model and open the layers of a mask, or all without a mask.
 
     Args:
-        peft_model: From ``ila.attach``, for its choice of layers; the adapter is thrown away and
-            the base model modified in place.
-        mask: A mask over these layers, however it was learned.
+        peft_model: Model of ``ila.attach``, for its choice of layers. The function drops the
+            adapter and changes the base model in place.
+        mask: Mask over these layers, learned in any way.
 
     Returns:
         The open layers.
 
     Raises:
         ValueError: If the mask is for another model, or an open layer is packed (it has no W to
-            train) or shares its weight with another module, as an output layer with the
-            embedding does.
+            train) or shares its weight with another module, as an output layer may share with the
+            embedding.
     """
     layers = masked_layers(peft_model, single_adapter(peft_model, None))
     opened = list(layers) if mask is None else mask.open
@@ -129,12 +129,12 @@ def load_changed(model: nn.Module, folder: str | Path) -> None:
     """Put the changed weights of a run into its base model.
 
     Args:
-        model: The model that the run started from.
-        folder: Of ``ila train --full``.
+        model: Base model of the run.
+        folder: Folder of ``ila train --full``.
 
     Raises:
         FileNotFoundError: If the folder holds no changed weights.
-        ValueError: If they are damaged or another model's; then nothing is changed.
+        ValueError: If they are damaged or belong to another model; the model then stays as it was.
     """
     _put(model, _read(Path(folder) / CHANGED_FILE))
 
@@ -149,9 +149,9 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
 def _put(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     parameters = dict(model.named_parameters())
     for name, value in weights.items():
-        found = parameters.get(name)
-        if found is None or found.shape != value.shape:
-            has = "no such parameter" if found is None else f"shape {tuple(found.shape)}"
+        own = parameters.get(name)
+        if own is None or own.shape != value.shape:
+            has = "no such parameter" if own is None else f"shape {tuple(own.shape)}"
             raise ValueError(
                 f"model must be the one that was trained: {name} has shape {tuple(value.shape)} "
                 f"in the run, and here {has}"
@@ -178,9 +178,9 @@ def _check(model: nn.Module, layers: Mapping[str, MaskedLoraLayer]) -> None:
 
 
 class OpenTrainer(Trainer):
-    """Saves and loads what requires grad, as it is, where Trainer takes the whole model."""
+    """Save and load the parameters that require grad, where Trainer takes the whole model."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
         self._names = [n for n, p in self.model.named_parameters() if p.requires_grad]
         if self.is_fsdp_enabled:
@@ -189,13 +189,17 @@ class OpenTrainer(Trainer):
                 "weights; use several processes without FSDP, or adapters"
             )
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model)
         weights = {name: model.get_parameter(name).detach().cpu() for name in self._names}
         save_file(weights, folder / CHANGED_FILE, metadata={"format": "pt"})
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         model = self.accelerator.unwrap_model(self.model if model is None else model)
         _put(model, _read(Path(resume_from_checkpoint) / CHANGED_FILE))

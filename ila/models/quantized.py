@@ -1,7 +1,7 @@
 """``MaskedLoraLinear`` over the 4-bit and int8 layers of bitsandbytes: QLoRA.
 
-The base stays bitsandbytes' own module, and PEFT's class for it is the other parent, so merging,
-saving and all that takes PEFT's path is PEFT's. Import this module only where bitsandbytes is.
+The base stays bitsandbytes' own module, and PEFT's class for it is the other parent: PEFT merges,
+saves and computes everything on its own path. Import this module only if bitsandbytes is installed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ class MaskedLoraLinear4bit(MaskedLoraLayer, peft_bnb.Linear4bit):
 
     @staticmethod
     def covers(base: nn.Module) -> bool:
+        """Tell whether a base layer is one of bitsandbytes' 4-bit layers."""
         return isinstance(base, Linear4bit)
 
     def base_weight(self, base: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> Packed4bit:
+        """Return the packed weight with its scales and its dtype of computing."""
         state = getattr(weight, "quant_state", None) or base.quant_state
         if not base.compute_type_is_set:
             base.set_compute_type(x)
@@ -33,6 +35,7 @@ class MaskedLoraLinear4bit(MaskedLoraLayer, peft_bnb.Linear4bit):
         return Packed4bit(weight, state, base.compute_dtype)
 
     def prepare(self) -> None:
+        """Prepare the layer, and keep its weight in the layout of training."""
         super().prepare()
         _keep_layout(self.get_base_layer())
 
@@ -45,10 +48,12 @@ class MaskedLoraLinear8bit(MaskedLoraLayer, peft_bnb.Linear8bitLt):
 
     @staticmethod
     def covers(base: nn.Module) -> bool:
+        """Tell whether a base layer is a frozen int8 layer of bitsandbytes."""
         # With has_fp16_weights the weight is dense and trained, quantised anew at every step.
         return isinstance(base, Linear8bitLt) and not base.state.has_fp16_weights
 
     def base_weight(self, base: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> Packed8bit:
+        """Return the packed weight with its scales."""
         base.state.is_training = base.training
         if base.weight.CB is not None:
             base.init_8bit_state()
@@ -59,11 +64,11 @@ CLASSES = (MaskedLoraLinear4bit, MaskedLoraLinear8bit)
 
 
 def keep_training_layout(model: nn.Module, keep: bool = True) -> None:
-    """Keep bitsandbytes from rewriting 4-bit weights for inference, adapted or not; or let it.
+    """Stop bitsandbytes from rewriting 4-bit weights for inference; with ``keep=False`` allow it.
 
     At the first evaluation without gradients on a CPU with AVX512-BF16, bitsandbytes rewrites a
-    weight into a layout for inference, rounding its scales to bf16. Training reads that layout
-    wrongly: the gradient of x is lost, and with it that of everything below, without a word.
+    weight into a layout for inference and rounds its scales to bf16. Training reads that layout
+    wrongly: it loses the gradient of x, and so of every layer below, without an error.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):

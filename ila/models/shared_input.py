@@ -3,12 +3,13 @@
 Apart, n layers read x 2n times forward, and autograd adds their n gradients of x; as one
 ``masked_lora_linear_group`` they read it n + 1 times and accumulate into one dx.
 
-A block's own forward stays what it is: it calls its layers one by one, by whatever code it likes.
-While it runs (``sharing``), the first of them that is called computes them all; another, called
-with the same x, hands out what is there, and with anything else computes for itself. A layer with
-hooks is left out: somebody may see or change what goes into it.
+A block's own forward does not change: it calls its layers one by one, with any code. While it runs
+(``sharing``), the first call computes all of them. A later call with the same x in the same modes
+of torch returns the stored result; any other call computes for itself. A layer with hooks is left
+out: a hook may see or change its input, or fetch its weights. Two changes in between go unnoticed:
+of x through ``x.data``, and of a layer that has not been called yet.
 
-With closed layers among them the sum of the gradients is still shared. Their y is that of the bare
+With closed layers among them the sum of the gradients is still shared. Their y is the y of the bare
 layer, bit for bit; in 16 bits dx is rounded after each layer, where autograd rounds twice.
 """
 
@@ -18,41 +19,39 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_globals
 
-from ila.models.layer import MaskedLoraLayer, Operands, has_hooks
+from ila.models.layer import MaskedLoraLayer, Operands
+from ila.models.recomputation import Seen, gradients_are_watched, has_hooks, version_of
 from ila_kernels import group_pays, masked_lora_linear_group
 from ila_kernels.quant import PackedWeight
 
 
 class SharedInput:
-    """What a few layers do with one x, from the entry of a block's forward to its end."""
+    """Joint computation of a few layers on one x, while the forward of a block runs."""
 
-    __slots__ = ("layers", "outputs", "version", "x")
+    __slots__ = ("layers", "outputs", "seen")
 
     def __init__(self, layers: Sequence[MaskedLoraLayer]):
-        self.layers, self.x, self.version = layers, None, None
+        self.layers = layers
+        self.seen: Seen | None = None
         self.outputs: dict[MaskedLoraLayer, Tensor] = {}
 
     def __enter__(self) -> None:
         for layer in self.layers:
-            layer.__dict__["_shared_input"] = self
+            layer.join(self)
 
     def __exit__(self, *error: object) -> None:
         for layer in self.layers:
-            layer.__dict__.pop("_shared_input", None)
+            layer.join(None)
 
     def output_of(self, layer: MaskedLoraLayer, x: Tensor) -> Tensor | None:
         """y of a layer, once; ``None`` where it has to compute for itself."""
-        version = _version(x)
-        if version is None:
+        if version_of(x) is None:
             return None
-        if self.x is None:
-            self.x, self.version = x, version
+        if self.seen is None:
+            self.seen = Seen(x)
             self.outputs = _together(self.layers, x)
-        if x is not self.x or version != self.version:
-            return None
-        return self.outputs.pop(layer, None)
+        return self.outputs.pop(layer, None) if self.seen.is_now(x, layer) else None
 
 
 def sharing(block: nn.Module, names: Sequence[str]) -> SharedInput:
@@ -61,19 +60,12 @@ def sharing(block: nn.Module, names: Sequence[str]) -> SharedInput:
 
 
 def sharers(block: nn.Module, names: Sequence[str]) -> list[MaskedLoraLayer]:
-    """The layers that may compute together: ours, without hooks; fewer than two are none."""
-    if module_globals._global_forward_pre_hooks or module_globals._global_backward_hooks:
+    """Return the layers that may compute together: ours, without hooks; [] if fewer than two."""
+    if gradients_are_watched():
         return []
     modules = (block._modules.get(name) for name in names)
     layers = [m for m in modules if isinstance(m, MaskedLoraLayer) and not has_hooks(m)]
     return layers if len(layers) > 1 else []
-
-
-def _version(x: Tensor) -> int | None:
-    """How often x was changed in place; ``None`` where nobody counts, or x is no tensor."""
-    if torch.compiler.is_compiling():  # a traced forward is known: no change in place comes by
-        return 0
-    return x._version if isinstance(x, Tensor) and not x.is_inference() else None
 
 
 def _together(layers: Sequence[MaskedLoraLayer], x: Tensor) -> dict[MaskedLoraLayer, Tensor]:
@@ -87,11 +79,11 @@ def _together(layers: Sequence[MaskedLoraLayer], x: Tensor) -> dict[MaskedLoraLa
 def partners(
     found: Mapping[MaskedLoraLayer, Operands | None], x: Tensor, differentiated: bool
 ) -> dict[MaskedLoraLayer, Operands]:
-    """Those of the layers that read x which compute as one op; none where that would not pay.
+    """Return the layers that compute as one op on x; none if that would not pay.
 
     Args:
-        found: What each would compute from.
-        x: Only its rows and its device count.
+        found: Operands of each layer.
+        x: Input; only its rows and its device matter.
         differentiated: Whether a gradient passes x.
     """
     adapted = [m for m in found.values() if m is not None and m.lora_a is not None]

@@ -1,8 +1,8 @@
-"""Whether a model's configuration fits its weights, found before anything of that size is made.
+"""Check that a model's configuration fits its weights, before any library allocates memory.
 
-A number that is wrong by a bit asks for a billion blocks or for more memory than there is, and
-libraries begin to make them. Both are cheap to see: counts of modules in the configuration itself,
-and all sizes by building the model without storage.
+A number that is wrong by a bit may ask for a billion blocks, or for more memory than the machine
+has, and libraries begin to make them. Both checks are cheap: the configuration itself holds counts
+of modules, and a model without storage has all sizes.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ila.boundary import reading
 
-# No model has as many blocks, layers or experts; making them one by one would take minutes.
+# No model has so many blocks, layers or experts; making them would take minutes.
 MOST_MODULES = 20_000
-# Weights of a bit each are packed tightest; a model of more parameters is not in its file.
+# Packing is never tighter: a file cannot hold a model of more parameters.
 _PARAMETERS_PER_BYTE = 16
 _COUNTS = re.compile(r"(^|_)(layers?|blocks?|experts?|depths?)(_|$)|^depth$")
 _NO_COUNTS = re.compile(r"(^|_)(size|sizes|dim|len|length|interval|freq|step|id|ids|types?)(_|$)")
@@ -31,11 +30,11 @@ def check_counts(folder: Path, gguf_file: str | None) -> None:
     """Refuse a configuration that asks for more modules than any model has.
 
     Args:
-        folder: A local folder; one that is none passes, for the hub's models are read elsewhere.
-        gguf_file: Its GGUF file, if that is the model.
+        folder: Local folder. Any other name passes: it is a model of the hub.
+        gguf_file: GGUF file of the folder, if that is the model.
 
     Raises:
-        ValueError: Names the file, the number and the most that is taken.
+        ValueError: Names the file, the number and the limit.
     """
     if not folder.is_dir():
         return
@@ -58,25 +57,25 @@ def check_fits(
     if not folder.is_dir():
         return
     names = _WEIGHTS if gguf_file is None else (gguf_file,)
-    found = sum(file.stat().st_size for name in names for file in folder.glob(name))
+    size = sum(file.stat().st_size for name in names for file in folder.glob(name))
     with reading(folder, "model"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     count = sum(parameter.numel() for parameter in model.parameters())
-    if found and count > _PARAMETERS_PER_BYTE * found:
+    if size and count > _PARAMETERS_PER_BYTE * size:
         raise ValueError(
             f"model {folder} must have no more parameters than its weights hold: the configuration "
-            f"asks for {count:,}, and the weights are {found:,} bytes"
+            f"asks for {count:,}, and the weights are {size:,} bytes"
         )
 
 
 def load_config(
     name: str, gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """Read a model's configuration, checked for numbers that no model has.
+    """Read a model's configuration and refuse numbers that no model has.
 
     Raises:
-        FileNotFoundError: The model has none, or it cannot be found.
-        ValueError: It cannot be read.
+        FileNotFoundError: The model or its configuration is missing.
+        ValueError: The configuration cannot be read.
     """
     check_counts(Path(name), gguf_file)
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
@@ -89,15 +88,15 @@ def _is_count(name: str) -> bool:
 
 
 def _numbers(file: Path) -> Iterator[tuple[str, float]]:
-    """Every number of a JSON file with the key that it stands under."""
+    """Yield every number of a JSON file with its key."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return  # whoever reads the whole of it says what is wrong
+        return  # a later reader of the whole file raises with the reason
     yield from _numbers_in(document, "")
 
 
-def _numbers_in(value: Any, name: str) -> Iterator[tuple[str, float]]:
+def _numbers_in(value: object, name: str) -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _numbers_in(inner, str(key))

@@ -1,1 +1,1 @@
-"""The frozen part below the lowest open layer: computed once, kept on disk."""
+"""Prefix: compute the frozen blocks below the lowest open layer once, and keep the result."""

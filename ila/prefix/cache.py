@@ -1,18 +1,17 @@
-"""The frozen-prefix cache: hidden states at the first open block, computed once per example.
+"""The frozen-prefix cache: hidden states at the first open block, computed once per row.
 
-Below its lowest open block a model computes the same for a row in every epoch. Those states are
-computed once, before the first step, and kept on the disk; every step then runs the remaining
-blocks on them, so that forward skips the prefix as backward does:
+Below its lowest open block a model computes the same states for a row in every epoch. The cache
+computes them once, before the first step, and keeps them on disk. Every step then runs the
+remaining blocks on them, so that forward skips the prefix as backward does:
 
     h = blocks[k−1](… blocks[0](embedding(ids)))        once per row
     loss = head(blocks[n−1](… blocks[k](h)))            every step
 
-Exact: the states are those that the step would compute itself, to the rounding of their dtype. They
-are computed in batches of rows of like length, and a GEMM rounds by the shape of its batch, as it
-does between two shuffles of the same data. A row's states do not depend on the row's company, the
-order of the data or the seed. Where it would not be exact, ``PrefixCache.prepare`` refuses: see
-there. That the remaining blocks need nothing but the states is not believed, but tried on the
-first rows: the logits must be the same bits.
+The cache is exact to the rounding of the states' dtype: batches hold rows of like length, and a
+GEMM rounds by the shape of its batch, as it does between two shuffles of the same data. The states
+of a row do not depend on the other rows of its batch, the order of the data or the seed.
+``PrefixCache.prepare`` refuses a model for which the cache would not be exact. It also checks that
+the remaining blocks need the states alone: on the first rows the logits must be the same bits.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ila.data.contracts import Collate, Dataset
 from ila.models.blocks import AFTER_BLOCKS, Blocks, find_blocks
 from ila.prefix.batches import CachedCollator, NumberedRows
 from ila.prefix.frozen_prefix import Prefix, skipping
@@ -40,19 +40,19 @@ from ila.runs.processes import on_main_process
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """States of a data set, ready to be trained on.
+    """States of a data set, ready for training.
 
-    ``dataset`` and ``collator`` replace those of the Trainer (with ``remove_unused_columns=False``)
-    and training runs inside ``with cache.skipping():``. ``ila.training.train`` does this itself.
+    Give ``dataset`` and ``collator`` to the Trainer (``remove_unused_columns=False``) and train
+    inside ``with cache.skipping():``. ``ila.training.train`` does this itself.
 
     Attributes:
-        model: Its first ``blocks`` blocks are skipped inside ``skipping``.
-        blocks: Blocks of the prefix.
-        states: The states at the input of the block after them.
-        dataset: The rows, each with its number.
-        collator: Rows to batches of ``inputs_embeds``, ``attention_mask`` and ``labels``.
-        built: Why the states were computed; None if they were there.
-        seconds: What opening or computing them took.
+        model: Model whose first ``blocks`` blocks ``skipping`` skips.
+        blocks: Number of blocks in the prefix.
+        states: States at the input of the block after the prefix.
+        dataset: Rows with their numbers.
+        collator: Turns rows into batches of ``inputs_embeds``, ``attention_mask`` and ``labels``.
+        built: Reason to compute the states; None if the folder held them.
+        seconds: Time to open or compute them.
     """
 
     model: nn.Module
@@ -67,8 +67,8 @@ class PrefixCache:
     def prepare(
         cls,
         model: nn.Module,
-        dataset: Sequence[Mapping[str, Any]],
-        collator: Any,
+        dataset: Dataset,
+        collator: Collate,
         folder: Path,
         *,
         batch_size: int = 8,
@@ -79,60 +79,45 @@ class PrefixCache:
         """Open the states in ``folder``, or compute them if absent, stale or damaged.
 
         Args:
-            model: With its mask applied, on its device.
+            model: Model with its mask applied, on its device.
             dataset: Rows with ``input_ids`` and ``labels``, the same in every epoch; a row whose
-                tokens have changed since is an error when it comes up.
-            collator: Rows to a batch, padded on the right.
-            folder: A folder for this cache alone; one process computes at a time.
+                tokens change later raises when a batch takes it.
+            collator: Turns rows into a batch, padded on the right.
+            folder: Folder for this cache alone; one process computes at a time.
             batch_size: Rows in a batch while the states are computed.
-            limit_bytes: Most that the states may take on the disk.
-            autocast: Makes the context of each forward, if training runs under one.
-            progress: Show a progress bar on stderr while computing.
+            limit_bytes: Most bytes of states on the disk.
+            autocast: Makes the context of each forward.
+            progress: Whether to show a progress bar on stderr.
 
         Raises:
-            ValueError: If it would not be exact: nothing is frozen below the first block, the
-                embedding is trained, something in the prefix is random (dropout, NEFTune) or looks
-                at the other rows of a batch (LLM.int8() on a GPU), or the blocks need more than
-                hidden states. If the model is sharded already. If the states would exceed the
-                limit or the disk. If a row is empty.
+            ValueError: If the cache would not be exact: the first block or the embedding trains,
+                the prefix computes at random (dropout, NEFTune) or looks at the other rows of a
+                batch (LLM.int8() on a GPU), or the blocks need more than hidden states. If the
+                model is sharded already. If the states would exceed the limit or the disk. If a
+                row is empty.
         """
         begin = time.perf_counter()
-        place = folder / "states"
-        built: list[str] = []
-        opened: list[States] = []
-
-        def ensure() -> dict[str, Any]:
-            prefix = Prefix.of(model, autocast)
-            rows = _tokens(dataset)
-            width, dtype = prefix.check_exact(_tried(rows))
-            source = _source(prefix.blocks, prefix.depth, rows, dtype, batch_size)
-            try:
-                opened.append(open_states(place, source))
-            except CacheError as why:
-                built.append(str(why))
-                _check_room(place, rows, width, dtype, limit_bytes)
-                computed = prefix.computed(rows, batch_size, progress)
-                write_states(place, source, [r.tolist() for r in rows], width, dtype, computed)
-            return source
-
-        source = on_main_process(ensure)
-        states = opened[0] if opened else open_states(place, source)
+        builder = _Builder(model, autocast, folder / "states", batch_size, limit_bytes, progress)
+        source = on_main_process(lambda: builder.ensure(dataset))
+        states = builder.opened
+        if states is None:
+            states = open_states(builder.place, source)
         return cls(
-            model,
-            source["prefix length"],
-            states,
-            NumberedRows(dataset),
-            CachedCollator(collator, states),
-            built[0] if built else None,
-            time.perf_counter() - begin,
+            model=model,
+            blocks=source["prefix length"],
+            states=states,
+            dataset=NumberedRows(dataset),
+            collator=CachedCollator(collator, states),
+            built=builder.built,
+            seconds=time.perf_counter() - begin,
         )
 
     def skipping(self) -> AbstractContextManager[None]:
         """Skip the prefix: the model takes states as ``inputs_embeds``, and no ``input_ids``."""
         return skipping(find_blocks(self.model), self.blocks)
 
-    def as_dict(self) -> dict[str, Any]:
-        """What it skips and costs, for JSON."""
+    def as_dict(self) -> dict[str, object]:
+        """Return the skipped blocks and the cost of the states, for JSON."""
         total = len(find_blocks(self.model).layers)
         return {
             "blocks": self.blocks,
@@ -143,7 +128,43 @@ class PrefixCache:
         }
 
 
-def _tokens(dataset: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+@dataclass
+class _Builder:
+    """Opens the states of a data set, or computes them.
+
+    Attributes:
+        place: Folder of the states.
+        opened: States that were there and could be used.
+        built: Reason to compute them.
+    """
+
+    model: nn.Module
+    autocast: Callable[[], AbstractContextManager]
+    place: Path
+    batch_size: int
+    limit_bytes: int
+    progress: bool
+    opened: States | None = None
+    built: str | None = None
+
+    def ensure(self, dataset: Dataset) -> dict[str, Any]:
+        """Make the folder hold the states; return their source."""
+        prefix = Prefix.of(self.model, self.autocast)
+        rows = _tokens(dataset)
+        width, dtype = prefix.check_exact(_tried(rows))
+        source = _source(prefix.blocks, prefix.depth, rows, dtype, self.batch_size)
+        try:
+            self.opened = open_states(self.place, source)
+        except CacheError as reason:
+            self.built = str(reason)
+            _check_room(self.place, rows, width, dtype, self.limit_bytes)
+            computed = prefix.computed(rows, self.batch_size, self.progress)
+            ids = [row.tolist() for row in rows]
+            write_states(self.place, source, ids, width, dtype, computed)
+        return source
+
+
+def _tokens(dataset: Dataset) -> list[Tensor]:
     rows = [torch.as_tensor(dataset[i]["input_ids"]) for i in range(len(dataset))]
     empty = next((i for i, ids in enumerate(rows) if len(ids) == 0), None)
     if empty is not None:
@@ -152,12 +173,14 @@ def _tokens(dataset: Sequence[Mapping[str, Any]]) -> list[Tensor]:
 
 
 def _tried(rows: Sequence[Tensor]) -> list[Tensor]:
-    """The longest row and the shortest: what depends on a row's company differs most there."""
+    """Return the longest and the shortest row: their states depend most on a row's company."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     return [rows[order[-1]]] if len(rows) == 1 else [rows[order[-1]], rows[order[0]]]
 
 
-def _check_room(place: Path, rows, width: int, dtype: torch.dtype, limit_bytes: int) -> None:
+def _check_room(
+    place: Path, rows: Sequence[Tensor], width: int, dtype: torch.dtype, limit_bytes: int
+) -> None:
     tokens = sum(len(ids) for ids in rows)
     need = tokens * width * dtype.itemsize
     sizes = f"{tokens} tokens of {width} × {dtype.itemsize} bytes are {need / 2**30:.2f} GiB"
@@ -171,8 +194,10 @@ def _check_room(place: Path, rows, width: int, dtype: torch.dtype, limit_bytes: 
         raise ValueError(f"the prefix cache does not fit on its disk, {free} bytes free: {sizes}")
 
 
-def _source(blocks: Blocks, depth: int, rows, dtype: torch.dtype, batch_size: int) -> dict:
-    """What the states hang on; each entry by the name that a user knows it by."""
+def _source(
+    blocks: Blocks, depth: int, rows: Sequence[Tensor], dtype: torch.dtype, batch_size: int
+) -> dict[str, Any]:
+    """Describe everything that the states depend on; errors show the keys to the user."""
     data = hashlib.blake2b(digest_size=16)
     for ids in rows:
         data.update(f"{len(ids)} ".encode() + ids.to(torch.int64).numpy().tobytes())
@@ -190,7 +215,7 @@ def _source(blocks: Blocks, depth: int, rows, dtype: torch.dtype, batch_size: in
 
 
 def _weights(blocks: Blocks, depth: int) -> str:
-    """Digest of every weight below block ``depth``, and of what scales its adapters."""
+    """Digest every weight below block ``depth``, and the scalings of its adapters."""
     digest = hashlib.blake2b(digest_size=16)
     others = [m for n, m in blocks.decoder.named_children() if n not in AFTER_BLOCKS]
     others.remove(blocks.layers)
@@ -208,6 +233,6 @@ def _weights(blocks: Blocks, depth: int) -> str:
     return digest.hexdigest()
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def _digest(content: Mapping[str, object]) -> str:
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,7 +1,7 @@
-"""The two parts of a model at its lowest open block: the frozen prefix, and what is trained on it.
+"""Cut a model at its lowest open block, into the frozen prefix and the rest.
 
-``Prefix.states`` runs the one alone, ``skipping`` leaves it out of the other. Whether both together
-are the model is not believed, but tried (``Prefix.check_exact``).
+``Prefix.states`` runs the prefix alone, ``skipping`` runs the rest alone, and
+``Prefix.check_exact`` checks that the two make the model.
 """
 
 from __future__ import annotations
@@ -10,20 +10,22 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ila.boundary import reading
 from ila.models.blocks import Blocks, find_blocks, frozen_blocks, is_trained
+from ila.models.layer import FUSED, MaskedLoraLayer
+from ila.runs.progress import bar
 
 
 class _ReachedError(Exception):
-    """Raised at the block that needs no computing, with what it was given."""
+    """Carries the input of the first block after the prefix out of the model."""
+
+    def __init__(self, states: Tensor):
+        self.states = states
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Prefix:
     Attributes:
         model: The whole model.
         blocks: All its blocks.
-        depth: How many of them are the prefix.
+        depth: Number of blocks in the prefix.
         autocast: Makes the context of each forward.
     """
 
@@ -47,13 +49,13 @@ class Prefix:
         """Find the frozen prefix of a model.
 
         Raises:
-            ValueError: If there is none, or its states would not be those of every step: something
-                in it is random, looks at the other rows of a batch, or is sharded.
+            ValueError: If the model has no frozen prefix, or its states could differ from step to
+                step: it computes at random, looks at the other rows of a batch, or is sharded.
         """
         blocks = find_blocks(model)
         if blocks is None:
             raise ValueError(f"cache_prefix needs a model with blocks, got {type(model).__name__}")
-        # Something has to be left that turns states into logits.
+        # At least one block stays: training needs one to turn states into logits.
         depth = min(frozen_blocks(model), len(blocks.layers) - 1)
         if depth == 0:
             embedding = is_trained(blocks.decoder.get_input_embeddings())
@@ -72,30 +74,29 @@ class Prefix:
     def computed(
         self, rows: Sequence[Tensor], batch_size: int, progress: bool
     ) -> Iterator[tuple[int, Tensor]]:
-        """Every row and its states, in batches of rows of like length."""
+        """Yield every row and its states, from batches of rows of like length."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         title = f"States of {self.depth} frozen blocks"
-        screen = Console(stderr=True)
-        for members in track(batches, title, console=screen, disable=not progress, transient=True):
+        for members in bar(batches, title, show=progress, transient=True):
             states, _ = self.states([rows[i] for i in members])
             for i, values in zip(members, states, strict=True):
                 yield i, values[: len(rows[i])]
 
     def states(self, rows: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """States (rows, length, width) as training computes them, and the batch they are of."""
+        """Return states (rows, length, width) as training computes them, and their batch."""
         batch = self._batch(rows)
 
-        def stop(module, args, kwargs):
+        def stop(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             raise _ReachedError(args[0] if args else kwargs["hidden_states"])
 
         block = self.blocks.layers[self.depth]
-        # First of its hooks: what a sharding wrapper would gather for the block is not needed.
+        # Before all other hooks: a sharding wrapper need not gather the block.
         handle = block.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
         try:
             self._logits(**batch)
         except _ReachedError as reached:
-            return reached.args[0].detach(), batch
+            return reached.states.detach(), batch
         finally:
             handle.remove()
         raise RuntimeError(f"the model ended before its block {self.depth}")
@@ -170,7 +171,7 @@ class Prefix:
         return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
     def _batch(self, rows: Sequence[Tensor]) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask`` (rows, length), padded on the right with id 0."""
+        """Make ``input_ids`` and ``attention_mask`` (rows, length), padded right with id 0."""
         device = next(self.model.parameters()).device
         ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
@@ -178,7 +179,7 @@ class Prefix:
         return {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}
 
     def _logits(self, **batch: Tensor) -> Tensor:
-        """Logits of the model as it is, in training mode."""
+        """Return the logits of the model in training mode."""
         modes = {module: module.training for module in self.model.modules()}
         self.model.train()
         try:
@@ -207,7 +208,10 @@ def _refuse_random(blocks: Blocks, depth: int) -> None:
     if getattr(embedding, "neftune_noise_alpha", None):
         raise ValueError("cache_prefix would not be exact: NEFTune adds noise to the embeddings")
     for part in (embedding, *blocks.layers[:depth]):
+        inert = _inert_dropouts(part)
         for module in part.modules():
+            if module in inert:
+                continue
             p = module.p if isinstance(module, nn.Dropout) else 0.0
             shares = (p, getattr(module, "attention_dropout", 0.0))  # of some a module
             p = max(share for share in shares if isinstance(share, int | float))
@@ -218,8 +222,18 @@ def _refuse_random(blocks: Blocks, depth: int) -> None:
                 )
 
 
+def _inert_dropouts(part: nn.Module) -> set[nn.Module]:
+    """Return the dropouts of layers that a mask keeps in place: a constant update has none."""
+    layers = [m for m in part.modules() if isinstance(m, MaskedLoraLayer)]
+    return {
+        layer.lora_dropout[route.adapter]
+        for layer in layers
+        if (route := layer.route()).path == FUSED and layer.is_kept(route.adapter)
+    }
+
+
 def _refuse_company(blocks: Blocks, depth: int) -> None:
-    """Refuse LLM.int8() where it quantises x: which columns it spares hangs on the whole batch."""
+    """Refuse LLM.int8() where it quantises x: the columns it spares depend on the whole batch."""
     for module in blocks.layers[:depth].modules():
         if type(module).__name__ != "Linear8bitLt":  # by name: bitsandbytes need not be there
             continue
@@ -232,11 +246,11 @@ def _refuse_company(blocks: Blocks, depth: int) -> None:
             )
 
 
-def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _pass_on(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
     return hidden_states
 
 
-def _refuse_tokens(*args: Any, **kwargs: Any) -> Tensor:
+def _refuse_tokens(*args: object, **kwargs: object) -> Tensor:
     raise RuntimeError(
         "the frozen prefix is skipped: the model takes batches of the prefix cache, not token ids"
     )
@@ -245,7 +259,7 @@ def _refuse_tokens(*args: Any, **kwargs: Any) -> Tensor:
 @contextmanager
 def skipping(blocks: Blocks, depth: int) -> Iterator[None]:
     """Skip the first blocks: the model takes states as ``inputs_embeds``, and no ``input_ids``."""
-    # On the instances, so that names of parameters stay what they are and checkpoints fit.
+    # Set on the instances: parameters keep their names, so that checkpoints fit.
     replaced = {block: _pass_on for block in blocks.layers[:depth]}
     replaced[blocks.decoder.get_input_embeddings()] = _refuse_tokens
     before = {module: vars(module).get("forward") for module in replaced}

@@ -1,10 +1,10 @@
-"""Hidden states of the rows of a data set in one memory-mapped file, whole or not there at all.
+"""Keep hidden states of the rows of a data set in one memory-mapped file, whole or absent.
 
     states.bin    the states of row 0, 1, …, each (length, width), one after the other
-    index.json    what they were computed from, lengths, and a checksum of every row
+    index.json    their source, lengths, and a checksum of every row
 
-The folder is written beside its place and renamed into it, so that a process killed at any moment
-leaves the old cache or the new one. Sizes and checksums are verified when it is opened.
+The writer fills a folder beside the place and renames it: a process killed at any moment leaves the
+old cache or the new one. Opening checks sizes and checksums.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ _STATES, _INDEX = "states.bin", "index.json"
 
 
 class CacheError(Exception):
-    """Why a folder of states cannot be used: absent, stale or damaged."""
+    """Says that a folder of states is absent, stale or damaged."""
 
 
 @dataclass
 class States:
-    """States that were opened: ``states[row]`` is a tensor (length, width) on the CPU.
+    """Opened states: ``states[row]`` is a tensor (length, width) on the CPU.
 
     Attributes:
-        folder: Where they lie.
-        source: What they were computed from.
+        folder: Folder of the two files.
+        source: Description of everything that the states depend on.
         width: Elements of a state.
-        dtype: Of the elements.
+        dtype: Dtype of the elements.
         lengths: Tokens of each row.
         tokens_crc: ``checksum_of_tokens`` of each row.
     """
 
     folder: Path
-    source: Mapping[str, Any]
+    source: Mapping[str, object]
     width: int
     dtype: torch.dtype
     lengths: Sequence[int]
@@ -57,13 +57,13 @@ class States:
         step = self.width * self.dtype.itemsize
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)]) * step
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the map out: numpy would pickle its content, and each worker maps for itself."""
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the map out: numpy would pickle its content, and each worker opens its own."""
         return {**self.__dict__, "_map": None}
 
     @property
     def bytes(self) -> int:
-        """Size of the states on the disk."""
+        """Return the size of the states on the disk."""
         return int(self._starts[-1])
 
     def __len__(self) -> int:
@@ -75,33 +75,33 @@ class States:
 
     def _raw(self, row: int) -> np.ndarray:
         if self._map is None:
-            # "c": writable as torch asks, and nothing written reaches the file.
+            # "c": torch asks for a writable array, and no write reaches the file.
             self._map = np.memmap(self.folder / _STATES, np.uint8, "c", shape=(self.bytes,))
         return self._map[self._starts[row] : self._starts[row + 1]]
 
 
-def checksum_of_tokens(ids: Any) -> int:
-    """CRC-32 of token ids, a list or a tensor."""
+def checksum_of_tokens(ids: Sequence[int] | Tensor) -> int:
+    """Return the CRC-32 of token ids."""
     return zlib.crc32(np.asarray(ids, dtype=np.int64).tobytes())
 
 
 def write_states(
     folder: Path,
-    source: Mapping[str, Any],
-    rows: Sequence[Any],
+    source: Mapping[str, object],
+    rows: Sequence[Sequence[int] | Tensor],
     width: int,
     dtype: torch.dtype,
     computed: Iterable[tuple[int, Tensor]],
 ) -> None:
-    """Write the states of every row; on any failure what ``folder`` held stays as it was.
+    """Write the states of every row; a failure leaves the old folder.
 
     Args:
-        folder: Made or replaced; the folder above it holds nothing else of value by the names that
-            killed writers leave (``.ila-tmp-*``, ``<name>.replaced-*``): those are removed.
-        source: What the states are computed from; ``open_states`` asks for the same.
+        folder: Folder to make or replace. The function removes left-overs of killed writers from
+            its parent: ``.ila-tmp-*`` and ``<name>.replaced-*``.
+        source: Everything that the states depend on; ``open_states`` must get the same.
         rows: Token ids of each row.
         width: Elements of a state.
-        dtype: Of the elements.
+        dtype: Dtype of the elements.
         computed: (row, states of shape (length, width)), every row once, in any order.
 
     Raises:
@@ -113,22 +113,8 @@ def write_states(
             shutil.rmtree(left_over)
     lengths = [len(ids) for ids in rows]
     states = States(folder, source, width, dtype, lengths, [checksum_of_tokens(r) for r in rows])
-    sums: list[int | None] = [None] * len(rows)
     with write_folder_atomic(folder, replace=True) as target:
-        with open(target / _STATES, "wb") as file:
-            for row, values in computed:
-                if values.shape != (lengths[row], width) or values.dtype != dtype:
-                    raise ValueError(
-                        f"states of row {row} must be {(lengths[row], width)} {dtype}, got "
-                        f"{tuple(values.shape)} {values.dtype}"
-                    )
-                data = values.contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-                sums[row] = zlib.crc32(data)
-                file.seek(int(states._starts[row]))
-                file.write(data)
-            file.truncate(states.bytes)
-        if None in sums:
-            raise ValueError(f"states of row {sums.index(None)} are missing")
+        sums = _write_values(target / _STATES, states, computed)
         index = {
             "format": FORMAT,
             "source": source,
@@ -141,18 +127,36 @@ def write_states(
         write_json_atomic(target / _INDEX, index)
 
 
-def open_states(folder: Path, source: Mapping[str, Any]) -> States:
-    """Open states computed from ``source``, after reading all of them once against their checksums.
+def _write_values(
+    path: Path, states: States, computed: Iterable[tuple[int, Tensor]]
+) -> list[int | None]:
+    """Write the states of every row into one file; return a checksum of each."""
+    sums: list[int | None] = [None] * len(states)
+    with open(path, "wb") as file:
+        for row, values in computed:
+            shape = (states.lengths[row], states.width)
+            if values.shape != shape or values.dtype != states.dtype:
+                raise ValueError(
+                    f"states of row {row} must be {shape} {states.dtype}, got "
+                    f"{tuple(values.shape)} {values.dtype}"
+                )
+            data = values.contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+            sums[row] = zlib.crc32(data)
+            file.seek(int(states._starts[row]))
+            file.write(data)
+        file.truncate(states.bytes)
+    if None in sums:
+        raise ValueError(f"states of row {sums.index(None)} are missing")
+    return sums
+
+
+def open_states(folder: Path, source: Mapping[str, object]) -> States:
+    """Open states computed from ``source``; read all of them once and compare the checksums.
 
     Raises:
-        CacheError: If there are none, they were computed from something else, or are damaged.
+        CacheError: If the states are missing, have another source, or are damaged.
     """
-    try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CacheError("there is none") from None
-    except (OSError, ValueError) as error:
-        raise CacheError(f"its index cannot be read: {error}") from error
+    index = _read_index(folder)
     try:
         if index["format"] != FORMAT:
             raise CacheError(f"its format is {index['format']}, not {FORMAT}")
@@ -160,19 +164,30 @@ def open_states(folder: Path, source: Mapping[str, Any]) -> States:
         differs = [key for key in mine if index["source"].get(key) != mine[key]]
         if differs:
             raise CacheError(f"it was computed from another {', '.join(differs)}")
+        dtype = getattr(torch, index["dtype"])
         states = States(
-            folder,
-            source,
-            index["width"],
-            getattr(torch, index["dtype"]),
-            index["lengths"],
-            index["tokens_crc"],
+            folder, source, index["width"], dtype, index["lengths"], index["tokens_crc"]
         )
         sums = index["states_crc"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CacheError(f"its index is damaged: {error!r}") from error
+    _check_values(states, sums)
+    return states
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
     try:
-        size = os.path.getsize(folder / _STATES)
+        return json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CacheError("there is none") from None
+    except (OSError, ValueError) as error:
+        raise CacheError(f"its index cannot be read: {error}") from error
+
+
+def _check_values(states: States, sums: Sequence[int]) -> None:
+    """Raise unless the file has the size and the checksums of its index."""
+    try:
+        size = os.path.getsize(states.folder / _STATES)
     except OSError as error:
         raise CacheError(f"its states cannot be read: {error}") from error
     if size != states.bytes or len(sums) != len(states):
@@ -180,4 +195,3 @@ def open_states(folder: Path, source: Mapping[str, Any]) -> States:
     for row, expected in enumerate(sums):
         if zlib.crc32(states._raw(row)) != expected:
             raise CacheError(f"the states of row {row} are damaged")
-    return states

@@ -1,1 +1,1 @@
-"""What a set of layers costs, and the best set for a budget."""
+"""Prices: the cost of a set of layers, and the best set for a budget."""

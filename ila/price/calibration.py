@@ -1,9 +1,8 @@
-"""Time training steps of a few masks side by side, and fit what a step of any mask takes.
+"""Time training steps of a few masks side by side, and fit the time of a step of any mask.
 
-A step is forward, backward and AdamW's update of the open adapters. Steps of all masks are taken in
-turn, round after round, on one model; a mask's time is the median over rounds of its ratio to the
-step with all layers open in that round, times the median of that step: a machine that slows down
-slows all of them.
+A step is forward, backward and AdamW's update of the open adapters. One model takes a step under
+each mask in turn, round after round. The time of a mask is the median, over rounds, of its ratio to
+the step with all layers open, times the median of that step: a slow round slows all masks alike.
 """
 
 from __future__ import annotations
@@ -13,28 +12,27 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.console import Console
-from rich.progress import track
 from torch import nn
 
 from ila.masks.mask import LayerMask
-from ila.masks.names import KINDS
+from ila.masks.names import DOWN, GATE_UP, QKV
 from ila.models.edit import apply_mask, masked_layers, single_adapter
+from ila.models.lean_head import leaning
 from ila.price.shapes import Shape
 from ila.price.speed import Speed, fit, works
+from ila.runs.progress import bar
 
 ALL = "all layers"
 
 
 def designed(names: Sequence[str], seed: int = 0) -> dict[str, set[str]]:
-    """Sets that tell the rates apart.
+    """Choose sets that tell the rates apart.
 
     Three depths, each full, scattered and with its lowest layer alone; the narrowest layers and the
-    widest, to tell what a layer costs from what its bytes cost; the last layer.
+    widest, to tell the cost of a layer from the cost of its bytes; the last layer.
     """
     draw, sets = random.Random(seed), {ALL: set(names)}
     for depth in (0, len(names) // 3, 2 * len(names) // 3, len(names) - 1):
@@ -45,26 +43,28 @@ def designed(names: Sequence[str], seed: int = 0) -> dict[str, set[str]]:
             some = {above[0], *draw.sample(above[1:], max(1, round(0.3 * len(above)) - 1))}
             sets[f"30 % of {where}"] = some
             sets[f"the lowest of {where}"] = {above[0]}
-    for what, kinds in (("keys and values", ("k_proj", "v_proj")), ("MLPs", KINDS[4:])):
+    for title, kinds in (("keys and values", QKV[1:]), ("MLPs", (*GATE_UP, *DOWN))):
         some = {name for name in names if name.rpartition(".")[2] in kinds}
-        sets |= {what: some} if some else {}
+        if some:
+            sets[title] = some
     return sets
 
 
 def batch_of(model: nn.Module, rows: int, length: int) -> dict[str, torch.Tensor]:
-    """Random tokens; what they are changes nothing in the time."""
+    """Draw random tokens; the time of a step does not depend on them."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (rows, length), generator=generator)
     ids = ids.to(next(model.parameters()).device)
     return {"input_ids": ids, "labels": ids}
 
 
-class Steps:
-    """Training steps of one model under several masks, with an optimiser for each.
+class StepTimer:
+    """Time training steps of one model under several masks, with an optimiser for each.
 
     Args:
-        model: A ``PeftModel``. Weights are not changed: the learning rate is 0.
+        model: A ``PeftModel``; its weights stay, because the learning rate is 0.
         sets: Name -> open layers.
+        batch: Input of every step.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Steps:
         sets: Mapping[str, set[str]],
         batch: Mapping[str, torch.Tensor],
     ):
-        names = list(masked_layers(model, single_adapter(model, None)))
+        names = _layer_names(model)
         self.model, self.batch = model.train(), batch
         self.masks = {
             name: LayerMask(dict.fromkeys(names, 0.0), {n: n in opened for n in names})
@@ -100,19 +100,18 @@ class Steps:
             torch.cuda.synchronize()
 
     def measured(self, rounds: int, base: str = ALL, *, progress: bool = True) -> dict[str, float]:
-        """Median milliseconds of each mask, by its ratio to ``base`` in each round."""
+        """Return the median milliseconds of each mask, by its ratio to ``base`` in each round."""
         for name in self.masks:  # warm-up: allocations, the optimisers' state
             self.take(name)
         ratios: dict[str, list[float]] = {name: [] for name in self.masks}
         bases = []
-        screen = Console(stderr=True)
-        for _ in track(range(rounds), "Rounds of steps", console=screen, disable=not progress):
+        for _ in bar(range(rounds), "Rounds of steps", show=progress):
             times = {name: self.take(name) for name in self.masks}
             bases.append(times[base])
             for name, value in times.items():
                 ratios[name].append(value / times[base])
         middle = statistics.median(bases)
-        return {name: middle * statistics.median(found) for name, found in ratios.items()}
+        return {name: middle * statistics.median(seen) for name, seen in ratios.items()}
 
 
 def calibrate(
@@ -126,26 +125,27 @@ def calibrate(
     """Measure the designed masks and fit the rates.
 
     Args:
-        model: With the adapter of ``shape`` attached; it is left with all layers open.
-        shape: Its sizes, and rows and length of the steps to take.
-        rounds: Steps of each mask, after one that is not counted.
-        unseen: Further sets to measure beside them and to leave out of the fit.
+        model: Model with the adapter of ``shape``; afterwards all layers are open.
+        shape: Sizes of the model, and rows and length of the steps to take.
+        rounds: Steps of each mask, after one warm-up step.
+        unseen: Further sets to measure, which the fit leaves out.
         progress: Show a progress bar.
 
     Returns:
         The rates; ``measured`` holds each set's measured and fitted milliseconds.
 
     Raises:
-        ValueError: If ``rounds`` is below 1, or the model is not what ``shape`` says.
+        ValueError: If ``rounds`` is below 1, or the model does not have the sizes of ``shape``.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be ≥ 1, got {rounds}")
-    names = list(masked_layers(model, single_adapter(model, None)))
+    names = _layer_names(model)
     sets, others = designed(names), dict(unseen or {})
     amounts = works(shape, names, [*sets.values(), *others.values()])
-    steps = Steps(model, sets | others, batch_of(model, shape.rows, shape.length))
-    times = steps.measured(rounds, progress=progress)
-    steps.take(ALL)
+    timer = StepTimer(model, sets | others, batch_of(model, shape.rows, shape.length))
+    with leaning(model):  # as training does
+        times = timer.measured(rounds, progress=progress)
+        timer.take(ALL)
     speed = fit(amounts[: len(sets)], [times[name] for name in sets])
     rows = {
         name: {
@@ -159,7 +159,11 @@ def calibrate(
     return replace(speed, measured={**_where(model, shape), "rounds": rounds, "steps": rows})
 
 
-def _where(model: nn.Module, shape: Shape) -> dict[str, Any]:
+def _layer_names(model: PeftModel) -> list[str]:
+    return list(masked_layers(model, single_adapter(model, None)))
+
+
+def _where(model: nn.Module, shape: Shape) -> dict[str, str | int]:
     device = next(model.parameters()).device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),

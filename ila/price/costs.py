@@ -1,107 +1,113 @@
-"""What a set of layers costs to train, counted: parameters, bytes held, FLOPs and bytes moved.
+"""Count the cost of training a set of layers: parameters, bytes held, FLOPs and bytes moved.
 
-A step of a block (q/k/v, o, gate/up, down: what reads one x) is *reached* by backward, *passed* on
-to what is below, and its layers are *opened*, as ``ila.price.knapsack.Step`` says. Linears are
-counted by ``ila_kernels.roofline``. Beside them, for M tokens in rows of T, hidden size H, MLP of
-F, heads of D in all, e bytes an element:
+A group of a block (q/k/v, o, `gate`/`up`, `down`: the layers that read one x) is *reached* by
+backward and *passed* on the way down, and its layers are *opened* (``ila.price.knapsack.Group``).
+``ila_kernels.roofline`` counts the linears. Beside them, for M tokens in rows of T, hidden size H,
+MLP of F, D for all heads together, e bytes an element:
 
     q/k/v reached    attention backward; keeps q, k, v and its output, 4·M·D, and a mask
     q/k/v passed     their norm, in fp32; keeps 4·M·(H + 1) bytes
     gate/up reached  silu(gate) ⊙ up, recomputed; keeps gate and up, 2·M·F
     gate/up passed   their norm
 
-Bytes held are those that autograd keeps, to the byte (the tests compare), but for two that are
-counted too high: gate where up_proj alone is the lowest open step, and cos and sin where no
-attention keeps them. FLOPs and bytes moved become time through a ``Price``: the ceilings of a GPU
-(``ceiling_price``), or rates fitted to measured steps (``ila.price.speed``).
+Bytes held are the bytes that autograd keeps, exactly (the tests compare). Two counts are too high:
+`gate` where up_proj alone is the lowest open group, and cos and sin where no attention keeps them.
+A ``Price`` turns FLOPs and bytes moved into time: the ceilings of a GPU (``ceiling_price``),
+or rates fitted to measured steps (``ila.price.speed``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
-from ila.masks.names import KINDS, STEPS, parse_module_name
-from ila.price.knapsack import CostTable, Step
+from ila.masks.names import DOWN, GATE_UP, GROUPS, KINDS, OUTPUT, QKV, parse_module_name
+from ila.price.knapsack import CostTable, Group
 from ila.price.shapes import Shape
 from ila_kernels.roofline import Ceiling, Cost, backward_cost, forward_cost, time_bound_ms
 
-QKV, OUTPUT, GATE_UP, DOWN = range(4)
 _TRAINED = frozenset({"lora_a", "lora_b"})
 _ADAM_BYTES = 12  # fp32: the gradient and two moments
 
 
 class Work(NamedTuple):
-    """What takes time: FLOPs of GEMMs, bytes moved, and open layers, for what none avoids."""
+    """Work of a step: FLOPs of GEMMs, bytes moved, and open layers, each with a fixed cost."""
 
     flops: int = 0
     bytes: int = 0
     layers: int = 0
 
     def plus(self, other: Work) -> Work:
-        """The sum."""
-        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+        """Return the sum."""
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.layers + other.layers)
 
 
 Price = Callable[[Work], int]
+Amount = TypeVar("Amount", int, Work)
 
 
 @dataclass(frozen=True)
-class Costs:
-    """One step of a block, as ``Step``, by kind and not by name; in numbers or in ``Search``."""
+class GroupCosts(Generic[Amount]):
+    """Costs of a group, as in ``Group``, for kinds of layers; in numbers or as ``Work``."""
 
-    reached: Any = 0
-    passed: Any = 0
-    shared: tuple[Any, Any] = (0, 0)
-    own: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    reached: Amount
+    passed: Amount
+    shared: tuple[Amount, Amount]
+    own: Mapping[str, tuple[Amount, Amount]]
 
-    def priced(self, price: Price) -> Costs:
-        """Each ``Search`` in numbers."""
-        own = {kind: (price(low), price(high)) for kind, (low, high) in self.own.items()}
-        return Costs(price(self.reached), price(self.passed), (0, 0), own)
+
+def _priced(costs: GroupCosts[Work], price: Price) -> GroupCosts[int]:
+    own = {kind: (price(low), price(high)) for kind, (low, high) in costs.own.items()}
+    return GroupCosts(price(costs.reached), price(costs.passed), (0, 0), own)
 
 
 def parameter_table(shape: Shape, names: Iterable[str]) -> CostTable:
-    """Trainable parameters of the open layers."""
-    count = shape.adapter_parameters
-    block = [Costs(own={kind: (count(kind), count(kind)) for kind in step}) for step in STEPS]
+    """Count the trainable parameters of the open layers."""
+    block = []
+    for kinds in GROUPS:
+        own = {kind: (shape.adapter_parameters(kind),) * 2 for kind in kinds}
+        block.append(GroupCosts(0, 0, (0, 0), own))
     return _table(shape, names, 0, block)
 
 
 def memory_table(shape: Shape, names: Iterable[str]) -> CostTable:
-    """Bytes held when backward begins, without checkpointing: the peak of what training keeps.
+    """Count the bytes held when backward begins, without checkpointing.
 
-    Frozen weights; all adapters, those of closed layers too, which ``apply_mask`` sets aside;
-    gradient and both AdamW moments of the open ones; what autograd keeps for backward, the logits'
-    log-softmax included. What kernels, the loss and the allocator take for a moment is on top.
+    The sum holds the frozen weights, all adapters (also of closed layers, which ``apply_mask`` sets
+    aside), gradient and both AdamW moments of the open adapters, and the tensors that autograd
+    keeps for backward, with the gradient that a lean head makes in forward. It leaves out the
+    buffers of kernels, a chunk of logits (``ila.models.lean_loss.CHUNK_BYTES``, and half of it in
+    16 bits), and the short-lived memory of the allocator.
     """
     names, m, e = list(names), shape.tokens, shape.base_bytes
     norm = 4 * m * (shape.hidden + 1)
     attention = 4 * m * shape.attention * e + 4 * m * shape.heads + shape.rows * shape.length**2 * e
-    fixed = shape.weight_bytes() + norm + 4 * m * shape.vocabulary + 8 * m + 4
+    fixed = shape.weight_bytes() + norm
+    fixed += m * shape.hidden * e + 9  # of a lean head: dh, the count of labels, whether it is 0
     fixed += 2 * shape.length * shape.head_dim * e  # cos and sin, one pair for all blocks
     fixed += sum(4 * shape.adapter_parameters(_place(shape, name)[1]) for name in names)
     reached = {QKV: attention, GATE_UP: 2 * m * shape.mlp * e}
     block = []
-    for at, kinds in enumerate(STEPS):
+    for kinds in GROUPS:
         x, t = m * shape.linear(kinds[0]).k * e, m * shape.rank * e
         own = {kind: (t + _ADAM_BYTES * shape.adapter_parameters(kind),) * 2 for kind in kinds}
-        # Where a gradient passes on, down's x is made again from gate and up, which are kept, and
-        # o's x is the output of an attention that keeps it.
-        shared = (x, 0 if at in (OUTPUT, DOWN) else x)
-        block.append(Costs(reached.get(at, 0), norm if at in reached else 0, shared, own))
+        # Above the lowest open group, `gate` and `up` are kept and make the x of down_proj again,
+        # and attention keeps its output, the x of o_proj.
+        shared = (x, 0 if kinds in (OUTPUT, DOWN) else x)
+        passed = norm if kinds in reached else 0
+        block.append(GroupCosts(reached.get(kinds, 0), passed, shared, own))
     return _table(shape, names, fixed, block)
 
 
 def time_table(shape: Shape, names: Iterable[str], price: Price, fixed: int) -> CostTable:
-    """Time of a step in the unit of ``price``; ``fixed`` is forward work, head and loss."""
-    block = [step.priced(price) for step in _work_of_block(shape)]
+    """Return times of a step in the unit of ``price``; ``fixed`` is forward, head and loss."""
+    block = [_priced(costs, price) for costs in _work_of_block(shape)]
     return _table(shape, names, fixed, block)
 
 
 def fixed_work(shape: Shape) -> list[Work]:
-    """What every step does: all blocks forward, the head in both directions."""
+    """List the work of every step: all blocks forward, the head in both directions."""
     m, e, h = shape.tokens, shape.base_bytes, shape.hidden
     blocks = [_work(forward_cost("frozen", shape.linear(kind))) for kind in KINDS]
     blocks.append(Work(4 * m * shape.length * shape.attention, 4 * m * shape.attention * e))
@@ -112,11 +118,11 @@ def fixed_work(shape: Shape) -> list[Work]:
 
 
 def ceiling_price(ceiling: Ceiling) -> Price:
-    """Picoseconds at a GPU's data-sheet peaks: a bound from below, without launches."""
+    """Return the price in picoseconds at a GPU's data-sheet peaks: a lower bound, no launches."""
     return lambda work: round(time_bound_ms(work.flops, work.bytes, ceiling) * 1e9)
 
 
-def _work_of_block(shape: Shape) -> list[Costs]:
+def _work_of_block(shape: Shape) -> list[GroupCosts[Work]]:
     m, e, d = shape.tokens, shape.base_bytes, shape.attention
     norm = Work(0, m * shape.hidden * (2 * 4 + 4 * e))  # fp32 kept and made, dy, two dx, their sum
     # Five products of M·T·D where forward has two; q, k, v, output and their gradients.
@@ -124,18 +130,18 @@ def _work_of_block(shape: Shape) -> list[Costs]:
     swiglu = Work(0, 5 * m * shape.mlp * e)
     reached = {QKV: attention, GATE_UP: swiglu}
     block = []
-    for at, kinds in enumerate(STEPS):
-        passed = norm if at in reached else Work()
+    for kinds in GROUPS:
+        passed = norm if kinds in reached else Work()
         for kind in kinds:
             passed = passed.plus(_work(backward_cost("frozen", shape.linear(kind), {"x"})))
         passed = passed.plus(Work(0, 3 * m * shape.linear(kinds[0]).k * e * (len(kinds) - 1)))
         own = {kind: (_opened(shape, kind, False), _opened(shape, kind, True)) for kind in kinds}
-        block.append(Costs(reached.get(at, Work()), passed, (Work(), Work()), own))
+        block.append(GroupCosts(reached.get(kinds, Work()), passed, (Work(), Work()), own))
     return block
 
 
 def _opened(shape: Shape, kind: str, passed: bool) -> Work:
-    """What an adapter adds to its layer, forward, backward and in AdamW."""
+    """Return the work that an adapter adds to its layer, forward, backward and in AdamW."""
     p, dx = shape.linear(kind), frozenset({"x"} if passed else ())
     work = _work(forward_cost("addmm", p), forward_cost("frozen", p))
     work = work.plus(
@@ -149,24 +155,26 @@ def _work(cost: Cost, less: Cost | None = None) -> Work:
     return Work(cost.flops - less.flops, cost.bytes - less.bytes)
 
 
-def _table(shape: Shape, names: Iterable[str], fixed: int, block: list[Costs]) -> CostTable:
-    """The steps of every block, with the layers of ``names`` that are in them."""
+def _table(
+    shape: Shape, names: Iterable[str], fixed: int, block: list[GroupCosts[int]]
+) -> CostTable:
+    """Put the layers of ``names`` into the groups of every block."""
     layers: dict[tuple[int, str], str] = {}
     for name in names:
         place = _place(shape, name)
         if place in layers:
             raise ValueError(f"layers {layers[place]!r} and {name!r} have the same place")
         layers[place] = name
-    steps = []
+    groups = []
     for number in range(shape.blocks):
-        for costs, kinds in zip(block, STEPS, strict=True):
-            found = {layers[number, k]: costs.own[k] for k in kinds if (number, k) in layers}
-            steps.append(Step(tuple(found), costs.reached, costs.passed, costs.shared, found))
-    return CostTable(fixed, tuple(steps))
+        for costs, kinds in zip(block, GROUPS, strict=True):
+            own = {layers[number, k]: costs.own[k] for k in kinds if (number, k) in layers}
+            groups.append(Group(tuple(own), costs.reached, costs.passed, costs.shared, own))
+    return CostTable(fixed, tuple(groups))
 
 
 def _place(shape: Shape, name: str) -> tuple[int, str]:
-    """Block and kind of a layer."""
+    """Return block and kind of a layer."""
     place = parse_module_name(name)
     if place is None or place[1] not in KINDS:
         raise ValueError(

@@ -1,4 +1,10 @@
-"""A model of Llama blocks and a training step on it, as numbers; no model is loaded for it."""
+"""Sizes of a model of Llama blocks and of a training step on it; reads no weights.
+
+Memory and time are counted for the families of ``COUNTED`` alone, which the tests compare with a
+real step. Norms, activations and attention of other families keep more: Qwen3 a quarter and Gemma-3
+two fifths, on a tiny model. Parameters are counted for ``SAME_LAYERS`` too, whose layers have the
+sizes of Llama's.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +15,54 @@ from typing import Any
 from ila.masks.names import KINDS
 from ila_kernels.roofline import Problem
 
+_NEEDED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+)
 _BITS = {"8bit": 8.0, "4bit": 4.127}  # NF4: with its constants, which are quantised again
+
+
+COUNTED = ("llama", "mistral")
+SAME_LAYERS = (
+    *COUNTED,
+    *"qwen2 qwen3 olmo olmo2 gemma gemma2 gemma3_text smollm3 granite".split(),
+    *"cohere ministral seed_oss".split(),
+)
+
+
+def check_counted(config: Mapping[str, Any], resource: str) -> None:
+    """Raise unless the formulas hold for a model.
+
+    Args:
+        config: Configuration of the model.
+        resource: ``"parameters"``, ``"memory"`` or ``"time"``.
+
+    Raises:
+        ValueError: If they do not; the message names the counted families.
+    """
+    known = SAME_LAYERS if resource == "parameters" else COUNTED
+    kind, act = config.get("model_type"), config.get("hidden_act")
+    if kind not in known:
+        others = "" if kind not in SAME_LAYERS else "; parameters=… counts it"
+        raise ValueError(
+            f"{resource} of a step is counted for the model types {', '.join(known)}, and this "
+            f"model is {kind!r}, whose blocks keep something else{others}"
+        )
+    if resource != "parameters" and act not in ("silu", "swish"):
+        raise ValueError(
+            f"{resource} of a step is counted for hidden_act 'silu', and this model has {act!r}"
+        )
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model, of its adapter, and of a step: rows × length tokens, padding included.
+    """Sizes of a model, of its adapter, and of a step of rows × length tokens, with padding.
 
     ``base_bytes`` is the width of activations and of dense weights; adapters are fp32. ``load_in``
-    is ``"4bit"`` or ``"8bit"`` where the linear weights of the blocks are packed.
+    is ``"4bit"`` or ``"8bit"`` if the linear weights of the blocks are packed.
     """
 
     blocks: int
@@ -36,46 +81,60 @@ class Shape:
     load_in: str | None = None
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], **options: Any) -> Shape:
-        """Read a model's configuration; ``options`` are the fields that are not the model's.
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        rank: int,
+        rows: int,
+        length: int,
+        base_bytes: int = 2,
+        dropout: bool = False,
+        load_in: str | None = None,
+    ) -> Shape:
+        """Read the sizes of a model from its configuration; the options are the other fields.
 
         Raises:
-            ValueError: If the configuration is not of such a model, or an option is below 1.
+            ValueError: If the model has no Llama blocks, or an option is below 1.
         """
-        names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-        missing = [name for name in (*names, "vocab_size") if not config.get(name)]
+        missing = [name for name in _NEEDED if not config.get(name)]
         if missing:
             raise ValueError(
                 f"a budget counts models of Llama blocks; the configuration has no {missing[0]}"
             )
-        for name in ("rank", "rows", "length"):
-            if options[name] < 1:
-                raise ValueError(f"{name} must be ≥ 1, got {options[name]}")
-        blocks, hidden, mlp, heads = (config[name] for name in names)
+        for name, value in (("rank", rank), ("rows", rows), ("length", length)):
+            if value < 1:
+                raise ValueError(f"{name} must be ≥ 1, got {value}")
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
         return cls(
-            blocks,
-            hidden,
-            mlp,
-            heads,
-            config.get("num_key_value_heads") or heads,
-            config.get("head_dim") or hidden // heads,
-            config["vocab_size"],
-            bool(config.get("tie_word_embeddings")),
-            **options,
+            blocks=config["num_hidden_layers"],
+            hidden=hidden,
+            mlp=config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            vocabulary=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings")),
+            rank=rank,
+            rows=rows,
+            length=length,
+            base_bytes=base_bytes,
+            dropout=dropout,
+            load_in=load_in,
         )
 
     @property
     def tokens(self) -> int:
-        """M, the tokens of a step."""
+        """Return M, the tokens of a step."""
         return self.rows * self.length
 
     @property
     def attention(self) -> int:
-        """Width of all heads together."""
+        """Return the width of all heads together."""
         return self.heads * self.head_dim
 
     def linear(self, kind: str) -> Problem:
-        """The layer of this kind as the formulas of the kernels know it."""
+        """Return the problem of a layer of this kind, for the formulas of the kernels."""
         keys = self.kv_heads * self.head_dim
         into = {"o_proj": self.attention, "down_proj": self.mlp}
         out = {"q_proj": self.attention, "k_proj": keys, "v_proj": keys}
@@ -84,12 +143,12 @@ class Shape:
         return Problem(self.tokens, k, n, self.rank, self.base_bytes, 4, self.dropout)
 
     def adapter_parameters(self, kind: str) -> int:
-        """R·(K + N)."""
+        """Return R·(K + N)."""
         linear = self.linear(kind)
         return self.rank * (linear.k + linear.n)
 
     def weight_bytes(self) -> int:
-        """All frozen weights: embedding and head, norms, the linears of the blocks."""
+        """Count the bytes of all frozen weights: embedding, head, norms, linears of the blocks."""
         dense = self.vocabulary * self.hidden * (1 if self.tied else 2)
         dense += (2 * self.blocks + 1) * self.hidden
         linears = [self.linear(kind) for kind in KINDS]

@@ -1,10 +1,10 @@
-"""Counted work to milliseconds: rates fitted to measured steps, or the ceilings of a GPU.
+"""Turn counted work into milliseconds: by rates fitted to measured steps, or a GPU's ceilings.
 
     time(step) = fixed + flops · a + bytes · b + open layers · c
 
-``fixed`` is what no mask changes. The three rates are ≥ 0 and are fitted to the steps of a few
-masks, each weighed by its own time (``fit``); leaving one of them out, fitting the others and
-predicting it says how far to trust that. A file keeps them with what was measured.
+``fixed`` is the part that no mask changes. ``fit`` takes the steps of a few masks, weighs each by
+its own time, and finds three rates ≥ 0. It also leaves each step out in turn, fits the others and
+predicts it: the worst error says how far to trust the rates. A file keeps rates and measurements.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ila.price.costs import Price, Work, ceiling_price, fixed_work, time_table
+from ila.price.costs import Work, ceiling_price, fixed_work, time_table
 from ila.price.knapsack import CostTable
 from ila.price.shapes import Shape
 from ila.runs.atomic import write_json_atomic
@@ -28,8 +28,12 @@ from ila_kernels.roofline import CEILINGS
 FORMAT, VERSION = "ila.speed", 1
 _RATES = ("per_flop_ms", "per_byte_ms", "per_layer_ms")
 _FIELDS = {
-    **{"format": TEXT, "version": COUNT, "fixed_ms": RATE, **dict.fromkeys(_RATES, RATE)},
-    **{"worst_error": RATE, "measured": OBJECT},
+    "format": TEXT,
+    "version": COUNT,
+    "fixed_ms": RATE,
+    **dict.fromkeys(_RATES, RATE),
+    "worst_error": RATE,
+    "measured": OBJECT,
 }
 _MEASURED = {"device": TEXT, "rows": SIZE, "length": SIZE, "rank": SIZE}
 _PICOSECONDS = 1e9  # in a millisecond; costs are integers
@@ -37,11 +41,11 @@ _PICOSECONDS = 1e9  # in a millisecond; costs are integers
 
 @dataclass(frozen=True)
 class Speed:
-    """Fitted rates: milliseconds for everything fixed, per FLOP, per byte, per open layer.
+    """Fitted rates: milliseconds of the fixed part, per FLOP, per byte, per open layer.
 
     Attributes:
-        worst_error: The largest relative error of a step that the fit had not seen.
-        measured: Where and on what: device, model, rows, length, rank, times.
+        worst_error: Largest relative error of a step that the fit had not seen.
+        measured: Device, model, rows, length, rank and times of the measurement.
     """
 
     fixed_ms: float
@@ -52,46 +56,46 @@ class Speed:
     measured: Mapping[str, Any] = field(default_factory=dict)
 
     def milliseconds(self, work: Work) -> float:
-        """Time of a step that does this beside what is fixed."""
-        rates = (self.per_flop_ms, self.per_byte_ms, self.per_layer_ms)
-        return self.fixed_ms + sum(r * amount for r, amount in zip(rates, work, strict=True))
+        """Return the time of a step that does this work beside the fixed part."""
+        flops, moved = self.per_flop_ms * work.flops, self.per_byte_ms * work.bytes
+        return self.fixed_ms + (flops + moved + self.per_layer_ms * work.layers)
 
     def price(self, work: Work) -> int:
-        """Picoseconds of a piece of work."""
+        """Return the picoseconds of a piece of work."""
         return round((self.milliseconds(work) - self.fixed_ms) * _PICOSECONDS)
 
     def save(self, path: Path) -> None:
-        """Write the rates and what they come from."""
+        """Write the rates and their measurements."""
         write_json_atomic(path, {"format": FORMAT, "version": VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, path: Path) -> Speed:
-        """Read what ``save`` wrote.
+        """Read a file that ``save`` wrote.
 
         Raises:
-            ValueError: If there is no such file, or it is none of ours.
+            ValueError: If the file is missing, or is not a file of speeds.
         """
         hint = " of speeds; `ila measure` writes one"
-        found = read_record(path, _FIELDS, hint)
-        if (found.pop("format"), found.pop("version")) != (FORMAT, VERSION):
+        record = read_record(path, _FIELDS, hint)
+        if (record.pop("format"), record.pop("version")) != (FORMAT, VERSION):
             raise ValueError(f"{path}: not a file of speeds: expected {FORMAT} of {VERSION}")
-        unknown = sorted(set(found) - {field.name for field in fields(cls)})
+        unknown = sorted(set(record) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"{path}: not a file of speeds: unknown {', '.join(unknown)}")
-        check_record(found["measured"], _MEASURED, f"{path}, measured")
-        if isinstance(found["measured"].get("model"), Mapping):
-            check_record(found["measured"]["model"], {"source": TEXT}, f"{path}, model")
-        if not any(found[name] for name in _RATES):
+        check_record(record["measured"], _MEASURED, f"{path}, measured")
+        if isinstance(record["measured"].get("model"), Mapping):
+            check_record(record["measured"]["model"], {"source": TEXT}, f"{path}, model")
+        if not any(record[name] for name in _RATES):
             raise ValueError(f"{path}: all rates are 0, by which every step takes as long; measure")
-        return cls(**found)
+        return cls(**record)
 
 
 def fit(works: Sequence[Work], times_ms: Sequence[float]) -> Speed:
     """Fit the rates to measured steps, and predict each from the others.
 
     Raises:
-        ValueError: If fewer than five steps are given, which is one more than there are rates, or
-            not as many times.
+        ValueError: If there are fewer than five steps (one more than the fitted numbers), or not
+            one time for each.
 
     >>> works = [Work(10, 0, 1), Work(20, 5, 2), Work(0, 40, 3), Work(7, 7, 9), Work(1, 90, 1)]
     >>> speed = fit(works, [100 + 2.0 * w.flops + 0.5 * w.bytes for w in works])
@@ -112,7 +116,7 @@ def fit(works: Sequence[Work], times_ms: Sequence[float]) -> Speed:
 
 
 def _fit(works: Sequence[Work], times_ms: Sequence[float]) -> Speed:
-    """Least squares of relative errors with rates ≥ 0: the best subset whose rates all are."""
+    """Minimise the squared relative errors over the subsets of rates, all of them ≥ 0."""
     times = np.array(times_ms)
     columns = np.column_stack([np.ones(len(works)), np.array(works, dtype=float)])
     scale = columns.max(axis=0)
@@ -126,21 +130,23 @@ def _fit(works: Sequence[Work], times_ms: Sequence[float]) -> Speed:
             if rates.min() >= 0 and error < least:
                 best, least = np.zeros(4), error
                 best[chosen] = rates
-    return Speed(*(float(rate) for rate in best / scale))
+    fixed, per_flop, per_byte, per_layer = (best / scale).tolist()
+    return Speed(fixed, per_flop, per_byte, per_layer)
 
 
 def works(shape: Shape, names: Sequence[str], sets: Sequence[set[str]]) -> list[Work]:
-    """What a step of each set of open layers does beside what is fixed."""
-    parts: list[Price] = [lambda w: w.flops, lambda w: w.bytes, lambda w: w.layers]
-    tables = [time_table(shape, names, part, 0) for part in parts]
-    return [Work(*(table.cost(opened) for table in tables)) for opened in sets]
+    """Return the work of a step of each set of open layers, beside the fixed part."""
+    flops = time_table(shape, names, lambda work: work.flops, 0)
+    moved = time_table(shape, names, lambda work: work.bytes, 0)
+    layers = time_table(shape, names, lambda work: work.layers, 0)
+    return [Work(flops.cost(opened), moved.cost(opened), layers.cost(opened)) for opened in sets]
 
 
 def step_table(shape: Shape, names: Sequence[str], speed: Speed | str) -> CostTable:
-    """Picoseconds of a step, by fitted rates or at the data-sheet ceilings of a GPU.
+    """Return picoseconds of a step, by fitted rates or at the data-sheet ceilings of a GPU.
 
     Raises:
-        ValueError: If ``speed`` names no GPU whose ceilings are known.
+        ValueError: If ``speed`` names a GPU without known ceilings.
     """
     if isinstance(speed, Speed):
         return time_table(shape, names, speed.price, round(speed.fixed_ms * _PICOSECONDS))

@@ -1,1 +1,1 @@
-"""Masks and runs as tables and pictures."""
+"""Reports: masks and runs as tables and pictures."""

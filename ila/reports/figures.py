@@ -1,28 +1,28 @@
-"""Masks and training runs as pictures, for people who did not make them.
+"""Draw masks and training runs as pictures that explain themselves.
 
-matplotlib is imported inside the functions: training on a cluster does not need it.
+The functions import matplotlib: training on a cluster does not need it.
 """
 
 import io
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ila.masks.mask import LayerMask
-from ila.masks.names import BLOCK_NUMBER, parse_module_name
+from ila.masks.names import BLOCK_NUMBER, KINDS, parse_module_name
 from ila.reports.texts import baseline_run, gib_text, loss_text, ms_text, ratio_text
 from ila.runs.atomic import write_bytes_atomic
+from ila.runs.metrics import Metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _COLOURS = ("#2f6db3", "#d9822b", "#3a9a5b", "#b8434e", "#7b5ea7", "#7a5c43", "#c667a4", "#5f6b76")
 
 
@@ -33,14 +33,14 @@ def heatmap_figure(mask: LayerMask, *, title: str | None = None) -> "Figure":
 
     Args:
         mask: Scores and gates to draw. Modules outside numbered blocks get a row of their own.
-        title: Heading; by default one that says what is shown.
+        title: Heading; by default it names the content.
 
     Returns:
-        A figure that no global state of matplotlib knows of.
+        A figure outside matplotlib's global state.
     """
     from matplotlib.figure import Figure
 
-    cells = _place(mask.scores)
+    cells = _cells(mask.scores)
     blocks = sorted({block for block, _ in cells}, key=lambda b: -1 if b is None else b)
     kinds = sorted({kind for _, kind in cells}, key=_kind_order)
     grid = np.full((len(blocks), len(kinds)), np.nan)
@@ -82,7 +82,7 @@ def heatmap(mask: LayerMask, path: str | os.PathLike[str], *, title: str | None 
     Args:
         mask: Scores and gates to draw.
         path: PNG file to write.
-        title: Heading; by default one that says what is shown.
+        title: Heading; by default it names the content.
 
     Returns:
         The path written.
@@ -93,14 +93,14 @@ def heatmap(mask: LayerMask, path: str | os.PathLike[str], *, title: str | None 
     return save_png(heatmap_figure(mask, title=title), path)
 
 
-def draw_runs(runs: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Draw training runs: loss curves, and bars for what each run reached and what it cost.
+def draw_runs(runs: Sequence[Metrics]) -> "Figure":
+    """Draw training runs: loss curves, and bars of the results and costs of each run.
 
     Args:
-        runs: What ``load_run`` returned, one or more.
+        runs: Results of ``load_run``, one or more.
 
     Returns:
-        A figure that no global state of matplotlib knows of.
+        A figure outside matplotlib's global state.
 
     Raises:
         ValueError: No runs.
@@ -111,18 +111,8 @@ def draw_runs(runs: Sequence[Mapping[str, Any]]) -> "Figure":
     figure = Figure(figsize=(14, max(5.6, 2.6 + 0.62 * len(runs))))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.55))
-    curves, colours = (
-        left.add_subplot(),
-        list(itertools.islice(itertools.cycle(_COLOURS), len(runs))),
-    )
-    for index, (run, colour) in enumerate(zip(runs, colours, strict=True)):
-        style = ("-", "--", ":")[index // len(_COLOURS) % 3]  # a colour's second use is dashed
-        steps, losses = np.array(run["losses"], dtype=float).reshape(-1, 2).T
-        curves.plot(steps, losses, color=colour, alpha=0.22, linewidth=1)
-        curves.plot(steps, _smoothed(losses), style, color=colour, linewidth=2)
-    curves.set(title="Training loss (bold: smoothed)", xlabel="Optimiser step", ylabel="Loss")
-    curves.grid(alpha=0.25)
-    curves.spines[["top", "right"]].set_visible(False)
+    colours = list(itertools.islice(itertools.cycle(_COLOURS), len(runs)))
+    _draw_losses(left.add_subplot(), runs, colours)
     panels = right.subplots(2, 2, sharey=True)
     for axes, (heading, show, number) in zip(panels.flat, _QUANTITIES, strict=True):
         values = [number(run) for run in runs]
@@ -134,11 +124,7 @@ def draw_runs(runs: Sequence[Mapping[str, Any]]) -> "Figure":
         axes.set_yticks(range(len(runs)), names, parse_math=False)
         for label, colour in zip(axes.get_yticklabels(), colours, strict=True):
             label.set(color=colour, fontweight="bold")
-    before = [run["held_out_loss_before"] for run in runs]
-    known = [loss for loss in before if loss is not None]
-    if known:
-        span = " to ".join(f"{loss:.3f}" for loss in sorted({min(known), max(known)}))
-        panels[0, 0].set_xlabel(f"before training: {span}", color="#444444")
+    panels[0, 0].set_xlabel(_losses_before(runs), color="#444444")
     figure.suptitle(
         f"Training runs (x: ratio to “{_short(baseline['name'])}”)",
         fontsize=14,
@@ -147,11 +133,11 @@ def draw_runs(runs: Sequence[Mapping[str, Any]]) -> "Figure":
     return figure
 
 
-def runs_figure(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
+def runs_figure(runs: Sequence[Metrics], path: str | os.PathLike[str]) -> Path:
     """Save ``draw_runs`` as a PNG, whole or not at all.
 
     Args:
-        runs: What ``load_run`` returned, one or more.
+        runs: Results of ``load_run``, one or more.
         path: PNG file to write.
 
     Returns:
@@ -164,11 +150,32 @@ def runs_figure(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
     return save_png(draw_runs(runs), path)
 
 
-def _place(names: Mapping[str, Any]) -> dict[tuple[int | None, str], str]:
-    """(block, column label) -> name; two modules never share a cell."""
-    found = {name: parse_module_name(name) for name in names}
+def _draw_losses(axes: "Axes", runs: Sequence[Metrics], colours: list[str]) -> None:
+    for index, (run, colour) in enumerate(zip(runs, colours, strict=True)):
+        style = ("-", "--", ":")[index // len(_COLOURS) % 3]  # a colour's second use is dashed
+        steps, losses = np.array(run["losses"], dtype=float).reshape(-1, 2).T
+        axes.plot(steps, losses, color=colour, alpha=0.22, linewidth=1)
+        axes.plot(steps, _smoothed(losses), style, color=colour, linewidth=2)
+    axes.set(title="Training loss (bold: smoothed)", xlabel="Optimiser step", ylabel="Loss")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _losses_before(runs: Sequence[Metrics]) -> str:
+    """Write the span of the held-out losses before training; nothing if none was measured."""
+    before = [run["held_out_loss_before"] for run in runs]
+    known = [loss for loss in before if loss is not None]
+    if not known:
+        return ""
+    span = " to ".join(f"{loss:.3f}" for loss in sorted({min(known), max(known)}))
+    return f"before training: {span}"
+
+
+def _cells(names: Iterable[str]) -> dict[tuple[int | None, str], str]:
+    """Map (block, column label) to a name; two modules never share a cell."""
+    places = {name: parse_module_name(name) for name in names}
     templates = {}
-    for name, parsed in found.items():
+    for name, parsed in places.items():
         parts = name.split(".")
         if parsed is not None:
             number = next(i for i, part in enumerate(parts) if BLOCK_NUMBER.fullmatch(part))
@@ -182,12 +189,12 @@ def _place(names: Mapping[str, Any]) -> dict[tuple[int | None, str], str]:
         labels[template] = ".".join(template[-next(unique, len(template)) :])
     return {
         (parsed[0] if parsed else None, labels[templates[name]]): name
-        for name, parsed in found.items()
+        for name, parsed in places.items()
     }
 
 
 def _hatch(image: "AxesImage", cells: list[tuple[int, int]]) -> None:
-    """Hatch cells (column, row) in a colour that shows on theirs."""
+    """Hatch cells (column, row), white on dark colours and black on light ones."""
     from matplotlib.patches import Rectangle
 
     for column, row in cells:
@@ -229,7 +236,11 @@ def _kind_order(kind: str) -> tuple[int, str]:
 
 
 def _draw_bars(
-    axes: "Axes", values: list[float | None], base: float | None, show: Any, colours: list[str]
+    axes: "Axes",
+    values: list[float | None],
+    base: float | None,
+    show: Callable[[float | None], str],
+    colours: list[str],
 ) -> None:
     widths = [value or 0.0 for value in values]
     axes.barh(range(len(values)), widths, color=colours, height=0.62)

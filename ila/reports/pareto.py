@@ -1,4 +1,4 @@
-"""Importance against cost as a picture: what every budget buys, and where plain top-k is."""
+"""Draw importance against cost: the best set of every budget, and plain top-k beside it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _AXIS = {
 def pareto(
     spending: Spending, point: Point, plain: Point | None, path: str | os.PathLike[str]
 ) -> Path:
-    """Save ``pareto_figure`` for a selection as a PNG, whole or not at all.
+    """Save ``pareto_figure`` of a selection as a PNG, whole or not at all.
 
     Raises:
         FileNotFoundError: The folder of ``path`` does not exist.
     """
-    kind, whole = spending.budget.kind, float(spending.frontier.values[-1])
+    resource, whole = spending.budget.resource, float(spending.frontier.values[-1])
 
     def place(p: Point) -> tuple[float, float]:
         return p.cost / spending.unit, p.importance / whole
@@ -39,31 +39,31 @@ def pareto(
     if plain is not None:
         marks.append((*place(plain), f"plain top-{len(plain.opened)}", _ORANGE))
     limit = (spending.budget.amount, "budget")
-    return save_png(pareto_figure(spending.curves(), kind, marks, limit=limit), path)
+    return save_png(pareto_figure(spending.curves(), resource, marks, limit=limit), path)
 
 
 def pareto_figure(
     curves: Mapping[str, Sequence[Sequence[float]]],
-    kind: str,
+    resource: str,
     marks: Sequence[tuple[float, float, str, str]] = (),
     *,
     limit: tuple[float, str] | None = None,
 ) -> Figure:
-    """Draw what ``Spending.curves`` returned.
+    """Draw the curves of ``Spending.curves``.
 
     Args:
         curves: Points (cost, share of the importance) of the frontier and of plain top-k.
-        kind: ``"time"``, ``"memory"`` or ``"parameters"``: what the costs are.
+        resource: ``"time"``, ``"memory"`` or ``"parameters"``: unit of the costs.
         marks: Sets to point out: cost, share, label, colour.
-        limit: A budget to draw as a vertical line, and what to call it.
+        limit: A budget to draw as a vertical line, and its label.
 
     Returns:
-        A figure that no global state of matplotlib knows of.
+        A figure outside matplotlib's global state.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    scale = {MEMORY: 2**30, TIME: 1}.get(kind, 1e6)
+    scale = {MEMORY: 2**30, TIME: 1}.get(resource, 1e6)
     figure = Figure(figsize=(8.4, 5.4))
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
@@ -75,12 +75,9 @@ def pareto_figure(
         x = [cost / scale for cost, _ in curves[name]]
         axes.plot(x, [y for _, y in curves[name]], style, color=colour, lw=width, label=label)
     if limit is not None and limit[0] <= max(cost for cost, _ in curves["plain"]):
-        x = limit[0] / scale
-        axes.axvline(x, color=_GREY, lw=1.2, ls=":")
-        place = {"textcoords": "offset points", "ha": "right", "color": _GREY}
-        axes.annotate(limit[1], (x, 0.015), (-5, 0), **place)
+        _draw_limit(axes, limit[0] / scale, limit[1])
     _mark(axes, marks, scale)
-    axes.set_xlabel(_AXIS.get(kind, "Trainable parameters, millions"))
+    axes.set_xlabel(_AXIS.get(resource, "Trainable parameters, millions"))
     axes.set_ylabel("Importance kept (all layers = 100 %)")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylim(0, 1.16)  # room for the legend
@@ -92,17 +89,21 @@ def pareto_figure(
     return figure
 
 
-def _mark(axes: Axes, marks: Sequence[tuple[float, float, str, str]], scale: float) -> None:
-    """Points with their labels: left of and above the point, but right of and below a plain one.
+def _draw_limit(axes: Axes, x: float, label: str) -> None:
+    axes.axvline(x, color=_GREY, lw=1.2, ls=":")
+    axes.annotate(label, (x, 0.015), (-5, 0), textcoords="offset points", ha="right", color=_GREY)
 
-    At the left of plain top-k runs the frontier, at its right nothing but the edge.
+
+def _mark(axes: Axes, marks: Sequence[tuple[float, float, str, str]], scale: float) -> None:
+    """Draw points with labels: above on the left; for a plain top-k below on the right.
+
+    The frontier runs at the left of plain top-k; its right side is free up to the edge.
     """
     left, right = axes.get_xlim()
     for cost, share, label, colour in marks:
         x = cost / scale
         axes.plot([x], [share], "o", color=colour, ms=9, zorder=5)
         beside = colour != _BLUE and (x - left) / (right - left) < 0.7
-        place = {"ha": "left", "va": "top"} if beside else {"ha": "right", "va": "bottom"}
         axes.annotate(
             f"{label}, {share:.0%}",
             (x, share),
@@ -110,5 +111,6 @@ def _mark(axes: Axes, marks: Sequence[tuple[float, float, str, str]], scale: flo
             textcoords="offset points",
             color=colour,
             weight="bold",
-            **place,
+            ha="left" if beside else "right",
+            va="top" if beside else "bottom",
         )

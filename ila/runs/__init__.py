@@ -1,1 +1,1 @@
-"""What any run needs: whole files, an owned folder, processes, checkpoints, time and memory."""
+"""Basics of every run: whole files, an owned folder, processes, checkpoints, time and memory."""

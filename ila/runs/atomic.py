@@ -1,8 +1,8 @@
 """Files and folders that appear whole or not at all.
 
-A mask or an adapter takes hours of training to make, and the moment of saving is when disks fill up
-and jobs are killed. Everything here is first written beside its destination, flushed to the disk,
-and then renamed into place: a reader sees the old content or the new one, never a part of either.
+A mask or an adapter takes hours to make, and disks fill up and jobs are killed while it is saved.
+Every function here writes beside the destination, flushes to the disk, and then renames into place:
+a reader sees the old content or the new one, never a part of either.
 """
 
 import contextlib
@@ -14,21 +14,20 @@ import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write ``data`` to ``path``; on any failure what was there before stays as it was.
+    """Write ``data`` to ``path``; a failure leaves the old content.
 
     Args:
-        path: File to create or to overwrite. Its folder must exist. A symbolic link is followed.
-            The permissions of a file that is overwritten are kept.
+        path: File to create or to overwrite. Its folder must exist. The function follows a
+            symbolic link and keeps the permissions of a file that it overwrites.
         data: Content.
 
     Raises:
         FileNotFoundError: The folder of ``path`` does not exist.
         IsADirectoryError: ``path`` is a folder.
-        OSError: The content could not be written, for example because the disk is full.
+        OSError: The write failed, for example because the disk is full.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -40,7 +39,7 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     if target.is_dir():
         raise IsADirectoryError(f"path must be a file, got the folder {target}")
     temporary = _temporary_name(target)
-    # Not tempfile: its files are readable by their owner only, whatever the umask.
+    # Not tempfile: only the owner can read its files, under any umask.
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -66,7 +65,7 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         FileNotFoundError: The folder of ``path`` does not exist.
         ValueError: ``text`` cannot be written as UTF-8 (it holds a lone surrogate).
-        OSError: The content could not be written.
+        OSError: The write failed.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -77,18 +76,18 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
-def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
+def write_json_atomic(path: str | os.PathLike[str], obj: object) -> None:
     """Write ``obj`` to ``path`` as indented ASCII JSON without NaN; see ``write_bytes_atomic``.
 
     Args:
         path: File to create or to overwrite. Its folder must exist.
-        obj: Something that the ``json`` module can write.
+        obj: A value that the ``json`` module can write.
 
     Raises:
         FileNotFoundError: The folder of ``path`` does not exist.
-        TypeError: ``obj`` holds something that JSON has no form for.
+        TypeError: ``obj`` holds a value that JSON cannot express.
         ValueError: ``obj`` holds NaN or an infinity, which are not JSON.
-        OSError: The content could not be written.
+        OSError: The write failed.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -101,15 +100,15 @@ def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
 
 @contextlib.contextmanager
 def write_folder_atomic(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
-    """Give an empty folder to fill, which becomes ``path`` when the ``with`` block ends well.
+    """Give an empty folder to fill; it becomes ``path`` when the ``with`` block ends without error.
 
-    On an error the new folder is removed and ``path`` is as it was. A folder that is being replaced
-    is first renamed to ``<name>.replaced-<random>`` beside ``path`` and removed last, so that a
-    process killed at any point leaves the old folder, the new one, or both.
+    An error removes the new folder and leaves ``path`` unchanged. An old folder is first renamed to
+    ``<name>.replaced-<random>`` beside ``path`` and removed last: a process killed at any point
+    leaves the old folder, the new one, or both.
 
     Args:
         path: Folder to make. Its parent must exist.
-        replace: Whether a folder that is already at ``path`` may be replaced.
+        replace: Whether to replace a folder that is already at ``path``.
 
     Yields:
         The temporary folder, beside ``path`` (thus on the same disk).
@@ -134,22 +133,22 @@ def write_folder_atomic(path: str | os.PathLike[str], *, replace: bool = False) 
         yield temporary
         sync_tree(temporary)
         _check_free(target, replace)  # again: the block may have run for hours
-        _swap_in(temporary, target)
+        _put_in_place(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 def sync_tree(folder: str | os.PathLike[str]) -> None:
-    """Flush every file below a folder, and the names of them and of the folder, to the disk.
+    """Flush every file below a folder, their names and the folder's own name, to the disk.
 
-    For files that another library wrote: before a marker says that they are there, they must be.
+    Call it for files of another library before a marker says that they are complete.
 
     Args:
         folder: An existing folder; symbolic links in it are not followed.
 
     Raises:
-        OSError: The content could not be written.
+        OSError: The write failed.
     """
     for root, _, names in os.walk(folder):
         for name in names:
@@ -162,14 +161,14 @@ def sync_tree(folder: str | os.PathLike[str]) -> None:
 
 
 def move_in(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
-    """Move every file of one folder into another on the same disk, flushed, each whole or not.
+    """Move every file of one folder into another on the same disk; each file moves whole.
 
     Args:
-        source: Folder that holds the files and is empty afterwards.
+        source: Folder to empty.
         folder: Existing folder; a file of the same name there is replaced.
 
     Raises:
-        OSError: The content could not be written; nothing was moved if the flush failed.
+        OSError: The write failed; if the flush failed, no file was moved.
     """
     sync_tree(source)
     for path in sorted(Path(source).iterdir()):
@@ -177,7 +176,7 @@ def move_in(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> N
     _sync_folder(Path(folder))
 
 
-def _swap_in(temporary: Path, target: Path) -> None:
+def _put_in_place(temporary: Path, target: Path) -> None:
     if not target.exists():
         os.rename(temporary, target)
         _sync_folder(target.parent)
@@ -192,7 +191,7 @@ def _swap_in(temporary: Path, target: Path) -> None:
     _sync_folder(target.parent)
     try:
         shutil.rmtree(aside)
-    except OSError as error:  # the new folder is in place: a failure now would say the opposite
+    except OSError as error:  # a warning only: the new folder is in place
         warnings.warn(f"could not remove the replaced folder {aside}: {error}", stacklevel=4)
 
 
@@ -219,9 +218,7 @@ def _check_free(target: Path, replace: bool) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    if (
-        os.name != "posix"
-    ):  # elsewhere a folder cannot be opened, and renames are durable without it
+    if os.name != "posix":  # elsewhere a folder cannot be opened, and renames are durable
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

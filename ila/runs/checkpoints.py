@@ -1,8 +1,8 @@
-"""Checkpoints that survive being killed: the newest *complete* one is resumed.
+"""Checkpoints that survive a kill: a run resumes from the newest *complete* one.
 
-Trainer writes a checkpoint folder file by file. A marker written last names every file with its
-size and checksum; a folder without it, or with a file that holds something else, was cut off by a
-kill or a power failure, or damaged since. It is passed over, and the one before it is used.
+Trainer writes a checkpoint folder file by file. A marker, written last, names every file with its
+size and checksum. A folder without a marker, or with a file of another content, was cut off by a
+kill or a power failure, or damaged since; the run then takes the checkpoint before it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ila.runs.atomic import sync_tree, write_json_atomic
 from ila.runs.processes import processes
@@ -24,21 +24,21 @@ _NUMBERED = re.compile(r"checkpoint-(\d+)")
 
 
 def last_complete(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest step in ``folder``, or None."""
-    found = []
+    """Return the complete checkpoint with the highest step in ``folder``, or None."""
+    numbered = []
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
         match = _NUMBERED.fullmatch(path.name)
         if match and _is_whole(path):
-            found.append((int(match[1]), path))
-    return max(found)[1] if found else None
+            numbered.append((int(match[1]), path))
+    return max(numbered)[1] if numbered else None
 
 
 def keep_logs(folder: Path, target: Path) -> None:
-    """Move what is no checkpoint out of a folder of checkpoints, before that is removed.
+    """Move all files except checkpoints out of a folder before its removal.
 
     Args:
-        folder: Where Trainer wrote; the reports of other libraries go below it.
-        target: Where they are kept.
+        folder: Folder of Trainer; other libraries put their reports below it.
+        target: New folder of the reports.
     """
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
         name = path.relative_to(folder)
@@ -48,7 +48,7 @@ def keep_logs(folder: Path, target: Path) -> None:
 
 
 def is_finished(checkpoint: Path) -> bool:
-    """Whether training had come to its end when this checkpoint was written."""
+    """Tell whether training was at its end when it wrote this checkpoint."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     control = state.get("stateful_callbacks", {}).get("TrainerControl", {})
     return bool(control.get("args", {}).get("should_training_stop", False))
@@ -66,19 +66,19 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Every file but the marker."""
+    """Yield name and path of every file except the marker."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MARKER:
             yield path.relative_to(folder).as_posix(), path
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Size in bytes of every file."""
+    """Return the size in bytes of every file."""
     return {name: path.stat().st_size for name, path in _files(folder)}
 
 
 def _checksums(folder: Path) -> dict[str, int]:
-    """CRC-32 of every file."""
+    """Return the CRC-32 of every file."""
     return {name: _checksum(path) for name, path in _files(folder)}
 
 
@@ -91,24 +91,36 @@ def _checksum(path: Path) -> int:
 
 
 class MarkComplete(TrainerCallback):
-    """Writes the marker into each checkpoint once Trainer has written everything else.
+    """Write the marker into each checkpoint after all other files.
 
     Args:
-        also: Called with the checkpoint folder before the marker is written, to add files to it.
+        also: Adds files to the checkpoint folder, before the marker.
     """
 
     def __init__(self, also: Callable[[Path], object] | None = None):
         self.also = also
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         processes().wait_for_everyone()  # each process writes a random state of its own
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.also is not None:
             self.also(folder)
-        sync_tree(
-            folder
-        )  # the files before the marker, so that a power failure keeps both or neither
-        said = {"files": _sizes(folder), "crc32": _checksums(folder)}
-        write_json_atomic(folder / MARKER, {"step": state.global_step, **said})
+        mark_complete(folder, state.global_step)
+
+
+def mark_complete(folder: Path, step: int) -> None:
+    """Write the marker of a whole checkpoint.
+
+    Its files reach the disk first: a power failure must not keep the marker alone.
+    """
+    sync_tree(folder)
+    marker = {"step": step, "files": _sizes(folder), "crc32": _checksums(folder)}
+    write_json_atomic(folder / MARKER, marker)

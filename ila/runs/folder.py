@@ -1,7 +1,7 @@
-"""Who owns an output folder: a marker file in it describes the run that writes there.
+"""Ownership of an output folder: a marker file in it describes the run that writes there.
 
-The marker is the first file of a run. A run that finds another's marker, or a folder that holds
-something else, changes nothing and says why; resuming asks for the same description.
+The marker is the first file of a run. A run that finds another marker, or a folder with other
+files, changes nothing and raises. To resume, the descriptions must be equal.
 """
 
 from __future__ import annotations
@@ -14,44 +14,44 @@ from typing import Any
 from ila.runs.atomic import write_json_atomic
 from ila.runs.lock import LEFT_OVER, LOCK_FILE
 
-RUN_MARKER = "run.json"  # of a command; a search or a training has its own beside it
+RUN_MARKER = "run.json"  # a command writes it; a search or a training adds its own marker
 
 
 def check(
     folder: Path,
-    description: Mapping[str, Any],
+    description: Mapping[str, object],
     *,
     marker: str,
     resume: bool,
     beside: Collection[str] = (),
     remedy: str = "give another folder",
 ) -> bool:
-    """Raise unless a folder is free, or holds the run described and may be resumed.
+    """Raise unless a folder is free, or holds the described run and ``resume`` is true.
 
     Args:
         folder: Output folder; it need not exist.
-        description: What must be the same in the marker, JSON-able; the marker may say more.
+        description: Entries that the marker must hold too, JSON-able; it may hold more.
         marker: Name of the marker file.
         resume: Whether to go on with a run that is there.
-        beside: Names of files that others may have put into the folder before.
-        remedy: What the user can do, for the errors.
+        beside: Names of files of other writers, which may be in the folder.
+        remedy: Advice to the user, for the errors.
 
     Returns:
-        Whether the run is there.
+        Whether the folder holds the run.
 
     Raises:
-        ValueError: If the folder holds another run, one that was not to be resumed, or what is no
-            run at all.
+        ValueError: If the folder holds another run, a run although ``resume`` is false, or files
+            that belong to no run.
     """
     if (folder / marker).exists():
-        found = read(folder, marker)
+        theirs = read(folder, marker)
         mine = json.loads(json.dumps(description))
         if not resume:
             raise ValueError(
                 f"folder {folder} holds a run already; {remedy}, or go on with that "
                 "one (--resume; in Python resume=True)"
             )
-        differs = differences(found, mine)
+        differs = differences(theirs, mine)
         if differs:
             raise ValueError(
                 f"folder {folder} holds a run that differs in {', '.join(differs)}; {remedy}"
@@ -69,22 +69,22 @@ def check(
 
 def claim(
     folder: Path,
-    description: Mapping[str, Any],
+    description: Mapping[str, object],
     *,
     marker: str,
     resume: bool,
-    also: Mapping[str, Any] | None = None,
+    also: Mapping[str, object] | None = None,
     beside: Collection[str] = (),
     remedy: str = "give another folder",
 ) -> None:
-    """Make a folder this run's, or check that it is; of several processes, one does this.
+    """Claim a folder for this run, or check that it belongs to it; call this on one process only.
 
     Args:
         folder: Output folder; made if it does not exist.
         description: See ``check``.
         marker: Name of the marker file.
         resume: Whether to go on with a run that is there.
-        also: What the marker says beside the description, and what may differ.
+        also: Further entries of the marker; they may differ when a run resumes.
         beside: See ``check``.
         remedy: See ``check``.
 
@@ -97,33 +97,33 @@ def claim(
 
 
 def read(folder: Path, marker: str) -> dict[str, Any]:
-    """Return what a marker says.
+    """Return the content of a marker.
 
     Raises:
-        FileNotFoundError: If there is no marker.
-        ValueError: If it is damaged.
+        FileNotFoundError: If the folder has no marker.
+        ValueError: If the marker is damaged.
     """
     file = folder / marker
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not the folder of a run: it has no {marker}")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}); give another folder") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} must hold an object, got {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold an object, got {type(content).__name__}")
+    return content
 
 
-def differences(found: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
-    """Return the names in ``mine`` that ``found`` has otherwise, with a dot before a field.
+def differences(theirs: Mapping[str, object], mine: Mapping[str, object]) -> list[str]:
+    """Name the entries of ``mine`` that differ in ``theirs``; a dot stands before a field.
 
     >>> differences({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "d": 3})
     ['a.c']
     """
     names = []
     for key, new in mine.items():
-        old = found.get(key)
+        old = theirs.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             names += [f"{key}.{k}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
         elif old != new:

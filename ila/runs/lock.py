@@ -1,7 +1,7 @@
-"""One owner of a folder at a time: a lock that is held while a run writes there.
+"""Give a folder one owner at a time: a run holds its lock while it writes there.
 
-The lock file lies in the folder and goes with the run. The system gives a lock back when its
-process dies, however it dies, so that what a killed run leaves does not keep out the next.
+The lock file lies in the folder and disappears with the run. The system releases a lock when its
+process dies in any way, so that the left-overs of a killed run do not block the next.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 LOCK_FILE = ".ila-lock"
-# Of writers that were killed; see ``ila.runs.atomic`` and ``ila.training.train``.
+# Killed writers leave these names; see ``ila.runs.atomic`` and ``ila.training.train``.
 LEFT_OVER = re.compile(r"\.ila-tmp-[0-9a-f]+|\.adapter-\w+|.+\.replaced-[0-9a-f]{8}")
 # Folders that a thread of this process owns: a search inside a command's run owns nothing new.
 _owned: dict[tuple[str, int], FileLock] = {}
@@ -27,8 +27,8 @@ _owned: dict[tuple[str, int], FileLock] = {}
 def owned(folder: Path) -> Iterator[None]:
     """Own a folder while the block runs; blocks of one thread may be nested.
 
-    The folder is made if it does not exist, and removed again if nothing was put into it. What
-    writers that were killed have left there is removed on leaving.
+    The block makes a missing folder, and removes it again if it stays empty. At its end it removes
+    the left-overs of killed writers.
 
     Args:
         folder: Output folder.
@@ -52,7 +52,7 @@ def owned(folder: Path) -> Iterator[None]:
         sweep(folder)
     finally:
         del _owned[key]
-        # While it is held: whoever opened the old file sees that another lies there, or none.
+        # Before the release: a process that opened this file will find another one, or no file.
         with suppress(OSError):
             (folder / LOCK_FILE).unlink()
         lock.release()
@@ -60,7 +60,7 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left in a folder that this process owns."""
+    """Remove the left-overs of killed writers from a folder that this process owns."""
     for path in list(folder.rglob("*")):
         if LEFT_OVER.fullmatch(path.name):
             if path.is_dir() and not path.is_symlink():
@@ -86,21 +86,21 @@ def _lock(folder: Path) -> FileLock:
             continue
         if _is_at(file, lock):
             return lock
-        lock.release()  # of a file that its owner removed while we waited for it
+        lock.release()  # its owner removed the file while we waited
 
 
 def _is_at(file: Path, lock: FileLock) -> bool:
-    """Whether what was locked is the file that lies there now."""
+    """Tell whether the locked file still lies at its place."""
     try:
-        found = os.stat(file)
+        present = os.stat(file)
     except FileNotFoundError:
         return False
     held = lock._context.lock_file_fd
-    return held is not None and os.path.samestat(found, os.fstat(held))
+    return held is not None and os.path.samestat(present, os.fstat(held))
 
 
 def _make(folder: Path) -> list[Path]:
-    """Make a folder and those above it; return what was made, the innermost first."""
+    """Make a folder and its parents; return the new ones, the innermost first."""
     made = []
     for path in (folder, *folder.parents):
         if path.exists():

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from ila.runs.records import COUNT, NUMBER, TEXT, Field, is_count, is_number, or_null, read_record
 
@@ -12,16 +12,20 @@ class LayerCounts(TypedDict, total=False):
 
     Attributes:
         open_modules: Layers that train.
+        kept_modules: Closed layers that keep their updates; absent if there is no such layer.
         total_modules: Layers that could.
         fraction_open: The share of the two, in [0, 1].
         trainable_parameters: Parameters that require grad.
+        outside_parameters: Trained parameters outside all layers of a mask; absent without any.
         full: True if the layers' own weights train; absent for adapters.
     """
 
     open_modules: int
+    kept_modules: int
     total_modules: int
     fraction_open: float
     trainable_parameters: int
+    outside_parameters: int
     full: bool
 
 
@@ -33,21 +37,31 @@ class StepTime(TypedDict):
     p90: float
 
 
-class Metrics(LayerCounts, total=False):
+class Measured(TypedDict, total=False):
+    """Cost of a training.
+
+    Attributes:
+        step_time_ms: Time of a step, forward to update.
+        peak_memory_bytes: Peak memory of training; None where it is unknown.
+    """
+
+    step_time_ms: StepTime
+    peak_memory_bytes: int | None
+
+
+class Metrics(LayerCounts, Measured, total=False):
     """The content of ``metrics.json``.
 
     Attributes:
-        name: What the run is called in reports.
+        name: Name of the run in reports.
         steps: Optimiser steps.
         held_out_loss_before: Nats per answer token before training; None if not measured.
         held_out_loss: The same after training.
-        step_time_ms: Forward to update.
-        peak_memory_bytes: Of training; None where it is unknown.
         tokens_per_step: Over all devices, without padding.
         losses: [step, loss] of every step.
-        prefix_cache: What the prefix cache held; None without one.
-        device: As torch writes it.
-        dtype: Of the base model, and over which packing.
+        prefix_cache: Size and cost of the prefix cache; None without one.
+        device: Device, as torch writes it.
+        dtype: Dtype of the base model, and its packing.
         config: The configuration of the training.
     """
 
@@ -55,14 +69,12 @@ class Metrics(LayerCounts, total=False):
     steps: int
     held_out_loss_before: float | None
     held_out_loss: float | None
-    step_time_ms: StepTime
-    peak_memory_bytes: int | None
     tokens_per_step: float
     losses: list[list[float]]
-    prefix_cache: dict[str, Any] | None
+    prefix_cache: dict[str, object] | None
     device: str
     dtype: str
-    config: dict[str, Any]
+    config: dict[str, object]
 
 
 def load_run(path: str | os.PathLike[str]) -> Metrics:
@@ -72,8 +84,7 @@ def load_run(path: str | os.PathLike[str]) -> Metrics:
         path: Folder of the run.
 
     Returns:
-        The content of the file. ``held_out_loss_before``, ``held_out_loss`` and
-        ``peak_memory_bytes`` are None where they were not measured.
+        The content of the file; a value that was not measured is None.
 
     Raises:
         ValueError: The file is missing, is not JSON, lacks keys, or holds values of the wrong type.

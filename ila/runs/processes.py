@@ -1,6 +1,6 @@
-"""Several processes that train as one: who acts, what all of them learn, and sums over them.
+"""Several processes that train as one: an action of one process, and sums over all.
 
-Every function here but ``processes`` is called by all processes at the same point, or by none.
+Except for ``processes``, all processes must call a function here at the same point.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 
 def processes() -> PartialState:
-    """How many processes train together, which of them this is, and on which device.
+    """Return the number of processes, the index of this one, and its device.
 
-    ``PartialState`` alone takes a CPU process for one of several only if told so, and whoever asks
-    first decides for all who ask later.
+    ``PartialState`` takes a CPU process for one of several only if told so, and its first call
+    decides for all later calls.
 
     Raises:
         RuntimeError: If a launcher started several processes and this one was set up as if alone.
@@ -47,11 +47,11 @@ def on_main_process(action: Callable[[], T]) -> T:
     """Run ``action`` on the main process; the others wait, get its result, and fail if it fails.
 
     Raises:
-        Exception: What ``action`` raised, on every process; on the others it has the attribute
-            ``raised_by_main_process``.
+        Exception: The exception of ``action``, on every process; on the others it has the
+            attribute ``raised_by_main_process``.
     """
     state = processes()
-    result: list[Any] = [None, None]
+    result: list[object] = [None, None]
     if state.is_main_process:
         try:
             result = [action(), None]
@@ -60,7 +60,7 @@ def on_main_process(action: Callable[[], T]) -> T:
     if state.num_processes > 1:
         broadcast_object_list(result, from_process=0)
     value, failure = result
-    if failure is not None:
+    if isinstance(failure, Exception):
         if not state.is_main_process:
             failure.raised_by_main_process = True
         raise failure
@@ -72,7 +72,7 @@ def owning(folder: Path | None) -> Iterator[None]:
     """Let the main process own an output folder while the block runs; see ``ila.runs.lock``.
 
     Args:
-        folder: Output folder; None is none.
+        folder: Output folder, if the run has one.
 
     Raises:
         ValueError: Another process owns it.
@@ -87,7 +87,7 @@ def leave_the_screen_to_the_main_process() -> bool:
     """Silence the progress bars and log lines of libraries on every other process.
 
     Returns:
-        Whether this is one of the others.
+        Whether this process is one of the others.
     """
     other = not processes().is_main_process
     if other:
@@ -97,7 +97,7 @@ def leave_the_screen_to_the_main_process() -> bool:
 
 
 def sum_over_processes(values: Sequence[float]) -> list[float]:
-    """Add each number up over all processes, in fp64; the same bits on all of them."""
+    """Add each number up over all processes, in fp64; every process gets the same bits."""
     state = processes()
     if state.num_processes == 1:
         return list(values)
@@ -119,9 +119,9 @@ def average_over_processes(tensors: Sequence[Tensor]) -> None:
 
 
 def stack_whole(values: Sequence[Tensor]) -> Tensor:
-    """Stack numbers, each a tensor of no dimension; sums over sharded tensors are completed.
+    """Stack numbers, each a tensor of shape (); complete the sums over sharded tensors.
 
-    The parts that a sharded sum has on every process are added in one collective for all of them.
+    One collective adds the parts of all sharded sums.
     """
     first = values[0]
     if not isinstance(first, DTensor):
@@ -131,14 +131,14 @@ def stack_whole(values: Sequence[Tensor]) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor, gathered; any other as it is."""
+    """Gather a sharded tensor; return any other unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def leave_process_group() -> None:
-    """End the process group, if there is one: a script's last act on every process.
+    """End the process group, if there is one; call it last in a script, on every process.
 
-    A process that exits without it can abort while its communication threads are torn down.
+    Without it a process can abort at exit, while its communication threads are torn down.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

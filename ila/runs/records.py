@@ -1,4 +1,4 @@
-"""JSON files of a run, read and checked field by field: an error names the file and the field."""
+"""Read JSON files of a run and check every field; an error names the file and the field."""
 
 import json
 import sys
@@ -8,19 +8,19 @@ from typing import Any, NamedTuple
 
 
 class Field(NamedTuple):
-    """What a field must be, in words, and the test of it."""
+    """Expected value of a field, in words, and a test for it."""
 
     expected: str
-    is_valid: Callable[[Any], bool]
+    is_valid: Callable[[object], bool]
 
 
 def read_record(file: Path, fields: Mapping[str, Field], absent: str = "") -> dict[str, Any]:
-    """Read an object and check its fields; others may stand beside them.
+    """Read an object and check its fields; it may have others.
 
     Args:
-        file: The file.
-        fields: Name -> what must stand there.
-        absent: A hint to add where there is no such file.
+        file: JSON file.
+        fields: Name -> expected value.
+        absent: Hint for the error about a missing file.
 
     Raises:
         ValueError: The file is missing, is not JSON, lacks fields, or holds values of the wrong
@@ -36,7 +36,7 @@ def read_record(file: Path, fields: Mapping[str, Field], absent: str = "") -> di
     return record
 
 
-def check_record(record: Any, fields: Mapping[str, Field], where: object) -> None:
+def check_record(record: object, fields: Mapping[str, Field], where: object) -> None:
     """Raise unless an object has these fields.
 
     >>> check_record({"steps": -1}, {"steps": COUNT}, "metrics.json")
@@ -54,23 +54,23 @@ def check_record(record: Any, fields: Mapping[str, Field], where: object) -> Non
 
 
 def or_null(field: Field) -> Field:
-    """Return the field that may be null too."""
+    """Return a field that also accepts null."""
     return Field(f"{field.expected} or null", lambda value: value is None or field.is_valid(value))
 
 
 def numbers_by_name(value: object) -> bool:
-    """Whether a value is an object of finite numbers."""
+    """Tell whether a value is an object of finite numbers."""
     return isinstance(value, Mapping) and all(is_number(number) for number in value.values())
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number, and no bool."""
+    """Tell whether a value is a finite number and not a bool."""
     is_real = isinstance(value, int | float) and not isinstance(value, bool)
     return is_real and abs(value) <= sys.float_info.max
 
 
 def is_count(value: object) -> bool:
-    """Whether a value is an integer of 0 or more that 64 bits hold."""
+    """Tell whether a value is an integer of 0 or more that 64 bits hold."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 

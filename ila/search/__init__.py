@@ -1,1 +1,1 @@
-"""Learn a mask: stage 1, stage 2, the methods."""
+"""Search: learn a mask by stage 1, stage 2 and a method of scoring."""

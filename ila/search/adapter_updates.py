@@ -1,4 +1,4 @@
-"""What a search scores where an adapter is trained: the update α B A of every layer."""
+"""Score the updates α B A of an adapter, one for each layer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from ila.training.adapter import Adapter
 
 
 class AdapterUpdates(Adapter):
-    """An adapter; ``ila.search.weight_updates.WeightUpdates`` has the same methods.
+    """Updates of an adapter; ``ila.search.weight_updates.WeightUpdates`` has the same methods.
 
     Raises:
-        ValueError: If there is no layer to score, or one is closed or not on the fused path.
+        ValueError: If the model has no layer to score, or a layer is closed or not on the fused
+            path.
     """
 
     folder, label = "adapter", "LoRA"
@@ -29,9 +30,11 @@ class AdapterUpdates(Adapter):
         _check_layers(self.layers, self.adapter)
 
     def signal(self) -> LayerMean:
+        """Return the gate gradient, which stage 1 measures at no extra step."""
         return GateGradient(self.layers, self.adapter)
 
     def scored(self, score_init: float) -> AbstractContextManager[None]:
+        """Give every layer a gate and freeze all else, inside a ``with``."""
         return stage2.scored(self.model, self.layers, self.adapter, score_init)
 
 
@@ -42,7 +45,7 @@ def _check_layers(layers: Mapping[str, MaskedLoraLayer], adapter: str) -> None:
             "use ila.attach or ila.convert first"
         )
     for name, layer in layers.items():
-        if layer.is_closed(adapter):
+        if not layer.is_open(adapter):
             raise ValueError(f"layer {name!r} is closed; the search needs every layer open")
         route = layer.route()
         if route.path != FUSED and route is not SHARDED:  # forward raises if it is not gathered

@@ -1,4 +1,4 @@
-"""Cheap ways to rank layers, to compare the search with: what a method has to beat.
+"""Cheap ways to rank layers, as baselines of the search.
 
     update_norm     ‖α B A‖_F of the trained adapter
     output_norm     mean over tokens of ‖α B A x‖², of the trained adapter: LoRA-drop, Zhou et al.,
@@ -6,11 +6,11 @@
     gradient_norm   ‖∇W‖_F / ‖W‖_F before training: the relative gradient norm of Lee et al.,
                     "Surgical Fine-Tuning", arXiv 2210.11466
     feature_norm    −mean over tokens of K ‖W x‖² / (‖W‖_F² ‖x‖²) before training, after PLoP, Hayou
-                    et al., arXiv 2506.20629, adapts what is least aligned with its input; a random
-                    W scores −1
+                    et al., arXiv 2506.20629: the layer least aligned with its input scores
+                    highest; a random W scores −1
     random, first, middle, last   by a seed, or by place in the model
 
-Scores rank; those of two methods are not in one unit. Norms grow with the size of a layer.
+Scores rank; two methods have different units. Norms grow with the size of a layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ila.models.layer import MaskedLoraLayer
 from ila.search.gate_gradients import FOLDS, LayerMean
@@ -34,7 +34,7 @@ BASELINES = ("update_norm", "output_norm", "gradient_norm", "feature_norm", *POS
 
 
 def by_position(names: Sequence[str], method: str, seed: int) -> dict[str, float]:
-    """Scores in (0, 1] that know nothing of model and data; ``names`` in the model's order.
+    """Return scores in (0, 1] by place alone; ``names`` are in the model's order.
 
     >>> by_position(["a", "b", "c"], "last", seed=0)
     {'a': 0.3333333333333333, 'b': 0.6666666666666666, 'c': 1.0}
@@ -53,7 +53,10 @@ def by_position(names: Sequence[str], method: str, seed: int) -> dict[str, float
 
 
 def update_norms(layers: Mapping[str, MaskedLoraLayer], adapter: str) -> dict[str, float]:
-    """‖α B A‖_F² = α² tr((A Aᵀ)(Bᵀ B)): two R x R products in fp64, never an N x K one."""
+    """Return ‖α B A‖_F of each layer.
+
+    ‖α B A‖_F² = α² tr((A Aᵀ)(Bᵀ B)): two R x R products in fp64, and no N x K product.
+    """
     norms = {}
     for name, layer in layers.items():
         a, b = _adapter(layer, adapter)
@@ -63,10 +66,10 @@ def update_norms(layers: Mapping[str, MaskedLoraLayer], adapter: str) -> dict[st
 
 
 class GradientNorm(LayerMean):
-    """‖∇W‖_F / ‖W‖_F of each layer, from the gradient of B.
+    """Measure ‖∇W‖_F / ‖W‖_F of each layer from the gradient of B.
 
-    dB = α ∇W Aᵀ, and E‖∇W Aᵀ‖² = ‖∇W‖² ‖A‖²/K for A (R, K) of independent entries, as PEFT draws
-    it: so ‖∇W‖ ≈ ‖dB‖ √K / (α ‖A‖), from R random directions of K, without an N x K gradient.
+    dB = α ∇W Aᵀ, and E‖∇W Aᵀ‖² = ‖∇W‖² ‖A‖²/K if the entries of A (R, K) are independent, as PEFT
+    draws them: so ‖∇W‖ ≈ ‖dB‖ √K / (α ‖A‖), from R random directions of K, with no N x K gradient.
     """
 
     def __init__(self, layers: Mapping[str, MaskedLoraLayer], adapter: str):
@@ -89,7 +92,7 @@ class GradientNorm(LayerMean):
 
 
 class TokenMean:
-    """Sums over tokens of one number per layer, by folds of the batches that run forward."""
+    """Sum one number per layer over the tokens of forward batches, in folds of batches."""
 
     def __init__(self, layers: Mapping[str, MaskedLoraLayer], adapter: str, method: str):
         refuse_sharded(layers)
@@ -100,11 +103,11 @@ class TokenMean:
         self.fold = 0
         self.mask: Tensor | None = None
         make = {"output_norm": _output_square, "feature_norm": _alignment}[method]
-        self.measures = [make(layer, adapter) for layer in layers.values()]
+        self.per_token = [make(layer, adapter) for layer in layers.values()]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Watch what goes into and comes out of every layer."""
+        """Read the input and the output of every layer, inside a ``with``."""
         handles = [
             layer.register_forward_hook(self._hook(place))
             for place, layer in enumerate(self.layers.values())
@@ -116,34 +119,34 @@ class TokenMean:
                 handle.remove()
 
     def begin(self, mask: Tensor, step: int) -> None:
-        """Say which tokens (rows, length) of the next batch are no padding, and its number."""
+        """Announce the next batch: its mask (rows, length), 0 on padding, and its number."""
         self.mask, self.fold = mask.bool(), step % FOLDS
         self.tokens[self.fold] += self.mask.sum()
 
     def _hook(self, place: int) -> Callable[..., None]:
-        def hook(layer, args, y):
-            value = self.measures[place](args[0][self.mask], y[self.mask])
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+            value = self.per_token[place](args[0][self.mask], y[self.mask])
             self.totals[self.fold, place] += value.double().sum()
 
         return hook
 
 
 def _output_square(layer: MaskedLoraLayer, adapter: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """‖α B A x‖² of each token: t (Bᵀ B) tᵀ with t = A x."""
+    """Return ‖α B A x‖² as a function of tokens: t (Bᵀ B) tᵀ with t = A x."""
     a, b = _adapter(layer, adapter)
     gram, square = b.t() @ b, layer.scaling[adapter] ** 2
 
-    def measure(x: Tensor, y: Tensor) -> Tensor:
+    def square_norm(x: Tensor, y: Tensor) -> Tensor:
         t = x.to(a.dtype) @ a.t()
         return square * ((t @ gram) * t).sum(-1)
 
-    return measure
+    return square_norm
 
 
 def _alignment(layer: MaskedLoraLayer, adapter: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """−K ‖W x‖² / (‖W‖² ‖x‖²) of each token, y = W x + bias; 0 where x is 0.
+    """Return −K ‖W x‖² / (‖W‖² ‖x‖²) as a function of tokens, y = W x + bias; 0 where x is 0.
 
-    The adapter must add nothing yet.
+    B of the adapter must still be 0.
     """
     if _adapter(layer, adapter)[1].any():
         raise ValueError(
@@ -151,19 +154,19 @@ def _alignment(layer: MaskedLoraLayer, adapter: str) -> Callable[[Tensor, Tensor
         )
     base, norm = layer.get_base_layer(), _weight_norm(layer)
 
-    def measure(x: Tensor, y: Tensor) -> Tensor:
+    def alignment(x: Tensor, y: Tensor) -> Tensor:
         y = y if base.bias is None else y - base.bias
-        out, into = (tensor.double().square().sum(-1) for tensor in (y, x))
+        out = y.double().square().sum(-1)
+        into = x.double().square().sum(-1)
         return torch.where(into > 0, out / into, 0.0) * (-x.shape[-1] / norm**2)
 
-    return measure
+    return alignment
 
 
 def _adapter(layer: MaskedLoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """A (R, K) and B (N, R) in fp64."""
-    parts = (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
-    a, b = (part.detach().double() for part in parts)
-    return a, b
+    """Return A (R, K) and B (N, R) in fp64."""
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return a.detach().double(), b.detach().double()
 
 
 def _weight_norm(layer: MaskedLoraLayer) -> float:
@@ -178,7 +181,7 @@ def _weight_norm(layer: MaskedLoraLayer) -> float:
 
 
 def refuse_sharded(layers: Mapping[str, MaskedLoraLayer]) -> None:
-    """Raise where norms of whole weights cannot be read from what this process holds."""
+    """Raise if this process holds parts of weights only; the norms need whole weights."""
     if any(hasattr(p, "placements") for layer in layers.values() for p in layer.parameters()):
         raise ValueError(
             "this method reads whole weights, and the model is sharded (FSDP); use method 'path', "

@@ -1,4 +1,4 @@
-"""How a mask is learned: the methods, and the options of the search."""
+"""Options of the search, and the methods of scoring."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ila.runs.settings import check_counts, check_positive, check_save_every
 from ila.search import stage2
 from ila.search.baselines import BASELINES
 from ila.training.arguments import check_training_args
@@ -16,32 +17,32 @@ METHODS = (*SEARCHES, *BASELINES)
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """How the mask is learned. Steps are optimiser steps.
+    """Options of the search. Steps are optimiser steps.
 
     The defaults are a starting point, not a result. ``score_init``, ``score_learning_rate`` and
-    ``stage2_steps`` follow what is said of the paper's search; learning rate and budget of stage 1
-    are usual for LoRA. Nothing was measured on a model of more than 135M parameters.
+    ``stage2_steps`` follow the paper; learning rate and steps of stage 1 are usual for LoRA. The
+    largest measured model has 135M parameters.
 
     Attributes:
         method: ``"path"`` averages −dL/dγ along γ = 0.1 … 0.9, without an optimiser; ``"ila"``
-            trains the scores (the paper's method); ``"gate_gradient"`` takes what stage 1 gathers
-            and has no stage 2. Which ranks best: ``benchmarks.real_data``. The others, cheaper, are
-            there to be compared with (``ila.search.baselines``).
-        stage1_steps: Budget of stage 1.
+            trains the scores (the paper's method); ``"gate_gradient"`` takes the free signal of
+            stage 1 and has no stage 2. ``benchmarks.real_data`` compares them. The others are
+            cheaper baselines (``ila.search.baselines``).
+        stage1_steps: Most steps of stage 1.
         epsilon: Stage 1 ends early when the mean loss of two successive windows of
             ``stability_window`` steps differs by less than this, in nats; 0 turns that off.
         stability_window: Steps in a window.
-        learning_rate: Of stage 1, linear decay over the budget after 3 % warm-up.
+        learning_rate: Peak learning rate of stage 1; linear decay after 3 % warm-up.
         stage2_steps: Steps of stage 2.
-        score_init: s₀; γ starts at σ(s₀).
-        score_learning_rate: Of the scores, constant, AdamW without weight decay.
+        score_init: Score s₀ that each layer starts with; its gate starts at γ = σ(s₀).
+        score_learning_rate: Learning rate of the scores; constant, AdamW without weight decay.
         batch_size: Rows per device and step.
-        seed: Of data order, dropout and everything else.
-        save_every: Steps between checkpoints; None keeps none. Needs an ``output_dir``.
+        seed: Seed of data order, dropout and all other random numbers.
+        save_every: Steps between checkpoints, in an ``output_dir``; None keeps none.
         training_args: Further ``transformers.TrainingArguments`` by name, e.g. ``bf16``,
-            ``gradient_accumulation_steps``; they win over the defaults of stage 1 and must not set
-            what a field here decides. In stage 2 they leave schedule, clipping and decay alone,
-            which would change what is measured.
+            ``gradient_accumulation_steps``; they win over the defaults of stage 1, but must
+            not set a value that a field here decides. In stage 2 they cannot change schedule,
+            clipping and decay, which would change the scores.
     """
 
     method: str = "path"
@@ -60,12 +61,8 @@ class SearchConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
-        for name in ("stage1_steps", "stage2_steps", "batch_size", "stability_window"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer ≥ 1, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "score_learning_rate"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        check_counts(self, ("stage1_steps", "stage2_steps", "batch_size", "stability_window"))
+        check_positive(self, ("learning_rate", "score_learning_rate"))
         if not 0.0 <= self.epsilon < float("inf"):
             raise ValueError(f"epsilon must be ≥ 0, got {self.epsilon!r}")
         if not abs(self.score_init) < 30.0:
@@ -75,10 +72,9 @@ class SearchConfig:
                 f"stage2_steps must be ≥ {len(stage2.PATH_POINTS)} for method 'path', one for each "
                 f"point of the path, got {self.stage2_steps}"
             )
-        if self.save_every is not None and self.save_every < 1:
-            raise ValueError(f"save_every must be None or ≥ 1, got {self.save_every!r}")
+        check_save_every(self.save_every)
         check_training_args(self.training_args, "stage1_steps and stage2_steps")
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
+    def as_dict(self) -> dict[str, object]:
+        """Return the fields, for JSON."""
         return {**asdict(self), "training_args": dict(self.training_args)}

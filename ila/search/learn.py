@@ -1,7 +1,7 @@
-"""The mask search: ``learn_mask`` trains LoRA until it settles, then scores every layer.
+"""Learn a mask: ``learn_mask`` trains LoRA until it settles, then scores every layer.
 
-Stage 1 is ordinary LoRA training until the loss is ε-stable or a budget is spent. Stage 2 freezes
-everything, gives each layer a gate γ = σ(s), and turns gates into scores by one of ``METHODS``.
+Stage 1 is ordinary LoRA training until the loss is ε-stable or the steps are spent. Stage 2 freezes
+all weights, gives each layer a gate γ = σ(s), and turns gates into scores by one of ``METHODS``.
 Source: Shi et al., "Understanding Layer Significance in LLM Alignment", arXiv 2410.17875.
 
 Use the parts, ``begin``, ``run_stage1``, ``score`` and ``mask_of``, to score one stage 1 by several
@@ -11,14 +11,14 @@ methods.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
-from ila.masks.mask import LayerMask
+from ila.data.contracts import Collate, Dataset
+from ila.masks.mask import LayerMask, spread_of
 from ila.models.open_weights import OpenLayers
 from ila.runs.processes import on_main_process, owning
 from ila.search.adapter_updates import AdapterUpdates
@@ -26,7 +26,7 @@ from ila.search.baselines import POSITIONS
 from ila.search.config import METHODS, SEARCHES, SearchConfig
 from ila.search.methods import Scored, parameters, score
 from ila.search.stage import Search, Updates
-from ila.search.stage1 import run_stage1
+from ila.search.stage1 import Stage1, run_stage1
 from ila.search.weight_updates import WeightUpdates
 from ila.training.loop import check_dataset, default_collator
 
@@ -35,37 +35,36 @@ __all__ = ["METHODS", "SearchConfig", "begin", "learn_mask", "mask_of", "run_sta
 
 def learn_mask(
     peft_model: PeftModel | OpenLayers,
-    dataset: Sequence[Mapping[str, Any]],
+    dataset: Dataset,
     config: SearchConfig | None = None,
     *,
-    collator: Any = None,
+    collator: Collate | None = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> LayerMask:
     """Learn how much each LoRA layer of a model, or each layer trained in full, matters.
 
-    Afterwards the model holds the adapter (the weights) as stage 1 left it, every layer open, no
-    gates.
+    Afterwards the model holds the adapter (or the weights) of stage 1, all layers open, no gates.
 
     Args:
-        peft_model: From ``ila.attach`` or ``ila.convert``, one active adapter, every layer open.
-            Or what ``ila.models.open_weights.open_layers`` returned without a mask: stage 1 then
-            trains the layers' own weights, and gates turn ΔW = W − W₀ of each.
-        dataset: Rows with ``input_ids`` and ``labels`` (-100 where there is no loss), e.g. from
-            ``ila.data.encode``.
-        config: How to search; ``None`` means the defaults.
-        collator: Rows to a batch; ``None`` pads on the right with the model's pad id.
-        output_dir: Where the search keeps checkpoints, ``adapter/`` (stage 1; ``changed/`` with
-            weights in float32 if they were trained) and ``log.jsonl``; ``None`` keeps nothing.
-        resume: Go on from what ``output_dir`` holds of the same search.
-        progress: Show progress bars on stderr.
+        peft_model: Model of ``ila.attach`` or ``ila.convert``, one active adapter, every layer
+            open. Or the result of ``ila.models.open_weights.open_layers`` without a mask: stage 1
+            then trains the layers' own weights, and gates scale ΔW = W − W₀ of each.
+        dataset: Rows with ``input_ids`` and ``labels`` (-100 on tokens without loss), for example
+            of ``ila.data.encode``.
+        config: Options of the search; ``None`` takes the defaults.
+        collator: Turns rows into a batch; ``None`` pads on the right with the model's pad id.
+        output_dir: Folder for checkpoints, ``adapter/`` (stage 1; ``changed/`` with float32 weights
+            if the layers' own weights train) and ``log.jsonl``; ``None`` keeps no files.
+        resume: Continue the search that ``output_dir`` holds.
+        progress: Whether to show progress bars on stderr.
 
     Returns:
-        A mask with every layer open, its scores, and in ``provenance`` the configuration, the
-        course of both stages, the free signal of stage 1, what the scores cost in steps and
-        seconds, how many parameters each layer trains (a large one may win by its size alone), and
-        the scores that eighths of the batches give: how well a ranking repeats.
+        A mask with all layers open and their scores. Its ``provenance`` holds the configuration,
+        the course of both stages, the free signal of stage 1, the cost of the scores in steps and
+        seconds, the parameters of each layer (a large layer may win by its size alone), and the
+        scores of eighths of the batches, which tell how well a ranking repeats.
 
     Raises:
         ValueError: If the model has no layer to score, a layer is closed or does not take the
@@ -80,7 +79,9 @@ def learn_mask(
         tempfile.TemporaryDirectory() if kept is None else nullcontext(kept) as folder,
     ):
         search = begin(
-            *(peft_model, dataset, SearchConfig() if config is None else config),
+            peft_model,
+            dataset,
+            SearchConfig() if config is None else config,
             collator=collator,
             folder=Path(folder),
             keep=output_dir is not None,
@@ -98,19 +99,19 @@ def learn_mask(
 
 def begin(
     peft_model: PeftModel | OpenLayers,
-    dataset: Sequence[Mapping[str, Any]],
+    dataset: Dataset,
     config: SearchConfig,
     *,
-    collator: Any = None,
+    collator: Collate | None = None,
     **more: Any,
 ) -> Search:
-    """Check what a search is given; arguments and errors as in ``learn_mask``.
+    """Check the arguments of a search; they and the errors are as in ``learn_mask``.
 
     Args:
-        peft_model: What to search.
+        peft_model: Model to search.
         dataset: Rows.
-        config: How to search.
-        collator: Rows to a batch.
+        config: Options of the search.
+        collator: Turns rows into a batch.
         **more: Further fields of ``Search``.
     """
     full = isinstance(peft_model, OpenLayers)
@@ -125,8 +126,8 @@ def begin(
     return Search(updates, dataset, collator, config, **more)
 
 
-def mask_of(search: Search, stage1: Mapping[str, Any], scored: Scored) -> LayerMask:
-    """A mask of the scores, every layer open, with all that is known of them."""
+def mask_of(search: Search, stage1: Stage1, scored: Scored) -> LayerMask:
+    """Make a mask of the scores, with all layers open and the record of the search."""
     course = {k: v for k, v in stage1.items() if k not in ("gate_gradient", "folds", "seconds")}
     provenance = {
         "config": search.config.as_dict(),
@@ -139,6 +140,6 @@ def mask_of(search: Search, stage1: Mapping[str, Any], scored: Scored) -> LayerM
         },
         "parameters": parameters(search.updates),
         "folds": [list(fold) for fold in scored.folds],
+        "spread": spread_of(scored.scores),
     }
-    mask = LayerMask(scored.scores, provenance=provenance)
-    return mask.with_provenance(spread=mask.spread())
+    return LayerMask(scored.scores, provenance=provenance)

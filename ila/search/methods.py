@@ -1,6 +1,6 @@
-"""From what stage 1 left to a score for every layer: the methods behind one interface, ``score``.
+"""Score every layer after stage 1: ``score`` runs the method of the search.
 
-``search_config`` lists them, ``baselines`` has the formulas of the cheap ones.
+``ila.search.config`` lists the methods; ``ila.search.baselines`` has the formulas of cheap ones.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
+from torch import Tensor
 
+from ila.models.lean_head import leaning
 from ila.runs.processes import on_main_process, sum_over_processes
+from ila.runs.progress import bar
 from ila.search import stage2
 from ila.search.baselines import (
     FORWARD,
@@ -28,18 +29,19 @@ from ila.search.baselines import (
 )
 from ila.search.gate_gradients import FOLDS, LayerMean, PathGradient, SignalTrainer
 from ila.search.stage import EndedStage, Search, Updates, make_trainer, train_stage
+from ila.search.stage1 import Stage1
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores of all layers, and what they cost beside stage 1.
+    """Scores of all layers, and their cost beside stage 1.
 
     Attributes:
         scores: Module name -> importance.
-        steps: Batches that were looked at.
-        seconds: Wall time of that, on the main process.
-        folds: The scores that disjoint parts of the batches give, in the order of the layers; none
-            where scores are no mean over batches.
+        steps: Batches that the method read.
+        seconds: Wall time of these batches, on the main process.
+        folds: Scores of disjoint parts of the batches, in the order of the layers; empty where
+            scores are not a mean over batches.
     """
 
     scores: dict[str, float]
@@ -48,12 +50,12 @@ class Scored:
     folds: Sequence[Sequence[float]] = field(default_factory=list)
 
 
-def score(search: Search, stage1: Mapping[str, Any]) -> Scored:
+def score(search: Search, stage1: Stage1) -> Scored:
     """Score every layer by ``search.config.method``.
 
     Args:
-        search: The search, its model as stage 1 left it.
-        stage1: What stage 1 gathered: ``gate_gradient`` and ``folds``.
+        search: Search after stage 1.
+        stage1: Result of stage 1.
     """
     method, updates = search.config.method, search.updates
     if method == "gate_gradient":
@@ -73,7 +75,7 @@ def score(search: Search, stage1: Mapping[str, Any]) -> Scored:
 
 
 def parameters(updates: Updates) -> dict[str, int]:
-    """Return module name -> parameters that training it trains; R (K + N) for an adapter."""
+    """Return module name -> trained parameters; R (K + N) for an adapter."""
     counts = {}
     for name, layer in updates.layers.items():
         parts = [layer]
@@ -91,29 +93,36 @@ def _update_norms(search: Search) -> Scored:
 
 
 def _forward_scores(search: Search) -> Scored:
-    """Batches forward alone, the order and placement Trainer's; too short to keep checkpoints."""
-    settings = _stage2_settings(search) | {"learning_rate": 0.0}
-    trainer, _, _ = make_trainer(search, SignalTrainer, **settings)
-    seen, steps = TokenMean(search.updates.layers, search.updates.adapter, search.config.method), 0
+    """Run batches forward only, in Trainer's order; this is too short to keep checkpoints."""
+    settings = _stage2_settings(search)
+    trainer = make_trainer(search, SignalTrainer, **settings, learning_rate=0.0).trainer
+    seen = TokenMean(search.updates.layers, search.updates.adapter, search.config.method)
+    steps = search.config.stage2_steps
     loader = trainer.get_train_dataloader()
     model = trainer.model.eval()
-    bar = {"description": f"Stage 2: {search.config.method}", "disable": not search.progress}
-    batches = islice(chain.from_iterable(repeat(loader)), search.config.stage2_steps)
+    batches = islice(chain.from_iterable(repeat(loader)), steps)
+    shown = bar(batches, f"Stage 2: {search.config.method}", total=steps, show=search.progress)
     began = time.perf_counter()
-    with torch.no_grad(), seen.listening(), trainer.accelerator.autocast():
-        screen = Console(stderr=True)
-        for batch in track(batches, total=search.config.stage2_steps, console=screen, **bar):
+    with torch.no_grad(), seen.listening(), leaning(model), trainer.accelerator.autocast():
+        for step, batch in enumerate(shown):
             everything = torch.ones_like(batch["labels"])
-            seen.begin(batch.get("attention_mask", everything), steps)
+            seen.begin(batch.get("attention_mask", everything), step)
             model(**batch)
-            steps += 1
-    sums = sum_over_processes(torch.cat([seen.totals, seen.tokens[:, None]], 1).flatten().tolist())
+    totals, tokens = _summed(seen)
     seconds = on_main_process(lambda: time.perf_counter() - began)
-    found = torch.tensor(sums, dtype=torch.float64).view(FOLDS, -1)
-    *totals, tokens = found.sum(0).tolist()
-    scores = {name: total / tokens for name, total in zip(seen.layers, totals, strict=True)}
-    folds = [fold[:-1] / fold[-1] for fold in found if fold[-1] > 0]
-    return Scored(scores, steps, seconds, [fold.tolist() for fold in folds])
+    means = (totals.sum(0) / tokens.sum()).tolist()
+    scores = dict(zip(seen.layers, means, strict=True))
+    read = tokens > 0
+    folds = (totals[read] / tokens[read, None]).tolist()
+    return Scored(scores, steps, seconds, folds)
+
+
+def _summed(seen: TokenMean) -> tuple[Tensor, Tensor]:
+    """Add totals (folds, layers) and tokens (folds,) up over all processes, in one collective."""
+    table = torch.cat([seen.totals, seen.tokens[:, None]], 1)
+    sums = sum_over_processes(table.flatten().tolist())
+    summed = torch.tensor(sums, dtype=torch.float64).view(FOLDS, -1)
+    return summed[:, :-1], summed[:, -1]
 
 
 def _averaged(signal: LayerMean, done: EndedStage) -> Scored:
@@ -122,10 +131,12 @@ def _averaged(signal: LayerMean, done: EndedStage) -> Scored:
 
 def _path_scores(search: Search) -> Scored:
     path = PathGradient(search.updates.layers, search.updates.adapter, stage2.PATH_POINTS)
-    # The gates are set by hand; the optimiser only has to leave them alone. Not SGD: an optimiser
-    # without state cannot be read back from a checkpoint of FSDP.
-    settings = {"optim": "adamw_torch", "learning_rate": 0.0}
-    return _averaged(path, _train_scores(search, stage2.ScoreTrainer, signal=path, **settings))
+    # ``PathGradient`` sets the gates, so the optimiser must not move them. Not SGD: a checkpoint of
+    # FSDP cannot restore an optimiser without state.
+    done = _train_scores(
+        search, stage2.ScoreTrainer, signal=path, optim="adamw_torch", learning_rate=0.0
+    )
+    return _averaged(path, done)
 
 
 def _trained_scores(search: Search) -> Scored:
@@ -133,16 +144,27 @@ def _trained_scores(search: Search) -> Scored:
     rate = search.config.score_learning_rate
     done = _train_scores(search, stage2.ScoreTrainer, callbacks=[spread], learning_rate=rate)
     scores = stage2.read_scores(search.updates.layers, search.updates.adapter)
-    return Scored(scores, done.steps, done.seconds)
+    return Scored(_unmoved_last(scores, search.config.score_init), done.steps, done.seconds)
 
 
-def _train_scores(search: Search, kind: type[SignalTrainer], **settings: Any) -> EndedStage:
-    return train_stage(search, kind, **_stage2_settings(search), **settings)
+def _unmoved_last(scores: Mapping[str, float], start: float) -> dict[str, float]:
+    """Rank a layer last whose score never moved from the start: the model never calls it."""
+    start = torch.tensor(start).item()  # as the parameter holds it
+    moved = [score for score in scores.values() if score != start]
+    lowest = min(moved, default=start)
+    return {name: lowest if score == start else score for name, score in scores.items()}
+
+
+def _train_scores(
+    search: Search, trainer_class: type[SignalTrainer], **settings: Any
+) -> EndedStage:
+    return train_stage(search, trainer_class, **_stage2_settings(search), **settings)
 
 
 def _stage2_settings(search: Search) -> dict[str, Any]:
     return {
         "stage": "stage2",
+        "keep_settings": True,  # others would change the scores
         "title": f"Stage 2: {search.config.method}",
         "steps": search.config.stage2_steps,
         "weight_decay": 0.0,

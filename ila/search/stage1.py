@@ -1,19 +1,24 @@
-"""ε-stability: |E L(θₜ₊₁) − E L(θₜ)| < ε, with E taken over windows of steps.
+"""Run stage 1 until ε-stability: |E L(θₜ₊₁) − E L(θₜ)| < ε.
 
-The expectation is the mean loss of a window; stage 1 ends when two successive windows differ by
-less than ε. Read from Trainer's own log, so that a resumed run decides as an unbroken one.
+E is the mean loss over a window of steps; stage 1 ends when two successive windows differ by less
+than ε. The rule reads Trainer's own log, so that a resumed run decides like an unbroken one.
 Source: the stopping rule of stage 1 in arXiv 2410.17875.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
-from transformers import TrainerCallback, TrainerState
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from ila.boundary import writing
+from ila.masks.provenance import Course
 from ila.runs.atomic import write_folder_atomic, write_json_atomic
 from ila.runs.processes import on_main_process
 from ila.runs.records import COUNT, NUMBER, NUMBERS, RATE, TEXT, Field, is_number, read_record
@@ -23,13 +28,31 @@ from ila.search.stage import Search, train_stage
 from ila.training.loop import losses
 
 
+class Stage1(Course):
+    """Result of stage 1; a method without stage 1 has 0 steps and empty signals.
+
+    Attributes:
+        gate_gradient: Module name -> free signal of its gate.
+        folds: The same signal over disjoint parts of the steps, in the order of the layers.
+        seconds: Wall time of the steps.
+    """
+
+    gate_gradient: dict[str, float]
+    folds: list[list[float]]
+    seconds: float
+
+
 def _are_numbers(value: object) -> bool:
     return isinstance(value, list) and all(map(is_number, value))
 
 
 _RESULT = {
-    **{"steps": COUNT, "stopped": TEXT, "gate_gradient": NUMBERS, "loss_window": COUNT},
-    **dict.fromkeys(("first_window_loss", "last_window_loss"), NUMBER),
+    "steps": COUNT,
+    "stopped": TEXT,
+    "gate_gradient": NUMBERS,
+    "loss_window": COUNT,
+    "first_window_loss": NUMBER,
+    "last_window_loss": NUMBER,
     "folds": Field(
         "a list of lists of finite numbers",
         lambda value: isinstance(value, list) and all(map(_are_numbers, value)),
@@ -38,7 +61,7 @@ _RESULT = {
 
 
 class StopWhenStable(TrainerCallback):
-    """Stops training at ε-stability.
+    """Stop training at ε-stability.
 
     Args:
         epsilon: ε in nats; 0 never stops.
@@ -48,12 +71,19 @@ class StopWhenStable(TrainerCallback):
     def __init__(self, epsilon: float, window: int):
         self.epsilon, self.window = epsilon, window
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Ask Trainer to stop if the loss is stable."""
         if self.stable(state):
             control.should_training_stop = True
 
     def stable(self, state: TrainerState) -> bool:
-        """Whether the last two whole windows differ by less than ε."""
+        """Tell whether the last two whole windows differ by less than ε."""
         recent = self._losses(state)[-2 * self.window :]
         if self.epsilon == 0.0 or len(recent) < 2 * self.window:
             return False
@@ -66,22 +96,26 @@ class StopWhenStable(TrainerCallback):
 
 
 class _EachStep(TrainerCallback):
-    """Calls ``Search.after_step`` with the steps done and the free signal so far."""
+    """Call ``Search.after_step`` with the finished steps and the free signal so far."""
 
     def __init__(self, search: Search, signal: LayerMean):
         self.search, self.signal = search, signal
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
         if self.search.after_step is not None:
             self.search.after_step(state.global_step, self.signal)
 
 
-def run_stage1(search: Search) -> dict[str, Any]:
-    """Run stage 1, or read what it left; a method that needs none gets an empty course.
+def run_stage1(search: Search) -> Stage1:
+    """Run stage 1, or read its result; a method without stage 1 gets an empty course.
 
-    Returns:
-        Steps, why it stopped, the course of the loss, the wall time of its steps in seconds, and
-        the free signal of the gates with its folds. The model holds what was trained.
+    Afterwards the model holds the trained tensors.
     """
     config, done = search.config, search.folder / "stage1.json"
     if config.method in UNTRAINED:
@@ -106,32 +140,32 @@ def run_stage1(search: Search) -> dict[str, Any]:
         learning_rate=config.learning_rate,
         warmup_steps=round(0.03 * config.stage1_steps),
     )
-    result = {
+    result: Stage1 = {
         "steps": trained.steps,
         "stopped": "stable" if stable.stable(trained.trainer.state) else "budget",
         **_course([loss for _, loss in losses(trained.trainer)], config.stability_window),
         "gate_gradient": signal.mean(),
         "folds": signal.folds(),
+        "seconds": trained.seconds,
     }
-    cost = {"seconds": trained.seconds}
     if search.keep:
         state = search.updates.state()
-        on_main_process(lambda: _finish_stage1(search, state, result, cost))
-    return {**result, **cost}
+        on_main_process(lambda: _keep(search, state, result))
+    return result
 
 
-def _finish_stage1(
-    search: Search, state: dict[str, Tensor], result: Mapping[str, Any], cost: Mapping[str, float]
-) -> None:
+def _keep(search: Search, state: dict[str, Tensor], result: Stage1) -> None:
+    """Write the trained tensors and the result; ``stage1.json`` last, as the mark of the end."""
+    course = {name: value for name, value in result.items() if name != "seconds"}
     place = search.folder / search.updates.folder
     with write_folder_atomic(place, replace=True) as target, writing(place):
         search.updates.save(target, state)
-    write_json_atomic(search.folder / "cost.json", cost)
-    write_json_atomic(search.folder / "stage1.json", result)
+    write_json_atomic(search.folder / "cost.json", {"seconds": result["seconds"]})
+    write_json_atomic(search.folder / "stage1.json", course)
 
 
-def _course(losses: Sequence[float], window: int) -> dict[str, Any]:
-    """Mean loss of the first and of the last steps: as many of each, and none in both."""
+def _course(losses: Sequence[float], window: int) -> Course:
+    """Return the mean loss of the first and of the last steps: as many of each, no step in both."""
     window = max(1, min(window, len(losses) // 2))
     first, last = losses[:window], losses[-window:]
     return {

@@ -2,10 +2,10 @@
 
     dγ = ⟨dW_γ, W − W₀⟩        at γ = 1, free in training: ⟨dW, W − W₀⟩
 
-Autograd does it, one dW_γ (N, K) at a time: no op of ours is needed, because there is no low-rank
-product to fuse. W₀ is kept beside W in the dtype of the base. While the scores are learned a weight
-of a bf16 base costs W₀ 2 bytes, W 4, a float32 copy of W₀ 4 and W_γ 2; training it before that cost
-W₀ 2, W 4, gradient 4 and AdamW's moments 8.
+Autograd computes it, one dW_γ (N, K) at a time: there is no low-rank product to fuse.
+W₀ stays beside W in the dtype of the base. While the scores train, a weight of a bf16 base costs
+W₀ 2 bytes, W 4, a float32 copy of W₀ 4 and W_γ 2; in stage 1 it cost W₀ 2, W 4, gradient 4 and
+AdamW's moments 8.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer
 
+from ila.masks.names import PEFT_PREFIX
 from ila.models.open_weights import (
     CHANGED_FILE,
-    PEFT_PREFIX,
     OpenLayers,
     OpenLinear,
     OpenTrainer,
@@ -33,21 +32,22 @@ from ila.runs.metrics import LayerCounts
 from ila.search import stage2
 from ila.search.gate_gradients import LayerMean, SignalTrainer
 
-_SCORE = "full"  # the name under which a layer keeps its score, as adapters do under theirs
+_SCORE = "full"  # name of the score in a layer, in place of the name of an adapter
 
 
 class GatedLinear(OpenLinear):
-    """An ``OpenLinear`` whose update counts γ = σ(s) times; x (..., K) -> y (..., N)."""
+    """An ``OpenLinear`` that scales its update by γ = σ(s); x (..., K) -> y (..., N)."""
 
     start: Mapping[str, Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.lora_score[_SCORE])
-        weight, bias = (self._gated(name, gate, x.dtype) for name in ("weight", "bias"))
-        return F.linear(x, weight, bias)
+        """Return x W_γᵀ + b_γ."""
+        gate = torch.sigmoid(self.lora_S[_SCORE])
+        weight = self._gated("weight", gate, x.dtype)
+        return F.linear(x, weight, self._gated("bias", gate, x.dtype))
 
     def _gated(self, name: str, gate: Tensor, dtype: torch.dtype) -> Tensor | None:
-        trained = self._parameters[name]
+        trained = getattr(self, name)
         if trained is None:
             return None
         start = self.start[name].to(trained.device, trained.dtype)
@@ -56,14 +56,14 @@ class GatedLinear(OpenLinear):
 
 
 class WeightUpdates:
-    """What a search scores if the layers' own weights are trained: ΔW = W − W₀ of each.
+    """Updates ΔW = W − W₀ of layers whose own weights train.
 
     Args:
-        opened: From ``ila.models.open_weights.open_layers``, every layer open. W₀ is
-            what its weights are now.
+        opened: Result of ``ila.models.open_weights.open_layers`` with every layer open. W₀ are
+            the weights of now.
 
     Raises:
-        ValueError: If not every layer is open.
+        ValueError: If a layer is closed.
     """
 
     adapter = _SCORE
@@ -86,7 +86,7 @@ class WeightUpdates:
         }
 
     def signal(self) -> LayerMean:
-        """Return the importance that stage 1 measures for free."""
+        """Return the importance that stage 1 measures at no extra step."""
         return UpdateGradient(self.layers, self.start)
 
     def counts(self) -> LayerCounts:
@@ -103,47 +103,48 @@ class WeightUpdates:
         """Give every layer a gate and freeze all else; undo both on leaving."""
         for name, layer in self.layers.items():
             layer.__class__ = GatedLinear
-            layer.start, layer.lora_score = self.start[name], nn.ParameterDict()
+            layer.start, layer.lora_S = self.start[name], nn.ParameterDict()
         try:
             with stage2.scored(self.model, self.layers, _SCORE, score_init):
                 yield
         finally:
             for layer in self.layers.values():
-                del layer.start, layer.lora_score
+                del layer.start, layer.lora_S
                 layer.__class__ = OpenLinear
 
     def state(self) -> dict[str, Tensor]:
-        """The trained weights as they are, not rounded to the base: stage 2 goes on from them."""
+        """Return the trained weights, not rounded to the base: stage 2 starts from them."""
         names = self.opened.dtypes
         return {n: self.model.get_parameter(n).detach().cpu().contiguous() for n in names}
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Write what ``state`` returned."""
+        """Write the result of ``state``."""
         save_file(state, folder / CHANGED_FILE, metadata={"format": "pt"})
 
     def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote."""
+        """Read a folder that ``save`` wrote."""
         load_changed(self.model, folder)
 
 
 def _kept(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in the dtype of the base, or in the parameter's own if that would round it."""
+    """Copy a parameter in the dtype of the base, or in its own dtype if that would round it."""
     small = parameter.detach().to(dtype, copy=True)
     return small if small.to(parameter.dtype).equal(parameter) else parameter.detach().clone()
 
 
 class UpdateGradient(LayerMean):
-    """−⟨dW, W − W₀⟩ of each layer, bias included: −dL/dγ at γ = 1, from training's gradients."""
+    """Measure −⟨dW, W − W₀⟩ of each layer, with bias: −dL/dγ at γ = 1, free in training."""
 
     def __init__(self, layers: Mapping[str, nn.Module], start: Mapping[str, Mapping[str, Tensor]]):
         super().__init__(layers, _SCORE)
         self.start = start
 
     def values(self) -> list[Tensor]:
+        """Return −⟨dW, W − W₀⟩ of each layer."""
         return [self._value(layer, self.start[name]) for name, layer in self.layers.items()]
 
     def _value(self, layer: nn.Module, start: Mapping[str, Tensor]) -> Tensor:
-        parts: list[Any] = [
+        parts: list[Tensor] = [
             (p.grad * (p.detach() - start[key].to(p.device))).sum()
             for key, p in layer.named_parameters(recurse=False)
             if p.grad is not None
@@ -152,8 +153,8 @@ class UpdateGradient(LayerMean):
 
 
 class _OpenSignalTrainer(OpenTrainer, SignalTrainer):
-    """Stage 1."""
+    """Trainer of stage 1."""
 
 
 class _OpenScoreTrainer(OpenTrainer, stage2.ScoreTrainer):
-    """Stage 2."""
+    """Trainer of stage 2."""

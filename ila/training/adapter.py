@@ -1,8 +1,7 @@
-"""An adapter as training keeps it: counted, gathered, written, read."""
+"""Count, gather, write and read the adapter that a training keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from peft import PeftModel
@@ -17,6 +16,8 @@ from transformers import Trainer
 from ila.boundary import reading
 from ila.models.edit import masked_layers, single_adapter
 from ila.models.layer import MaskedLoraLayer
+from ila.models.merge import check_same_tensors
+from ila.models.targets import outside
 from ila.runs.metrics import LayerCounts
 from ila.runs.processes import whole
 from ila.training.card import write_card
@@ -25,7 +26,7 @@ from ila.training.card import write_card
 def whole_state(peft_model: PeftModel, adapter: str) -> dict[str, Tensor]:
     """Return the model's state dict, one adapter's tensors gathered; all processes call this."""
     state = peft_model.state_dict()
-    # What PEFT would save of it, by PEFT's own rules; they change names but not the tensors.
+    # The tensors that PEFT saves; its rules change names but not the tensors.
     saved = get_peft_model_state_dict(peft_model, state_dict=dict(state), adapter_name=adapter)
     wanted = {id(tensor) for tensor in saved.values()}
     return {name: whole(t) if id(t) in wanted else t for name, t in state.items()}
@@ -37,10 +38,10 @@ def save_adapter(
     """Write one adapter into ``folder`` itself; PEFT gives all but "default" a subfolder.
 
     Args:
-        peft_model: The model.
+        peft_model: Model with the adapter.
         adapter: Name of the adapter.
         folder: An empty folder.
-        state: From ``whole_state``; needed where the model is sharded.
+        state: Result of ``whole_state``; a sharded model needs it.
     """
     peft_model.save_pretrained(folder, selected_adapters=[adapter], state_dict=state)
     if adapter != "default":
@@ -51,7 +52,7 @@ def save_adapter(
 
 
 def load_adapter(peft_model: PeftModel, adapter: str, folder: Path) -> None:
-    """Read what ``save_adapter`` wrote into a model that has this adapter.
+    """Read a folder that ``save_adapter`` wrote into a model that has this adapter.
 
     Raises:
         ValueError: If the weights are damaged.
@@ -63,21 +64,8 @@ def load_adapter(peft_model: PeftModel, adapter: str, folder: Path) -> None:
         set_peft_model_state_dict(peft_model, weights, adapter_name=adapter)
 
 
-def check_same_tensors(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path
-) -> None:
-    """Refuse an adapter that lacks tensors of the model: PEFT would leave those as they are."""
-    for name, tensor in expected.items():
-        if name not in found or found[name].shape != tensor.shape:
-            has = tuple(found[name].shape) if name in found else "nothing"
-            raise ValueError(
-                f"the adapter in {folder} is damaged, or of another model: {name} must have shape "
-                f"{tuple(tensor.shape)}, got {has}"
-            )
-
-
 class Adapter:
-    """The one active adapter of a model, as something that is ``Trained``."""
+    """The one active adapter of a model; it is ``Trained``."""
 
     def __init__(self, model: PeftModel):
         self.model, self.adapter = model, single_adapter(model, None)
@@ -86,7 +74,7 @@ class Adapter:
         """Return how many layers are open and how many parameters are trained.
 
         Raises:
-            ValueError: If nothing requires grad.
+            ValueError: If no parameter requires grad.
         """
         return _counts(self.model, self.adapter)
 
@@ -99,30 +87,32 @@ class Adapter:
         return whole_state(self.model, self.adapter)
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Write what ``state`` returned."""
+        """Write the result of ``state``."""
         save_adapter(self.model, self.adapter, folder, state)
 
     def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote."""
+        """Read a folder that ``save`` wrote."""
         load_adapter(self.model, self.adapter, folder)
 
 
 def _counts(peft_model: PeftModel, adapter: str) -> LayerCounts:
     layers = masked_layers(peft_model, adapter)
-    if not layers:  # PEFT's own layers: count those that hold the adapter
+    if not layers:  # PEFT's own layers: count the holders of the adapter
         layers = {
             n: m for n, m in peft_model.named_modules() if adapter in getattr(m, "lora_A", ())
         }
-    is_open = [
-        not (isinstance(layer, MaskedLoraLayer) and layer.is_closed(adapter))
-        for layer in layers.values()
-    ]
+    ours = [layer for layer in layers.values() if isinstance(layer, MaskedLoraLayer)]
+    is_open = [layer not in ours or layer.is_open(adapter) for layer in layers.values()]
+    kept = sum(layer.is_kept(adapter) for layer in ours)
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    beside = outside(peft_model, layers).parameters
     if trainable == 0:
         raise ValueError("peft_model must have parameters that require grad; none does")
-    return {
+    counts: LayerCounts = {
         "open_modules": sum(is_open),
         "total_modules": len(layers),
         "fraction_open": sum(is_open) / max(1, len(layers)),
         "trainable_parameters": trainable,
+        **({"outside_parameters": beside} if beside else {}),
     }
+    return counts | {"kept_modules": kept} if kept else counts

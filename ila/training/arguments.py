@@ -1,20 +1,17 @@
-"""``TrainingArguments`` of a stage, and what a user may set of them."""
+"""Make ``TrainingArguments`` of a stage, and check the values that a user sets."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import (
-    TrainingArguments,
-)
+from transformers import TrainingArguments
 
 from ila.runs.processes import processes
 
-# TrainingArguments that a field of our configurations decides, and the name of that field.
+# TrainingArguments that a field of our configurations decides -> the name of that field.
 _FIELDS = {
     "per_device_train_batch_size": "batch_size",
     "auto_find_batch_size": "batch_size",
@@ -24,7 +21,7 @@ _FIELDS = {
     "save_steps": "save_every",
 }
 _STEPS = ("max_steps", "num_train_epochs")
-# What nobody decides: every step is logged, because ε-stability and the reports read the losses.
+# Fixed values. ε-stability and the reports read the loss of every step, so every step is logged.
 _FIXED = {
     "output_dir": "it is an argument of its own",
     "logging_steps": "every step is logged",
@@ -33,16 +30,16 @@ _FIXED = {
 }
 
 
-def check_training_args(extra: Mapping[str, Any], steps: str) -> None:
-    """Refuse ``training_args`` that would override the configuration unseen, or are misspelt.
+def check_training_args(extra: Mapping[str, object], steps: str) -> None:
+    """Raise if ``training_args`` would override a field of the configuration, or are misspelt.
 
     Args:
         extra: The user's ``training_args``.
-        steps: What the configuration calls its number of steps.
+        steps: Names of the fields that hold the number of steps.
 
     Raises:
-        ValueError: If ``extra`` holds a name that is decided elsewhere, or an unknown one.
-        TypeError: If it holds what JSON cannot.
+        ValueError: If a field or a fixed value decides a name of ``extra``, or a name is unknown.
+        TypeError: If ``extra`` holds a value that JSON cannot express.
     """
     fields = _FIELDS | dict.fromkeys(_STEPS, steps)
     for name in extra:
@@ -53,23 +50,28 @@ def check_training_args(extra: Mapping[str, Any], steps: str) -> None:
     unknown = sorted(set(extra) - set(TrainingArguments.__dataclass_fields__))
     if unknown:
         raise ValueError(f"training_args has names that TrainingArguments does not know: {unknown}")
-    json.dumps(dict(extra))  # they are kept with what they lead to
+    json.dumps(dict(extra))  # a run keeps them with its results
 
 
 def arguments(
-    output_dir: Path, *, steps: int, save_every: int | None, extra: Mapping[str, Any], **own: Any
+    output_dir: Path,
+    *,
+    steps: int,
+    save_every: int | None,
+    extra: Mapping[str, object],
+    **own: object,
 ) -> TrainingArguments:
-    """TrainingArguments of one stage.
+    """Make the TrainingArguments of one stage.
 
     Args:
-        output_dir: Where checkpoints go.
+        output_dir: Folder of the checkpoints.
         steps: Optimiser steps.
         save_every: Steps between checkpoints; None saves none.
-        extra: The user's ``training_args``, which win over the defaults here.
-        **own: This stage's settings, by the names of ``TrainingArguments``.
+        extra: The user's ``training_args``; they win over the defaults here.
+        **own: Settings of this stage, by the names of ``TrainingArguments``.
     """
     ranks = processes()
-    settings: dict[str, Any] = {
+    settings: dict[str, object] = {
         "save_strategy": "steps" if save_every else "no",
         "save_steps": save_every or 500,
         "save_total_limit": 2,
@@ -77,7 +79,7 @@ def arguments(
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_nan_inf_filter": False,
-        # Every parameter that requires grad is used: closed layers have none.
+        # Closed layers have no parameters that require grad, so every such parameter is used.
         "ddp_find_unused_parameters": False,
         "use_cpu": ranks.num_processes > 1 and ranks.device.type == "cpu",
         **own,

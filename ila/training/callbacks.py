@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import (
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
 )
 
 from ila.runs.atomic import write_text_atomic
@@ -18,25 +21,43 @@ from ila.runs.checkpoints import MarkComplete
 
 
 def stage_callbacks(
-    title: str, log: LogFile | None, *, progress: bool, also_save=None
+    title: str,
+    log: LogFile | None,
+    *,
+    progress: bool,
+    also_save: Callable[[Path], object] | None = None,
 ) -> list[TrainerCallback]:
-    """Callbacks of every stage: progress bar, log file, stop at NaN, complete checkpoints."""
-    found: list[TrainerCallback] = [StopAtNan(), MarkComplete(also_save)]
+    """Make the callbacks of a stage.
+
+    Args:
+        title: Text before the progress bar.
+        log: Log file of the stage, if it keeps one.
+        progress: Whether to show a progress bar.
+        also_save: Adds files to each checkpoint folder.
+    """
+    callbacks: list[TrainerCallback] = [StopAtNan(), MarkComplete(also_save)]
     if progress:
-        found.append(ProgressBar(title))
+        callbacks.append(ProgressBar(title))
     if log is not None:
-        found.append(log)
-    return found
+        callbacks.append(log)
+    return callbacks
 
 
 class ProgressBar(TrainerCallback):
-    """A progress bar on stderr with the last loss."""
+    """Draw a progress bar on stderr with the last loss."""
 
     def __init__(self, title: str):
         self.title = title
         self.progress: Progress | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Start to draw, on one process of each machine."""
         if not state.is_local_process_zero:
             return
         self.progress = Progress(
@@ -52,28 +73,58 @@ class ProgressBar(TrainerCallback):
             self.title, total=state.max_steps, completed=state.global_step, note=""
         )
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Move the bar."""
         if self.progress is not None:
             self.progress.update(self.task, completed=state.global_step)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Show the loss."""
         if self.progress is not None and logs and "loss" in logs:
             self.progress.update(self.task, note=f"loss {float(logs['loss']):.3f}")
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Stop drawing."""
         self.close()
 
     def close(self) -> None:
-        """Stop drawing; also called when training ends by an exception."""
+        """Stop drawing; call this also when training ends by an exception."""
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
 
 
 class StopAtNan(TrainerCallback):
-    """Ends the run with an error at the first loss that is not finite."""
+    """End the run with an error at the first loss that is not finite."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Raise unless the loss is finite."""
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(float(loss)):
             raise FloatingPointError(
@@ -83,15 +134,22 @@ class StopAtNan(TrainerCallback):
 
 
 class LogFile(TrainerCallback):
-    """Appends one JSON line per optimiser step: ``{"stage", "step", "loss", …}``.
+    """Append one JSON line per optimiser step: ``{"stage", "step", "loss", …}``.
 
-    When a run is resumed, lines of steps that will be run again are removed first.
+    A resumed run first removes the lines of steps that it will run again.
     """
 
     def __init__(self, path: Path, stage: str):
         self.path, self.stage = path, stage
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Remove the lines of steps that run again."""
         if not state.is_world_process_zero or not self.path.exists():
             return
         kept = []
@@ -101,12 +159,20 @@ class LogFile(TrainerCallback):
                 kept.append(line + "\n")
         write_text_atomic(self.path, "".join(kept))
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Write the line of a step."""
         if state.is_world_process_zero and logs and "loss" in logs:
             keep = {k: logs[k] for k in ("loss", "grad_norm", "learning_rate") if k in logs}
             self.write(step=state.global_step, **{k: float(v) for k, v in keep.items()})
 
-    def write(self, **entry: Any) -> None:
+    def write(self, **entry: object) -> None:
         """Append one line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
@@ -114,7 +180,7 @@ class LogFile(TrainerCallback):
 
 
 def _place_of(line: str) -> tuple[str, float] | None:
-    """Stage and step of a line of the log; None if it is damaged, as one cut off by a kill is."""
+    """Return stage and step of a line of the log; None if a kill cut the line off."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,29 +1,28 @@
-"""The model card of an adapter: what it was trained on and how, and how to load it."""
+"""Write the model card of an adapter: its training, and the code that loads it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 
 from ila.runs.atomic import write_text_atomic
+from ila.runs.metrics import Metrics
 
 CARD = "README.md"
 
 
 def write_card(
-    folder: Path, peft_model: PeftModel, adapter: str, metrics: Mapping[str, Any] | None = None
+    folder: Path, peft_model: PeftModel, adapter: str, metrics: Metrics | None = None
 ) -> None:
     """Write the card of an adapter, in place of the empty one that PEFT writes.
 
     Args:
-        folder: Where the adapter lies.
-        peft_model: The model.
+        folder: Folder of the adapter.
+        peft_model: Model with the adapter.
         adapter: Name of the adapter.
-        metrics: Of its training, if that has ended; names, times and memory are left out.
+        metrics: Metrics of a finished training; the card leaves out names, times and memory.
     """
     config = peft_model.peft_config[adapter]
     base = str(config.base_model_name_or_path or "")
@@ -43,8 +42,8 @@ def write_card(
     write_text_atomic(folder / CARD, "\n".join(lines).encode("utf-8", "replace").decode() + "\n")
 
 
-def _training(metrics: Mapping[str, Any]) -> str:
-    """How it was trained, in sentences."""
+def _training(metrics: Metrics) -> str:
+    """Describe the training, in sentences."""
     config = metrics["config"]
     text = (
         f"{metrics['open_modules']} of {metrics['total_modules']} layers were trained, "

@@ -1,14 +1,15 @@
-"""``transformers.Trainer`` as the search and the training use it: arguments and callbacks.
+"""Run ``transformers.Trainer`` for the search and the training, and measure held-out loss.
 
-Precision, accumulation, logging, resuming and distributed launch are Trainer's own; whatever is
-not decided here can be given as ``training_args``, by the names of ``TrainingArguments``.
+Precision, accumulation, logging, resuming and distributed launch are Trainer's own; the user can
+set all other options in ``training_args``, by the names of ``TrainingArguments``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,18 +22,23 @@ from transformers import (
 )
 
 from ila.boundary import writing
+from ila.data.contracts import IGNORED, Collate, Dataset
 from ila.data.encoding import Collator
+from ila.models.lean_head import leaning
 from ila.runs.checkpoints import is_finished, last_complete
 from ila.runs.processes import on_main_process, processes, sum_over_processes
 from ila.training.callbacks import ProgressBar
+from ila_kernels import use_verdicts, verdicts_in_use
 
-# What accelerate puts on a model and leaves there. The mark would make it pass the model over when
+_LOG = logging.getLogger(__name__)
+
+# Accelerate puts these on a model and leaves them there. By the mark it would skip the model when
 # the next stage prepares it: no autocast, no compilation.
 _PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 def default_collator(model: nn.Module) -> Collator:
-    """Right padding with the model's pad id, else its end id, else 0; padding carries no loss."""
+    """Return a collator that pads with the model's pad id, else its end id, else 0."""
     config = getattr(model, "config", None)
     for value in (getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)):
         if isinstance(value, (list, tuple)):
@@ -42,7 +48,7 @@ def default_collator(model: nn.Module) -> Collator:
     return Collator(0)
 
 
-def check_dataset(dataset: Any) -> None:
+def check_dataset(dataset: Dataset) -> None:
     """Raise unless ``dataset`` is a non-empty sequence of rows with token ids and labels."""
     try:
         count = len(dataset)
@@ -54,18 +60,19 @@ def check_dataset(dataset: Any) -> None:
         raise ValueError("dataset must hold at least one row, got none")
     row = dataset[0]
     if not isinstance(row, Mapping) or not {"input_ids", "labels"} <= set(row):
-        found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
-        raise ValueError(f"dataset rows must have input_ids and labels, got {found}")
+        got = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+        raise ValueError(f"dataset rows must have input_ids and labels, got {got}")
 
 
 def run(trainer: Trainer, resume_from: Path | None) -> None:
-    """Train, quietly, from a checkpoint if there is one.
+    """Train without printing, from a checkpoint if there is one.
 
-    Trainer asks whether it is done only after a step, so a run that was killed between its last
-    checkpoint and its result would train one step too many: a finished checkpoint is only loaded.
+    Trainer checks its end only after a step: a run killed between its last checkpoint and its
+    result would train one step too many. So this function only loads a finished checkpoint.
     """
     trainer.remove_callback(PrinterCallback)
-    _name_what_cannot_be_written(trainer)
+    _read_verdicts(trainer.args.device)
+    _name_folder_in_errors(trainer)
     if resume_from is not None and is_finished(resume_from):
         trainer._load_from_checkpoint(str(resume_from))
         trainer.state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
@@ -74,24 +81,40 @@ def run(trainer: Trainer, resume_from: Path | None) -> None:
         _check_sharded(trainer.model)
         # Accelerate would look again for the classes to shard, by names that sharding has changed.
         trainer.accelerator.state.fsdp_plugin.auto_wrap_policy = None
-    attributes = vars(trainer.model)
-    before = {name: attributes[name] for name in _PREPARED if name in attributes}
     try:
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        with _unprepared_after(trainer.model), leaning(trainer.model):
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
-        for name in _PREPARED:
-            attributes.pop(name, None)
-        attributes.update(before)
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressBar):
                 callback.close()
 
 
-def _name_what_cannot_be_written(trainer: Trainer) -> None:
-    """Let a checkpoint that cannot be saved name its folder, whichever library writes it."""
+def _read_verdicts(device: torch.device) -> None:
+    """Let ``impl="auto"`` choose by the verdicts of ``ila tune``; all processes call this."""
+    if verdicts_in_use().all or use_verdicts() or device.type != "cuda":
+        return
+    _LOG.warning("This GPU was never measured, so library GEMMs compute; `ila tune` measures it")
+
+
+@contextmanager
+def _unprepared_after(model: nn.Module) -> Iterator[None]:
+    """Remove the attributes that accelerate sets on a model inside the block."""
+    attributes = vars(model)
+    before = {name: attributes[name] for name in _PREPARED if name in attributes}
+    try:
+        yield
+    finally:
+        for name in _PREPARED:
+            attributes.pop(name, None)
+        attributes.update(before)
+
+
+def _name_folder_in_errors(trainer: Trainer) -> None:
+    """Make an error of saving a checkpoint name its folder, from any library."""
     save = trainer._save_checkpoint
 
-    def named(*args: Any, **kwargs: Any) -> None:
+    def named(*args: object, **kwargs: object) -> None:
         with writing(trainer.args.output_dir):
             save(*args, **kwargs)
 
@@ -110,21 +133,19 @@ def _check_sharded(model: nn.Module) -> None:
 
 
 def resume_point(folder: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from, if resuming was asked for and there is one."""
+    """Return the checkpoint to continue from, if there is one and the run resumes."""
     return on_main_process(lambda: last_complete(folder)) if resume else None
 
 
 def losses(trainer: Trainer) -> list[list[float]]:
-    """[step, loss] of every logged step, the resumed ones included."""
+    """Return [step, loss] of every logged step, also of resumed parts."""
     return [[e["step"], float(e["loss"])] for e in trainer.state.log_history if "loss" in e]
 
 
-def held_out_loss(
-    model: nn.Module, dataset: Sequence[Mapping[str, Any]], collator: Any, batch_size: int
-) -> float:
-    """Mean cross-entropy per answer token over a data set, in nats; the mode is kept.
+def held_out_loss(model: nn.Module, dataset: Dataset, collator: Collate, batch_size: int) -> float:
+    """Return the mean cross-entropy per answer token over a data set, in nats.
 
-    Several processes share the batches and get the same number.
+    The model keeps its mode. Several processes share the batches and get the same number.
     """
     training = model.training
     model.eval()
@@ -132,8 +153,8 @@ def held_out_loss(
     ranks = processes()
     starts = range(0, len(dataset), batch_size)
     total, count = 0.0, 0
-    with torch.no_grad():
-        # All run the model equally often: where it is sharded, each forward is a joint one.
+    with torch.no_grad(), leaning(model):
+        # Every process runs the model equally often: all take part in the forward of a sharded one.
         for turn in range(0, len(starts), ranks.num_processes):
             mine = turn + ranks.process_index
             start = starts[min(mine, len(starts) - 1)]
@@ -141,7 +162,7 @@ def held_out_loss(
             batch = {name: value.to(device) for name, value in collator(rows).items()}
             loss = float(model(**batch).loss)
             # The first position predicts nothing, so its label carries no loss.
-            tokens = int((batch["labels"][:, 1:] != -100).sum())
+            tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
             if tokens and mine < len(starts):  # the mean over none is NaN
                 total += loss * tokens
                 count += tokens

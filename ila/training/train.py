@@ -1,26 +1,29 @@
-"""Selective training on ``transformers.Trainer``: the open layers of a mask, by LoRA or in full."""
+"""Train the open layers of a mask on ``transformers.Trainer``, by LoRA or in full."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ila.boundary import writing
+from ila.data import token_count
+from ila.data.contracts import Collate, Dataset
 from ila.models.open_weights import OpenLayers
 from ila.prefix.cache import PrefixCache
 from ila.runs.atomic import move_in, write_json_atomic
 from ila.runs.checkpoints import LOGS, keep_logs
 from ila.runs.folder import RUN_MARKER, claim
 from ila.runs.meter import StepMeter
-from ila.runs.metrics import load_run
+from ila.runs.metrics import LayerCounts, Metrics, load_run
 from ila.runs.processes import on_main_process, owning
 from ila.runs.records import NUMBER, or_null, read_record
 from ila.training.adapter import Adapter
@@ -40,53 +43,69 @@ from ila.training.trained import Trained
 
 _BEFORE = {"held_out_loss_before": or_null(NUMBER)}
 PREFIX_FOLDER = "prefix-cache"
+BEFORE_FILE = "before.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that has begun in its folder and continues here.
+
+    Attributes:
+        files: Names of the files in the folder.
+        finish: Adds the knowledge of the run to the metrics, given the meter of this part.
+    """
+
+    files: tuple[str, ...]
+    finish: Callable[[Metrics, StepMeter], Metrics]
 
 
 def train(
     peft_model: PeftModel | OpenLayers,
-    dataset: Sequence[Mapping[str, Any]],
+    dataset: Dataset,
     config: TrainConfig | None = None,
     *,
-    held_out: Sequence[Mapping[str, Any]] | None = None,
-    collator: Any = None,
+    held_out: Dataset | None = None,
+    collator: Collate | None = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
     name: str = "run",
+    begun: Begun | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> dict[str, Any]:
-    """Train the open layers of a model and measure what that cost.
+) -> Metrics:
+    """Train the open layers of a model, and measure loss, time and memory.
 
     Args:
-        peft_model: With or without a mask applied; what requires grad is trained. Or what
-            ``ila.models.open_weights.open_layers`` returned, to train the layers' own weights.
+        peft_model: Model with or without a mask; the parameters that require grad train. Or the
+            result of ``ila.models.open_weights.open_layers``, to train the layers' own weights.
         dataset: Rows with ``input_ids`` and ``labels``.
-        config: ``None`` means the defaults.
+        config: Options; ``None`` takes the defaults.
         held_out: Rows to measure the loss on, before and after; ``None`` measures none.
-        collator: Rows to a batch; ``None`` pads on the right with the model's pad id.
-        output_dir: Gets a plain PEFT adapter (or ``changed.safetensors``), ``metrics.json``
-            (written last: a folder that has it is finished) and ``log.jsonl``; ``None`` writes
-            nothing.
-        resume: Go on from what ``output_dir`` holds of the same run. A finished run is returned.
-        progress: Show a progress bar on stderr.
-        name: What the run is called in reports.
-        tokenizer: Is saved beside an adapter; ``None`` saves none.
+        collator: Turns rows into a batch; ``None`` pads on the right with the model's pad id.
+        output_dir: Folder for a plain PEFT adapter (or ``changed.safetensors``), ``metrics.json``
+            (written last: a folder that has it is finished) and ``log.jsonl``; ``None`` writes no
+            files.
+        resume: Continue the run that ``output_dir`` holds; return the result of a finished run.
+        progress: Whether to show a progress bar on stderr.
+        name: Name of the run in reports.
+        begun: Run that has begun in ``output_dir`` and continues here; needs ``resume``.
+        tokenizer: Tokenizer to save beside an adapter.
 
     Returns:
         The metrics: steps, losses, held-out loss before and after (nats per answer token), step
         time in ms (median, p10, p90), peak memory in bytes or None where unknown, layers open.
 
     Raises:
-        ValueError: If nothing requires grad, a data set is empty, or ``output_dir`` holds another
-            run.
+        ValueError: If no parameter requires grad, a data set is empty, or ``output_dir`` holds
+            another run.
         FloatingPointError: If the loss stops being finite.
     """
     config = TrainConfig() if config is None else config
     check_dataset(dataset)
     part: Trained = peft_model if isinstance(peft_model, OpenLayers) else Adapter(peft_model)
-    model, counts = part.model, part.counts()
-    collator = default_collator(model) if collator is None else collator
+    counts = part.counts()
+    collator = default_collator(part.model) if collator is None else collator
     if output_dir is None and resume:
         raise ValueError("resume=True needs the output_dir of the run to go on with")
     kept = None if output_dir is None else Path(output_dir)
@@ -94,53 +113,135 @@ def train(
         owning(kept),
         tempfile.TemporaryDirectory() if kept is None else nullcontext(kept) as folder,
     ):
-        out = Path(folder)
-        if output_dir is not None:
-            names = [n for n, p in model.named_parameters() if p.requires_grad]
-            mine = {"config": config.as_dict(), **counts, "rows": len(dataset), "trained": names}
-            where = {"marker": "train.json", "beside": (RUN_MARKER,)}
-            on_main_process(lambda: claim(out, mine, resume=resume, **where))
-            if resume and on_main_process((out / "metrics.json").exists):
-                part.load(out)
-                return load_run(out)
-        args = _arguments(config, out, keep=output_dir is not None)
-        costs = StepMeter(args.device)
-        log = LogFile(out / "log.jsonl", "train") if output_dir is not None else None
-        own = stage_callbacks(f"Training {name}", log, progress=progress, also_save=costs.save)
-        trainer = part.trainer_class()(model, args, collator, dataset, callbacks=[costs, *own])
-        before = _held_out(trainer, held_out, collator, config, out)
-        start = resume_point(out / "checkpoints", resume)
-        if start is not None:
-            costs.load(start)
-        cache = _prefix_cache(trainer, config, out, progress) if config.cache_prefix else None
-        costs.begin()
-        with nullcontext() if cache is None else cache.skipping():
-            run(trainer, start)
-        measured = costs.measured()  # before the held-out loss, which is not training
-        after = _loss(trainer, held_out, collator, config)
-        metrics = {
-            "name": name,
-            **counts,
-            "steps": trainer.state.global_step,
-            "held_out_loss_before": before,
-            "held_out_loss": after,
-            **measured,
-            "tokens_per_step": _tokens_per_step(dataset, args),
-            "losses": losses(trainer),
-            "prefix_cache": None if cache is None else cache.as_dict(),
-            "device": str(args.device),
-            "dtype": _dtype_text(model),
-            "config": config.as_dict(),
-        }
-        if output_dir is not None:
-            state = part.state()
-            on_main_process(lambda: _save(part, state, out, metrics, tokenizer))
+        training = _Training(part, counts, dataset, config, held_out, collator, Path(folder))
+        if kept is None:
+            return training.run(name, keep=False, resume=False, progress=progress).metrics
+        training.claim(resume, () if begun is None else begun.files)
+        if resume and on_main_process((kept / "metrics.json").exists):
+            part.load(kept)
+            return load_run(kept)
+        metrics, meter = training.run(name, keep=True, resume=resume, progress=progress)
+        if begun is not None:
+            metrics = begun.finish(metrics, meter)
+        state = part.state()
+        on_main_process(lambda: _save(part, state, kept, metrics, tokenizer))
     return metrics
 
 
-def _arguments(config: TrainConfig, out: Path, *, keep: bool) -> TrainingArguments:
+class _Ended(NamedTuple):
+    metrics: Metrics
+    meter: StepMeter
+
+
+@dataclass(frozen=True)
+class _Training:
+    """Part of a model to train, its data, its options and its folder."""
+
+    part: Trained
+    counts: LayerCounts
+    dataset: Dataset
+    config: TrainConfig
+    held_out: Dataset | None
+    collator: Collate
+    folder: Path
+
+    def claim(self, resume: bool, files: Sequence[str]) -> None:
+        """Claim the folder for this training, or check that it belongs to it."""
+        parameters = self.part.model.named_parameters()
+        mine = {
+            "config": self.config.as_dict(),
+            **self.counts,
+            "rows": len(self.dataset),
+            "trained": [name for name, p in parameters if p.requires_grad],
+        }
+        beside = (RUN_MARKER, *files)
+        on_main_process(
+            lambda: claim(self.folder, mine, marker="train.json", resume=resume, beside=beside)
+        )
+
+    def run(self, name: str, *, keep: bool, resume: bool, progress: bool) -> _Ended:
+        """Train to the end, and measure."""
+        checkpoints = self.folder / "checkpoints"
+        args = arguments_of(self.config, checkpoints, keep=keep)
+        meter = StepMeter(args.device)
+        log = LogFile(self.folder / "log.jsonl", "train") if keep else None
+        own = stage_callbacks(f"Training {name}", log, progress=progress, also_save=meter.save)
+        trainer = self.part.trainer_class()(
+            self.part.model, args, self.collator, self.dataset, callbacks=[meter, *own]
+        )
+        before = self._loss_before(trainer)
+        start = resume_point(checkpoints, resume)
+        if start is not None:
+            meter.load(start)
+        cache = self._prefix_cache(trainer, progress) if self.config.cache_prefix else None
+        meter.begin()
+        with nullcontext() if cache is None else cache.skipping():
+            run(trainer, start)
+        measured = meter.measured()  # before the held-out loss, which is not training
+        metrics: Metrics = {
+            "name": name,
+            **self.counts,
+            "steps": trainer.state.global_step,
+            "held_out_loss_before": before,
+            "held_out_loss": self._loss(trainer),
+            **measured,
+            "tokens_per_step": _tokens_per_step(self.dataset, args),
+            "losses": losses(trainer),
+            "prefix_cache": None if cache is None else cache.as_dict(),
+            "device": str(args.device),
+            "dtype": _dtype_text(self.part.model),
+            "config": self.config.as_dict(),
+        }
+        return _Ended(metrics, meter)
+
+    def _loss_before(self, trainer: Trainer) -> float | None:
+        """Return the loss before training; a resumed run reads the value of its first start."""
+        file = self.folder / BEFORE_FILE
+        known = on_main_process(lambda: read_record(file, _BEFORE) if file.exists() else None)
+        if known is not None:
+            return known["held_out_loss_before"]
+        before = self._loss(trainer)
+        on_main_process(lambda: write_json_atomic(file, {"held_out_loss_before": before}))
+        return before
+
+    def _loss(self, trainer: Trainer) -> float | None:
+        if not self.held_out:
+            return None
+        return held_out_loss(trainer.model, self.held_out, self.collator, self.config.batch_size)
+
+    def _prefix_cache(self, trainer: Trainer, progress: bool) -> PrefixCache:
+        """Let a trainer read cached states in place of tokens."""
+        _check_cacheable(trainer)
+        config = self.config
+        own = self.folder / PREFIX_FOLDER
+        cache = PrefixCache.prepare(
+            trainer.model,
+            trainer.train_dataset,
+            trainer.data_collator,
+            own if config.cache_prefix is True else Path(config.cache_prefix),
+            batch_size=config.batch_size,
+            limit_bytes=int(config.cache_limit_gib * 2**30),
+            autocast=trainer.accelerator.autocast,
+            progress=progress,
+        )
+        trainer.train_dataset, trainer.data_collator = cache.dataset, cache.collator
+        return cache
+
+
+def _check_cacheable(trainer: Trainer) -> None:
+    if trainer.args.neftune_noise_alpha:
+        raise ValueError("cache_prefix would not be exact: NEFTune adds noise to the embeddings")
+    if trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no":
+        raise ValueError(
+            "cache_prefix would not be exact: in mixed precision FSDP rounds the weights of its "
+            "blocks, and the states are computed by one process with whole weights"
+        )
+
+
+def arguments_of(config: TrainConfig, folder: Path, *, keep: bool) -> TrainingArguments:
+    """Return Trainer's arguments for a configuration; checkpoints go into ``folder``."""
     return arguments(
-        out / "checkpoints",
+        folder,
         steps=config.steps,
         save_every=config.save_every if keep else None,
         extra=config.training_args,
@@ -158,70 +259,25 @@ def _dtype_text(model: nn.Module) -> str:
     return f"{text} over {method()}" if callable(method) else text
 
 
-def _tokens_per_step(dataset: Sequence[Mapping[str, Any]], args: TrainingArguments) -> float:
-    """Tokens of an optimiser step on average, padding left out, over all devices."""
+def _tokens_per_step(dataset: Dataset, args: TrainingArguments) -> float:
+    """Return the mean tokens of an optimiser step over all devices, without padding."""
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return rows * sum(map(_tokens_of, dataset)) / len(dataset)
-
-
-def _tokens_of(row: Mapping[str, Any]) -> int:
-    """Tokens of a row that its own attention mask does not hide."""
-    mask = row.get("attention_mask")
-    return len(row["input_ids"]) if mask is None else sum(int(value) != 0 for value in mask)
-
-
-def _held_out(trainer, held_out, collator, config, out: Path) -> float | None:
-    """Loss before training; a resumed run reads what the first start measured."""
-    file = out / "before.json"
-    known = on_main_process(lambda: read_record(file, _BEFORE) if file.exists() else None)
-    if known is not None:
-        return known["held_out_loss_before"]
-    before = _loss(trainer, held_out, collator, config)
-    on_main_process(lambda: write_json_atomic(file, {"held_out_loss_before": before}))
-    return before
-
-
-def _loss(trainer, held_out, collator, config) -> float | None:
-    if not held_out:
-        return None
-    return held_out_loss(trainer.model, held_out, collator, config.batch_size)
-
-
-def _prefix_cache(trainer: Trainer, config: TrainConfig, out: Path, progress: bool) -> PrefixCache:
-    """Let a trainer read cached states in place of tokens."""
-    if trainer.args.neftune_noise_alpha:
-        raise ValueError("cache_prefix would not be exact: NEFTune adds noise to the embeddings")
-    if trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no":
-        raise ValueError(
-            "cache_prefix would not be exact: in mixed precision FSDP rounds the weights of its "
-            "blocks, and the states are computed by one process with whole weights"
-        )
-    cache = PrefixCache.prepare(
-        trainer.model,
-        trainer.train_dataset,
-        trainer.data_collator,
-        out / PREFIX_FOLDER if config.cache_prefix is True else Path(config.cache_prefix),
-        batch_size=config.batch_size,
-        limit_bytes=int(config.cache_limit_gib * 2**30),
-        autocast=trainer.accelerator.autocast,
-        progress=progress,
-    )
-    trainer.train_dataset, trainer.data_collator = cache.dataset, cache.collator
-    return cache
+    return rows * sum(token_count(row) for row in dataset) / len(dataset)
 
 
 def _save(
     part: Trained,
     state: dict[str, Tensor],
     out: Path,
-    metrics: Mapping[str, Any],
+    metrics: Metrics,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """The weights, then the metrics, then the checkpoints go: each step leaves a usable folder.
+    """Write the weights, then the metrics, then remove the checkpoints.
 
-    Each is on the disk before the next begins, so that this holds for a power failure too.
+    Each step leaves a usable folder and reaches the disk before the next, so that a power failure
+    leaves a usable folder too.
     """
-    for left_over in out.glob(".adapter-*"):  # of a run killed while it saved
+    for left_over in out.glob(".adapter-*"):  # a run killed while saving leaves these
         shutil.rmtree(left_over)
     with tempfile.TemporaryDirectory(dir=out, prefix=".adapter-") as folder:
         with writing(out):
@@ -232,7 +288,7 @@ def _save(
                     tokenizer.save_pretrained(folder)
         move_in(folder, out)
     write_json_atomic(out / "metrics.json", metrics)
-    (out / "before.json").unlink(missing_ok=True)
+    (out / BEFORE_FILE).unlink(missing_ok=True)
     keep_logs(out / "checkpoints", out / LOGS)
     for folder in ("checkpoints", PREFIX_FOLDER):
         shutil.rmtree(out / folder, ignore_errors=True)

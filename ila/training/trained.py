@@ -1,4 +1,4 @@
-"""What a run trains: an adapter, or the layers' own weights."""
+"""The part of a model that a run trains: an adapter, or the layers' own weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ila.runs.metrics import LayerCounts
 class Trained(Protocol):
     """Part of a model that a run trains, counts, keeps and reads back.
 
-    ``training.adapter.Adapter`` and ``models.open_weights.OpenLayers`` are such parts, and so is
-    everything that a search scores (``search.stage.Updates``).
+    ``training.adapter.Adapter`` and ``models.open_weights.OpenLayers`` are such parts, and so are
+    the updates that a search scores (``search.stage.Updates``).
 
     Attributes:
         model: The model; its parameters that require grad are the part.
@@ -33,7 +33,7 @@ class Trained(Protocol):
         """Return the tensors to keep, gathered; all processes call this."""
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Write what ``state`` returned into an empty folder; the main process calls this."""
+        """Write the result of ``state`` into an empty folder; the main process calls this."""
 
     def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote."""
+        """Read a folder that ``save`` wrote."""

@@ -1,9 +1,9 @@
 """Several masked LoRA linears of one x on the Triton kernels; the same functions as ``group`` has.
 
-    forward    shrink for all A's at once, lowrank_gemm of each      x read n + 1 times
+    forward    shrink for all A's at once, joined_gemm               x read n + 1 times
     backward   of each: grad_out, lowrank_gemm onto the same dx; then every dA at once
 
-dA is a product of the library's, of all u's and one x; with dropout each has its own kernel.
+All dA's come from one pass over x too, under dropout each with a mask of its own.
 
 Apart, autograd adds n gradients of shape (M, K): 3·M·K elements for each further member. Here each
 further one reads dx where it writes it anyway: M·K elements, and no second (M, K) tensor.
@@ -22,15 +22,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ila_kernels.eager import Grads
-from ila_kernels.group import NO_GRADS, Member, shared_grad_a
+from ila_kernels.group import NO_GRADS, Member
+from ila_kernels.kernels.joined_gemm import outputs
 from ila_kernels.kernels.launch import seed_number
-from ila_kernels.kernels.linear import check_dtype, input_grad, parameter_grads
-from ila_kernels.kernels.lowrank_gemm import lowrank_gemm
+from ila_kernels.kernels.linear import check_dtype, grads_of_a, input_grad, parameter_grads
 from ila_kernels.kernels.shrink import shrink
 
 
 def shrink_all(x: Tensor, members: Sequence[Member], dropout_p: float) -> list[Tensor | None]:
-    """Every t = x̂ Aᵀ of the group from one pass over x, each under its member's own mask."""
+    """Compute every t = x̂ Aᵀ of the group in one pass over x, each under its member's mask."""
     adapters = [m for m in members if m.is_open]
     seeds = [seed_number(m.seed) for m in adapters] if dropout_p > 0.0 else None
     ts = iter(shrink(x, [m.lora_a for m in adapters], seeds, dropout_p))
@@ -44,10 +44,10 @@ def forward(
     check_dtype(x.dtype)
     with torch.cuda.device(x.device):
         ts = shrink_all(x, members, dropout_p)
+        adapted = [(m, t) for m, t in zip(members, ts, strict=True) if t is not None]
+        made = iter(outputs(x, [m for m, _ in adapted], [t for _, t in adapted]))
         ys = [
-            F.linear(x, m.weight, m.bias)
-            if t is None
-            else lowrank_gemm(x, m.weight.t(), t, m.lora_b.t(), m.scale, m.gate, m.bias)
+            F.linear(x, m.weight, m.bias) if t is None else next(made)
             for m, t in zip(members, ts, strict=True)
         ]
     return ys, ts
@@ -71,7 +71,6 @@ def backward(
     """dx of the group and the parameter gradients of every member (their ``Grads.x`` is None)."""
     saved = (x, *(m.weight for m in members), *(m.t for m in members), *dys)
     dtype = next((s.dtype for s in saved if s is not None), None)
-    together = dropout_p == 0.0 and sum(m.needs.lora_a for m in members) > 1
     dx, us, grads = None, [], []
     for dy, m in zip(dys, members, strict=True):
         if dy is None:
@@ -80,12 +79,13 @@ def backward(
             continue
         with torch.cuda.device(dy.device):
             dy = dy.to(dtype)
-            u, own = parameter_grads(dy, x, m, dropout_p, with_da=not together)
+            u, own = parameter_grads(dy, x, m, dropout_p, with_da=False)
             us.append(u)
             grads.append(own)
             if m.needs.x:
                 dx = add_input_grad(dx, dy, u, m, dropout_p)
-    if together:
-        das = shared_grad_a(x, us, members)
+    if x is not None and any(u is not None for u in us):
+        with torch.cuda.device(x.device):
+            das = grads_of_a(x, us, members, dropout_p)
         grads = [own._replace(lora_a=da) for own, da in zip(grads, das, strict=True)]
     return dx, grads

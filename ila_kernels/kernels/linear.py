@@ -6,15 +6,17 @@ backward   grad_out, lowrank_gemm, then dA            dy read twice, dx written 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ila_kernels import eager
-from ila_kernels.config import grad_tile, one_read_pays
+from ila_kernels.config import grad_tile, one_read_pays, own_grad_a
 from ila_kernels.device import target_of
 from ila_kernels.eager import Grads, Needs
-from ila_kernels.group import Member
-from ila_kernels.kernels.grad_a import grad_a
+from ila_kernels.group import Member, shared_grad_a
+from ila_kernels.kernels.grad_a import Adapter, grad_a
 from ila_kernels.kernels.grad_out import grad_out
 from ila_kernels.kernels.launch import TL_DTYPES, seed_number
 from ila_kernels.kernels.lowrank_gemm import lowrank_gemm
@@ -54,45 +56,59 @@ def parameter_grads(
     """
     u = da = db = dgate = None
     if m.is_open:
-        u, da, db, dgate = _adapter_grads(dy, x, m, dropout_p, with_da)
+        u, db, dgate = _adapter_grads(dy, m)
+        (da,) = grads_of_a(x, [u], [m], dropout_p) if with_da else (None,)
     dweight = torch.mm(dy.t(), x) if m.needs.weight else None
     return u, Grads(None, dweight, da, db, dgate, dy.sum(0) if m.needs.bias else None)
 
 
-def _adapter_grads(
-    dy: Tensor, x: Tensor | None, m: Member, dropout_p: float, with_da: bool
-) -> tuple[Tensor | None, ...]:
-    """u, dA, dB and dγ of an open member."""
-    needs, (n, r), u, da, db, dgate = m.needs, m.lora_b.shape, None, None, None, None
+def _adapter_grads(dy: Tensor, m: Member) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """u, dB and dγ of an open member."""
+    needs, (n, r), u, db, dgate = m.needs, m.lora_b.shape, None, None, None
     both = needs.makes_u and needs.lora_b
     size = dy.element_size()
     if both and one_read_pays(n, r, size, grad_tile(r, size, target_of(dy)).n):
         u, db, inner = grad_out(dy, m.lora_b, m.t, m.scale, m.gate, m.lora_b.dtype, needs.gate)
         dgate = inner.to(m.gate.dtype).reshape(m.gate.shape) if needs.gate else None
-    elif needs.makes_u:
+        return u, db, dgate
+    if needs.makes_u:
         (u,) = shrink(dy, [m.lora_b.t()])
-    wants_da = needs.lora_a and with_da
-    if wants_da and m.seed is not None:
-        da = grad_a(u, x, seed_number(m.seed), dropout_p, m.scale, m.gate, m.lora_a.dtype)
-    # What is left is one product of library GEMMs: nothing to fuse it with.
-    rest = needs._replace(
-        lora_a=wants_da and da is None,
-        lora_b=needs.lora_b and db is None,
-        gate=needs.gate and dgate is None,
-    )
-    others = eager.adapter_grads(
-        dy, x, u, m.t, m.lora_a, m.lora_b, m.gate, None, m.scale, 0.0, rest
-    )
-    pairs = zip((da, db, dgate), others, strict=True)
-    return u, *(other if own is None else own for own, other in pairs)
+    # One product of library GEMMs remains: nothing to fuse it with.
+    rest = needs._replace(lora_a=False)
+    adapter = (m.lora_a, m.lora_b, m.gate)
+    _, db, dgate = eager.adapter_grads(dy, None, u, m.t, *adapter, None, m.scale, 0.0, rest)
+    return u, db, dgate
+
+
+def grads_of_a(
+    x: Tensor | None, us: Sequence[Tensor | None], members: Sequence[Member], dropout_p: float
+) -> list[Tensor | None]:
+    """dA (R, K) of every member that wants it, from one read of x."""
+    wanted = [u is not None and m.needs.lora_a for u, m in zip(us, members, strict=True)]
+    if not any(wanted):
+        return [None] * len(members)
+    most = max(m.lora_a.shape[0] for m, wants in zip(members, wanted, strict=True) if wants)
+    if not own_grad_a(most, x.element_size(), dropout_p > 0.0):
+        return shared_grad_a(x, us, members)
+    adapters = [
+        Adapter(u, _seed_of(m), m.scale, m.gate, m.lora_a.dtype)
+        for u, m, wants in zip(us, members, wanted, strict=True)
+        if wants
+    ]
+    das = iter(grad_a(x, adapters, dropout_p))
+    return [next(das) if wants else None for wants in wanted]
+
+
+def _seed_of(m: Member) -> int | None:
+    return None if m.seed is None else seed_number(m.seed)
 
 
 def input_grad(
     dy: Tensor, u: Tensor, m: Member, dropout_p: float, out: Tensor | None = None
 ) -> Tensor:
-    """dx (M, K) = dy W + γα (u A) ⊙ keep/(1−p), added to what ``out`` holds."""
-    seed = None if m.seed is None else seed_number(m.seed)
-    return lowrank_gemm(dy, m.weight, u, m.lora_a, m.scale, m.gate, None, seed, dropout_p, out=out)
+    """dx (M, K) = dy W + γα (u A) ⊙ keep/(1−p), added to the content of ``out``."""
+    update = (u, m.lora_a, m.scale, m.gate, None, _seed_of(m), dropout_p)
+    return lowrank_gemm(dy, m.weight, *update, out=out)
 
 
 def backward(
@@ -108,7 +124,7 @@ def backward(
     dropout_p: float,
     needs: Needs,
 ) -> Grads:
-    """All wanted gradients of ``forward`` from dy (M, N)."""
+    """Return all wanted gradients of ``forward`` from dy (M, N)."""
     saved = next((s for s in (x, weight, t) if s is not None), dy)
     dy, m = dy.to(saved.dtype), Member(weight, lora_a, lora_b, gate, None, seed, scale, t, needs)
     with torch.cuda.device(dy.device):

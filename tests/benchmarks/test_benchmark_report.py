@@ -1,6 +1,7 @@
 """Pages and figures are what the result files give, and a check says where they are not."""
 
 import doctest
+import re
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -156,6 +157,14 @@ def test_every_section_is_found_and_has_a_page():
     assert {"real_data", "saved_bytes", "model"} <= found and "common" not in found
     for section in report.find_sections():
         assert section.markdown({}) == []
+
+
+def test_pages_call_layers_by_place_last_and_first():
+    """`--top 0.3` takes the best layers of a mask, so no table may call the last ones its top."""
+    texts, _ = report.render(report.read_results(report.ROOT / "benchmarks/results"))
+    assert "ours, last 30 %" in texts["docs/benchmarks.md"]
+    for page, text in texts.items():
+        assert not re.findall(r"\d+ ?% (?:at the )?(?:top|bottom)\b", text), page
 
 
 SOURCES = sorted((report.ROOT / "benchmarks").rglob("*.py"))

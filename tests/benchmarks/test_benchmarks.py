@@ -18,17 +18,21 @@ from benchmarks.harness.timing import Watch, interleaved, ratio
 from benchmarks.layer.cell import LayerCell
 from benchmarks.model.contestants import PREFIX, mask_of, whole_blocks
 from benchmarks.report import Results, pictures_of
-from benchmarks.sections import layer, model, scaling, search_cost
+from benchmarks.sections import headline, layer, model, scaling, search_cost
 from ila_kernels import eager
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # A plugin that lets the update of the eager path be a tenth too large, as a wrong kernel might.
 BREAKAGE = """
 from ila_kernels import eager
-right = eager.add_product
-def wrong(out, p, q, factor, gate):
-    return right(out, p, q, 1.1 * factor, gate)
-eager.add_product = wrong
+right = eager.update_first
+def wrong(p, q, u, v, factor, gate, bias=None):
+    return right(p, q, u, v, 1.1 * factor, gate, bias)
+eager.update_first = wrong
+right_sum = eager.add_product
+def wrong_sum(out, p, q, factor, gate):
+    return right_sum(out, p, q, 1.1 * factor, gate)
+eager.add_product = wrong_sum
 """
 
 
@@ -243,6 +247,7 @@ def document(cell: dict, rows: list[dict]) -> dict:
 
 def step(kind: str, ms: float, share=1.0, position="all", **more) -> dict:
     name = kind if position == "all" else f"{kind}, {share:.0%} {position}"
+    name += ", checkpoints" * more.get("checkpoints", False)
     row = {
         "contestant": name, "kind": kind, "share": share, "position": position,
         "checkpoints": False, "cache": False, "median_ms": ms, "tokens_per_s": 1e5 / ms,
@@ -262,8 +267,21 @@ def test_both_ratios_of_a_model_are_rendered(tmp_path):
     assert "0.44 (0.40–0.49) | 0.55 (0.49–0.63)" in text
     assert "The machine was busy while this was measured**: somebody else" in text
     assert "On a GPU: not measured." in text
-    assert "not measured" in model.summary(found)[1]
     assert_drawn(model.figures(found), ["step-memory.png", "step-time.png"], tmp_path)
+
+
+def test_the_front_page_shows_the_learned_mask_beside_peft_on_it(tmp_path):
+    rows = []
+    for on in (False, True):
+        rows += [step("PEFT", 100.0, checkpoints=on), step("ours", 80.0, checkpoints=on)]
+        rows += [step("PEFT", 70.0, 0.3, "learned", checkpoints=on)]
+        rows += [step("ours", 60.0, 0.3, "learned", checkpoints=on)]
+    text = "\n".join(headline.summary({"model": document({}, rows)}))
+    assert "| PEFT, the learned 30 % | 0.70" in text
+    assert "| this library, the learned 30 % | 0.60" in text
+    assert_drawn(headline.figures({"model": document({}, rows)}), ["headline.png"], tmp_path)
+    assert headline.summary({"model": document({}, rows[:-1])}) == []
+    assert headline.summary({}) == [] and headline.figures({}) == {}
 
 
 def test_layers_are_rendered(tmp_path):

@@ -122,8 +122,6 @@ def test_real_data_shows_losses_times_and_memory_of_both():
         "busy": QUIET,
     }
     text = "\n".join(real_data.markdown({"real-data-path": result}))
-    short = "\n".join(real_data.summary({"real-data-path": result}))
-    assert "a-top-30-percent" in short and "The search." not in short
     assert "| `path`, a | 1.500 → 1.000 | 0 … 1 | 0.25 |" in text
     all_layers = "10 of 10 | 1.00 M | 1.500 → 0.900 | 2.00 s (1.80–2.20) | 1.00 GiB |"
     top = "3 of 10 | 1.00 M | 1.500 → 0.950 | 1.00 s (0.90–1.10) | 1.00 GiB |"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.sections import study as section
+from benchmarks.sections import study_lessons as lessons
 from benchmarks.sections.study_claims import FAILS, HOLDS, OPEN, claims, verdict
 from benchmarks.sections.study_numbers import Estimate, Study
 from benchmarks.study import agreement
@@ -247,11 +248,19 @@ def test_the_section_tells_all_of_it(finished, tmp_path):
     assert all(any(f"**{v}**" in line for v in (HOLDS, FAILS, OPEN)) for line in said)
     assert sum("between data sets" in line for line in said) == 3
     assert sum("beats" in line for line in said) == 2 * 2
-    short = "\n".join(section.summary(found))
-    for line in said:
-        assert (f"- {line}" in short) == ("`path`" in line)
+
+
+def test_the_lessons_are_the_numbers_of_the_study(finished):
+    study = Study(finished)
+    (best,) = [
+        line for line in lessons.lessons(study) if "the best 30 %" in line and "alone" in line
+    ]
+    lost = Estimate.of(study.lost_share("path", "count", 0.3))
+    assert f"costs {lost.mean * 100:.1f} % ({lost.low * 100:.1f} … {lost.high * 100:.1f})" in best
+    short = "\n".join(lessons.summary({"study-tiny": finished}))
+    assert all(f". {line}" in short for line in lessons.lessons(study))
     untrained = [line for line in finished if line["kind"] != "train"]
-    assert section.summary({"study-tiny": untrained}) == []
+    assert lessons.summary({"study-tiny": untrained}) == [] == lessons.markdown({})
 
 
 def test_a_loss_is_compared_with_that_of_the_same_data_and_seed(finished):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,9 @@ ROWS = [
     ("dx+tma", "fp16", 64, "sm_90"),  # spilled at 128 x 256
     ("dx+dropout+tma", "bf16", 64, "sm_90"),  # spilled at N = 128
     ("grad_out", "bf16", 16, "sm_90"),
+    ("grad_out", "bf16", 8, "sm_80"),
+    ("grad_a+3", "bf16", 64, "sm_80"),
+    ("grad_a+3+dropout", "bf16", 16, "sm_90"),
     ("dx", "bf16", 16, "sm_100"),
     ("forward+tma", "bf16", 8, "sm_100"),  # spilled at 128 x 128 with 3 stages
     ("dx+tma", "bf16", 16, "sm_120"),
@@ -71,6 +75,17 @@ def test_fp32_compiles_where_pytorch_allows_tf32(target, monkeypatch):
     assert compile_report.compiled(shrink, gpu).metadata.target == gpu
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize(
+    ("kernel", "r"), [("shrink", 32), ("shrink+dropout", 16), ("shrink+2", 16), ("shrink+3", 8)]
+)
+def test_tiles_of_few_rows_spill_nothing_and_load_ahead(kernel, r, target, monkeypatch):
+    monkeypatch.setattr(compile_report, "M", 2048)
+    row = compile_report.report_row(kernel, "bf16", r, target)
+    assert compile_report.faults(row) == []
+    assert row.tile.startswith("32x" if (kernel, target) != ("shrink+3", "sm_120") else "64x")
+
+
 @pytest.mark.parametrize("target", ["sm_87", "sm_103", "sm_121"])
 def test_a_sister_of_a_target_takes_its_tiles_without_spills(target):
     forward = compile_report.make_launch("forward", torch.bfloat16, 16, target)
@@ -78,6 +93,21 @@ def test_a_sister_of_a_target_takes_its_tiles_without_spills(target):
     assert binary.metadata.shared <= SHARED_LIMIT_BYTES[target]
     found, _ = compile_report.instructions(compile_report.disassembled(binary)[0])
     assert compile_report.count(compile_report.SPILL, found) == 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("kernel", ["shrink", "shrink+3", "grad_out", "grad_a", "grad_a+3"])
+def test_loads_are_on_their_way_while_a_tile_is_multiplied(kernel, target):
+    launch = compile_report.make_launch(kernel, torch.bfloat16, 16, target)
+    assembly, _ = compile_report.disassembled(
+        compile_report.compiled(launch, compile_report.gpu_of(target))
+    )
+    loop = compile_report.main_loop(assembly)
+    tile_loads = [text for text in loop if re.search(r"\bLDG\.", text)]
+    assert tile_loads == []  # x and dy go to shared memory, not through registers
+    # No wait of the loop, hence none before a product, is for the copies just begun.
+    assert compile_report.count(compile_report.TENSOR_CORE, loop) > 0
+    assert compile_report.copies_ahead(loop) >= 2
 
 
 GOOD = compile_report.Row(
@@ -96,6 +126,7 @@ GOOD = compile_report.Row(
     plain_tensor_core_instructions=4,
     plain_loop_instructions=100,
     occupancy=0.5,
+    copies_ahead=4,
 )
 
 
@@ -113,6 +144,10 @@ GOOD = compile_report.Row(
         ),
         ({"tma_loads": 0}, "0 loads by descriptor"),
         ({"kernel": "forward"}, "8 loads by descriptor"),
+        (
+            {"kernel": "grad_out", "tma_loads": 0, "copies_ahead": 0},
+            "waits for all its copies before a product",
+        ),
     ],
 )
 def test_a_fault_is_named(change, fault):
@@ -144,6 +179,15 @@ def test_the_main_loop_is_read_from_sass():
     assert compile_report.count(compile_report.SPILL, found) == 1
 
 
+def test_a_wait_for_all_copies_is_told_from_one_for_the_oldest():
+    loop = SASS.splitlines()[2:5]
+    assert compile_report.copies_ahead(loop) == 0
+    ahead = [*loop, "DEPBAR.LE SB0, 0x4 ;", "DEPBAR.LE SB0, 0x2 ;"]
+    assert compile_report.copies_ahead(ahead) == 2
+    assert compile_report.copies_ahead([*ahead, "DEPBAR.LE SB0, 0x0 ;"]) == 0
+    assert compile_report.copies_ahead(["LDG.E R1, desc[UR4][R2.64] ;"]) is None
+
+
 NESTED = """
 .L_tiles:
     IMAD R1, R1, R2, R3 ;
@@ -168,5 +212,6 @@ def test_the_main_loop_is_innermost_and_of_equals_the_first():
 
 def test_the_report_covers_every_kernel_dtype_rank_and_target():
     cases = list(compile_report.cases())
-    by_descriptor = 5 * 2 * 4 * 3  # persistent kernels, 16-bit dtypes, ranks, targets
-    assert len(cases) == len(set(cases)) == 14 * 3 * 4 * 5 + by_descriptor
+    by_descriptor = (5 + 2) * 4 * 3  # bf16 and fp16 of persistent kernels, ranks, targets
+    by_pointer = (21 * 2 + 4) * 4 * 5  # bf16 and fp32 of all, fp16 of the compared GEMMs
+    assert len(cases) == len(set(cases)) == by_pointer + by_descriptor

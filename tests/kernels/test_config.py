@@ -5,7 +5,7 @@ import torch
 
 import ila_kernels
 from ila_kernels import choice, config
-from ila_kernels.choice import Call, Measured, gpu_impl, most_gemm_ratio, prefer
+from ila_kernels.choice import Call, prefer
 from ila_kernels.config import (
     GEMM_16BIT,
     GEMM_PERSISTENT,
@@ -23,7 +23,7 @@ from ila_kernels.config import (
 
 TARGETS = [*GEMM_16BIT, "sm_75", "sm_86", "gfx942", "unknown", ""]
 RANKS = [1, 2, 15, 16, 17, 64, 70, 256, 1000]
-CALL = Call(8192, 4096, 4096, "bfloat16", "sm_90")
+CALL = Call(8192, 4096, (4096,), 16, "bfloat16", "float32", False, "a GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,9 @@ def assert_triton_takes(tile):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_request_has_a_tile_that_triton_takes(target):
     for r, width in itertools.product(RANKS, [2, 4]):
-        tiles = [shrink_tile(r, width), grad_tile(r, width, target)]
+        tiles = [grad_tile(r, width, target, adapters) for adapters in (1, 2, 3)]
+        for m, adapters, dropout in itertools.product([0, 1, 4096, 4097], [1, 3], [False, True]):
+            tiles.append(shrink_tile(m, r, width, target, adapters, dropout))
         for m, n, dropout in itertools.product([0, 1, 64, 65, 10**6], [0, 1, 4096], [False, True]):
             tiles.append(gemm_tile(m, n, r, width, target, dropout))
         for tile in tiles:
@@ -76,6 +78,38 @@ def test_a_gpu_takes_the_tiles_of_its_sister_with_as_much_shared_memory(sister, 
     assert SHARED_LIMIT_BYTES[sister] >= SHARED_LIMIT_BYTES[target]
     for table in (GEMM_16BIT, GEMM_PERSISTENT):
         assert table.get(sister) == table.get(target)
+
+
+# --- sums over programs
+
+
+@pytest.mark.parametrize("columns", [1, 256, 257, 1024, 4096, 14336, 10**6])
+def test_rows_of_a_program_fall_as_programs_run_out_and_never_with_more_columns(columns):
+    seen = [config.rows_per_program(m, columns) for m in (1, 255, 2048, 8192, 65536, 10**7)]
+    assert seen == sorted(seen)  # more rows: longer stretches
+    assert set(seen) <= {256, 512, 1024}
+    for m, rows in zip((1, 255, 2048, 8192, 65536, 10**7), seen, strict=True):
+        programs = -(-columns // 256) * -(-m // rows)
+        assert rows == 256 or programs >= config.PROGRAMS
+        assert rows <= config.rows_per_program(m, columns + 256)
+
+
+@pytest.mark.parametrize("r", [1, 16, 32, 33, 64, 300])
+def test_parts_of_k_are_there_for_few_rows_at_a_large_rank_only(r):
+    for m, k in itertools.product([0, 1, 64, 2048, 4096, 4097, 10**6], [0, 1, 1024, 4096, 14336]):
+        parts = config.shrink_shares(m, k, r)
+        assert parts >= 1
+        assert parts == 1 or (r > 32 and m <= 4096)
+        assert (parts - 1) * 1024 < max(k, 1)  # no part without a product
+        assert parts == 1 or parts * -(-m // 64) <= config.PROGRAMS
+    assert config.shrink_shares(2048, 14336, r) == (1 if r <= 32 else 8)
+
+
+def test_tiles_depend_on_m_in_two_classes_at_most():
+    # Each class is one more compilation of a kernel in training with rows of any length.
+    for r, adapters, dropout in itertools.product(RANKS, [1, 2, 3], [False, True]):
+        tiles = {shrink_tile(m, r, 2, "sm_90", adapters, dropout) for m in range(1, 20000, 37)}
+        assert len(tiles) <= 2
 
 
 def test_rank_block_covers_r_or_stops_at_the_most():
@@ -170,91 +204,46 @@ def test_no_form_runs_unasked_that_was_not_measured():
 # --- which implementation
 
 
-def test_asking_for_triton_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr(config, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="triton is not installed; use impl='auto'"):
-        resolve_impl("triton", "cuda")
-    monkeypatch.setattr(config, "find_spec", lambda name: object())
-    assert resolve_impl("triton", "cuda") == ("triton", "asked for")
+@pytest.mark.parametrize("impl", config.KERNEL_IMPLS)
+def test_asking_for_kernels_says_what_is_missing(impl, monkeypatch):
+    monkeypatch.setattr(config, "has_triton", lambda: False)
+    with pytest.raises(RuntimeError, match=f"'{impl}' .* triton is not installed; use impl='auto'"):
+        resolve_impl(impl, "cuda")
+    monkeypatch.setattr(config, "has_triton", lambda: True)
+    assert resolve_impl(impl, "cuda") == (impl, "asked for")
     with pytest.raises(RuntimeError, match="the tensors are on mps; use impl='auto'"):
-        resolve_impl("triton", "mps")
+        resolve_impl(impl, "mps")
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942", "unknown"])
+@pytest.mark.parametrize("gpu", ["a GPU", "NVIDIA H100 80GB HBM3", "unknown"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_auto_claims_nothing_that_was_not_measured(target, dtype):
-    chosen, why = resolve_impl("auto", "cuda", Call(8192, 4096, 4096, dtype, target))
+def test_auto_claims_nothing_that_was_not_measured(gpu, dtype):
+    call = CALL._replace(dtype=dtype, gpu=gpu)
+    chosen, why = resolve_impl("auto", "cuda", call)
     assert chosen == "eager"
-    assert f"no measurement yet of the fused kernels on {target}" in why
+    assert f"not measured on {gpu} yet" in why
 
 
-def test_a_preference_for_triton_is_taken_or_raises(monkeypatch):
-    prefer(auto="triton")
-    monkeypatch.setattr(config, "find_spec", lambda name: object())
+@pytest.mark.parametrize("impl", config.KERNEL_IMPLS)
+def test_a_preference_for_kernels_is_taken_or_raises(impl, monkeypatch):
+    prefer(auto=impl)
+    monkeypatch.setattr(config, "has_triton", lambda: True)
     assert resolve_impl("auto", "cuda", CALL) == (
-        "triton",
-        "auto: ila_kernels.prefer(auto='triton')",
+        impl,
+        f"auto: ila_kernels.prefer(auto='{impl}')",
     )
     assert resolve_impl("auto", "cpu")[0] == "eager"
-    fp64 = Call(8192, 4096, 4096, "float64", "sm_90")
+    fp64 = CALL._replace(dtype="float64")
     assert resolve_impl("auto", "cuda", fp64)[0] == "eager"
     assert resolve_impl("eager", "cuda", CALL) == ("eager", "asked for")
-    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    monkeypatch.setattr(config, "has_triton", lambda: False)
     with pytest.raises(RuntimeError, match="triton is not installed"):
         resolve_impl("auto", "cuda", CALL)
 
 
 def test_a_preference_is_one_of_the_words():
     for wrong in ({"auto": "fast"}, {"gemm": "tma"}):
-        with pytest.raises(ValueError, match=r"must be '\w+', '\w+' or None, got"):
+        with pytest.raises(ValueError, match=r"must be ('\w+', )+('\w+') or None, got"):
             prefer(**wrong)
     assert choice.preference() == choice.Preference()
     assert ila_kernels.prefer is prefer
-
-
-# At K = N = 4096 with these figures fusing pays below 1 + 2·295·5/(4·4096) = 1.18.
-ROW = Measured(gemm_ratio=1.10, flop_per_byte=295.0, least_rows=256, source="made up")
-
-
-@pytest.mark.parametrize(
-    ("call", "row", "impl", "why"),
-    [
-        (CALL, {}, "triton", "pays below 1.18"),
-        (CALL, {"gemm_ratio": 1.19}, "eager", "1.19 of the library's time"),
-        (CALL, {"flop_per_byte": 100.0}, "eager", "pays below 1.06"),
-        (Call(255, 4096, 4096, "bfloat16", "sm_90"), {}, "eager", "launches dominate below 256"),
-        (Call(256, 4096, 4096, "bfloat16", "sm_90"), {}, "triton", "1.10"),
-        (Call(None, 4096, 4096, "float16", "sm_90"), {}, "triton", "from 256 rows"),
-        (Call(8192, 4096, 4096, "float32", "sm_90"), {}, "eager", "16 bits only"),
-        (Call(8192, 4096, 4096, "float64", "sm_90"), {}, "eager", "no fused kernel for float64"),
-        (Call(8192, 4096, 4096, "bfloat16", "sm_80"), {}, "eager", "no measurement yet"),
-        (Call(8192, 0, 4096, "bfloat16", "sm_90"), {}, "eager", "no products"),
-        # Of a long K the update is a smaller part, and a slow GEMM costs more.
-        (Call(8192, 14336, 4096, "bfloat16", "sm_90"), {"gemm_ratio": 1.12}, "eager", "K = 14336"),
-        (CALL, {"gemm_ratio": 1.12}, "triton", "1.12"),
-    ],
-)
-def test_auto_goes_by_measurement(call, row, impl, why):
-    measured = {"sm_90": Measured(**{**vars(ROW), **row})}
-    chosen, reason = gpu_impl(call, None, measured)
-    assert chosen == impl
-    assert why in reason
-
-
-def test_break_even_is_where_both_take_the_same_time():
-    m, k, n, flops, bandwidth = 8192, 4096, 11008, 400e12, 2e12
-    ratio = most_gemm_ratio(k, n, flops / bandwidth)
-    gemms = 4 * m * n * k / flops
-    saved = 2 * (3 * m * n + 2 * m * k) / bandwidth
-    assert gemms * ratio == pytest.approx(gemms + saved, rel=1e-12)
-
-
-def test_the_bytes_in_the_break_even_are_those_of_the_roofline():
-    from ila_kernels.roofline import Problem, backward_cost, forward_cost
-
-    # R = 0 leaves no thin tensor, and no shares of u, which the break-even does not know.
-    p = Problem(m=8192, k=4096, n=11008, r=0)
-    needs = {"x", "lora_a", "lora_b"}
-    addmm = forward_cost("addmm", p).bytes + backward_cost("addmm", p, needs).bytes
-    fused = forward_cost("fused", p).bytes + backward_cost("fused", p, needs).bytes
-    assert addmm - fused == 2 * (3 * p.m * p.n + 2 * p.m * p.k)

@@ -107,3 +107,10 @@ def test_update_is_right_on_average():
     )
     standard_error = draws.std(0) / math.sqrt(len(draws))
     assert ((draws.mean(0) - update).abs() <= 5 * standard_error).all()
+
+
+def test_a_mask_is_not_frozen_into_a_captured_graph(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="dropout_p must be 0 while a CUDA graph is captured"):
+        keep_mask._init_fn(torch.tensor([5]), 4, 8, 0.5, torch.device("cuda"))

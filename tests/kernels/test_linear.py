@@ -263,9 +263,11 @@ def test_no_gate_equals_gate_one(dtype, dropout_p):
         assert torch.equal(value, with_gate[name]), name
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_gate_zero_equals_bare_linear_and_still_has_its_gradient(dtype):
-    inputs = make_inputs(*ODD, dtype=dtype, gate=0.0, bias=True)
+@pytest.mark.parametrize("shape", [ODD, LONG, (128, 192, 320, 8)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_gate_zero_equals_bare_linear_and_still_has_its_gradient(dtype, bias, shape):
+    inputs = make_inputs(*shape, dtype=dtype, gate=0.0, bias=bias)
     got = assert_matches_reference(inputs, scale=2.0)
     bare = F.linear(inputs.x, inputs.weight, inputs.bias)
     assert torch.equal(got["y"], bare)

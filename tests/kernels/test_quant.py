@@ -254,16 +254,15 @@ def test_no_rows_and_leading_dimensions():
     assert folded.equal(flat.view(2, 3, 16))
 
 
-def test_a_packed_weight_never_goes_to_triton_and_the_reference_takes_it():
+@pytest.mark.parametrize("impl", ["triton", "hybrid"])
+def test_a_packed_weight_never_goes_to_kernels_and_the_reference_takes_it(impl):
     inputs = frozen(6, 32, 16, 2)
     packed = pack(inputs.weight, "nf4")
     arguments = (inputs.x, packed, inputs.lora_a, inputs.lora_b)
-    with pytest.raises(RuntimeError, match=r"impl='triton' was asked for, but W is packed"):
-        public(*arguments, impl="triton")
-    with pytest.raises(RuntimeError, match=r"impl='triton' was asked for, but W is packed"):
-        masked_lora_linear_group(
-            inputs.x, [packed], [inputs.lora_a], [inputs.lora_b], impl="triton"
-        )
+    with pytest.raises(RuntimeError, match=f"impl='{impl}' was asked for, but W is packed"):
+        public(*arguments, impl=impl)
+    with pytest.raises(RuntimeError, match=f"impl='{impl}' was asked for, but W is packed"):
+        masked_lora_linear_group(inputs.x, [packed], [inputs.lora_a], [inputs.lora_b], impl=impl)
     assert torch.allclose(public(*arguments, impl="reference"), public(*arguments), rtol=1e-5)
 
 

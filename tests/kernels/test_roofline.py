@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import traffic
 from ila_kernels import masked_lora_linear
+from ila_kernels.config import rows_per_program
 from ila_kernels.roofline import (
     CEILINGS,
     CONTESTANTS,
@@ -109,9 +110,14 @@ def test_fused_moves_least_and_peft_most(needs, dropout, adapter_bytes):
     needs = needs - {"gate"}  # peft has none: compare what all of them compute
     # A real layer: at P's size the shares of the sums weigh as much as x and dy.
     p = Problem(8192, 4096, 4096, 16, dropout=dropout, adapter_bytes=adapter_bytes)
-    for cost in (lambda c: forward_cost(c, p), lambda c: backward_cost(c, p, needs)):
+    # Those of dA are counted of ours alone: how a library splits its sum over M is its own affair.
+    shares = 8 * p.r * p.k * -(-p.m // rows_per_program(p.m, p.k)) * ("lora_a" in needs)
+    for cost, own in (
+        (lambda c: forward_cost(c, p), 0),
+        (lambda c: backward_cost(c, p, needs), shares),
+    ):
         moved = {contestant: cost(contestant).bytes for contestant in CONTESTANTS}
-        assert moved["frozen"] <= moved["fused"] <= min(moved["addmm"], moved["peft"])
+        assert moved["frozen"] <= moved["fused"] - own <= min(moved["addmm"], moved["peft"])
         if not dropout:  # with it addmm redraws the mask instead of saving x̂
             assert moved["addmm"] <= moved["peft"]
 
@@ -123,11 +129,18 @@ def test_mask_search_reads_dy_once_and_never_x():
     assert moved[0] == moved[1] == 2 * (M * N + M * R) + 4 * R * N
 
 
-def test_dropout_costs_the_fused_kernels_the_shares_of_da():
+def test_dropout_costs_the_fused_kernels_no_byte():
     p = dataclasses.replace(P, dropout=True)
     assert forward_cost("fused", p) == forward_cost("fused", P)
-    plain, dropped = backward_cost("fused", P, TRAINING), backward_cost("fused", p, TRAINING)
-    assert dropped.bytes - plain.bytes == 8 * R * K
+    assert backward_cost("fused", p, TRAINING) == backward_cost("fused", P, TRAINING)
+
+
+def test_parts_of_k_cost_their_shares():
+    # Few rows at R = 64: four parts of K, each an fp32 share of t that is written and read.
+    few, many = Problem(2048, 4096, 1024, 64), Problem(8192, 4096, 1024, 64)
+    bytes_of = [forward_cost("fused", p).bytes for p in (few, many)]
+    weights = 2 * 4096 * 1024 + 4 * 64 * (4096 + 1024)
+    assert 4 * (bytes_of[0] - weights - 8 * 4 * 2048 * 64) == bytes_of[1] - weights
 
 
 @pytest.mark.parametrize("r", [8, 16, 32, 64])
@@ -163,14 +176,15 @@ def test_a_group_reads_x_for_t_once_where_it_can(contestant, dropout, passes):
 
 @pytest.mark.parametrize("contestant", ["addmm", "fused", "peft"])
 @pytest.mark.parametrize("dropout", [False, True])
-def test_a_group_reads_x_for_da_once_where_no_masks_differ(contestant, dropout):
+def test_a_group_reads_x_for_da_once_where_it_can(contestant, dropout):
     p = dataclasses.replace(P, dropout=dropout)
     needs = {"lora_a", "lora_b"}
     apart = 3 * backward_cost(contestant, p, needs).bytes
     together = group_backward_cost(contestant, [p] * 3, needs).bytes
-    once = contestant != "peft" and not dropout
-    # The u's are written beside each other before that.
-    assert apart - together == (2 * M * K * 2 - 3 * 2 * 2 * M * p.r if once else 0)
+    once = contestant == "fused" or (contestant == "addmm" and not dropout)
+    # addmm writes the u's beside each other before that.
+    beside = 3 * 2 * 2 * M * p.r if contestant == "addmm" else 0
+    assert apart - together == (2 * M * K * 2 - beside if once else 0)
 
 
 def test_a_fourth_adapter_is_a_second_pass_over_x():
@@ -288,5 +302,7 @@ def test_the_table_of_traffic_covers_every_layer_and_ours_moves_least(dropout, t
     for i in range(0, len(rows), len(CONTESTANTS)):
         layer = rows[i : i + len(CONTESTANTS)]
         moved = {row["contestant"]: row["forward_bytes"] + row["backward_bytes"] for row in layer}
-        assert moved["frozen"] < moved["fused"] < moved["addmm"] < moved["peft"] or dropout
+        assert moved["frozen"] < moved["addmm"] < moved["peft"] or dropout
+        # The outputs of one launch read x once, where frozen linears read it one by one.
+        assert moved["frozen"] < moved["fused"] or layer[0]["layer"] in ("q k v", "gate up")
         assert moved["fused"] < min(moved["addmm"], moved["peft"])

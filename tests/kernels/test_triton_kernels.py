@@ -7,8 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from ila_kernels.config import GEMM_16BIT
+from ila_kernels.config import GEMM_16BIT, shrink_shares
 from ila_kernels.kernels import grad_out, lowrank_gemm
+from ila_kernels.kernels.grad_a import Adapter, grad_a
+from ila_kernels.kernels.partials import Sum, add_shares
 from ila_kernels.kernels.philox import threshold
 from ila_kernels.kernels.shrink import shrink
 from ila_kernels.testing import assert_within_rounding
@@ -116,3 +118,48 @@ def product(x, a, keep, p):
 def test_masks_of_neighbouring_seeds_are_independent():
     a, b = (mask(s, 200, 120, 0.5).double() for s in (6, 7))
     assert abs(((a - 0.5) * (b - 0.5)).mean()) <= 5 * 0.25 / math.sqrt(200 * 120)
+
+
+@pytest.mark.parametrize("seeds", [None, (5, 6)])
+def test_parts_of_k_add_up(seeds):
+    # Few rows at a large rank: three parts of K, the last one short.
+    m, k, p = 70, 2100, 0.0 if seeds is None else 0.3
+    assert shrink_shares(m, k, 40) == 3
+    x, adapters = normal(m, k), [normal(40, k, dtype=FP32) / 46, normal(33, k) / 46]
+    for i, t in enumerate(shrink(x, adapters, seeds, p)):
+        keep = None if seeds is None else mask(seeds[i], m, k, p)
+        exact, plain = (product(x.to(d), adapters[i].to(d), keep, p) for d in (FP64, BF16))
+        assert_within_rounding(t, exact, plain, f"t[{i}]")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_a_pass_over_x_makes_every_da_as_it_makes_one(dropout_p):
+    # Ranks of one and of several blocks, several stretches of rows, a fourth in its own pass.
+    x, seeds = normal(300, 270), (5, 6, 7, 8)
+    us = [normal(300, r) for r in (8, 3, 40, 16)]
+    gates = [None, torch.tensor([0.7], device="cuda"), None, None]
+    rows = zip(us, seeds, gates, (FP32, BF16, FP32, FP32), strict=True)
+    adapters = [Adapter(u, seed, 0.5, gate, dtype) for u, seed, gate, dtype in rows]
+    for z, da in zip(adapters, grad_a(x, adapters, dropout_p), strict=True):
+        keep = mask(z.seed, 300, 270, dropout_p) if dropout_p else 1.0
+        factor = 0.5 * (1.0 if z.gate is None else z.gate)
+        exact, plain = (
+            (z.u.to(d).t() @ (x.to(d) * keep)) * (factor / (1 - dropout_p)) for d in (FP64, BF16)
+        )
+        assert da.dtype == z.dtype
+        assert_within_rounding(da, exact, plain, "dA")
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 11])
+def test_one_launch_makes_several_sums(count):
+    shares = [normal(count, *size, dtype=FP32) for size in ((37, 5), (600, 3), (1, 1))]
+    gate, t = torch.tensor([0.7], device="cuda"), normal(37, 5, dtype=FP32)
+    sums = [Sum(shares[0], FP32, t=t), Sum(shares[1], BF16, 2.0, gate), Sum(shares[2], FP32)]
+    outs, inners = add_shares(sums)
+    exact = [share.double().sum(0) for share in shares]
+    exact[1] *= 2.0 * gate.double()
+    for out, right in zip(outs, exact, strict=True):
+        assert_within_rounding(out, right, right.to(out.dtype), "Σ")
+    assert inners[1:] == [None, None]
+    terms = exact[0] * t.double()
+    assert abs(inners[0].double() - terms.sum()) <= 40 * 2**-24 * terms.abs().sum()

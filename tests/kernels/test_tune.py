@@ -1,6 +1,5 @@
 """The searcher's own logic, with a made-up timer in place of a GPU."""
 
-import ast
 import math
 from dataclasses import replace
 
@@ -10,7 +9,6 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import tune
-from ila_kernels.choice import Measured
 from ila_kernels.config import GEMM_16BIT, GEMM_PERSISTENT, SHARED_LIMIT_BYTES, Tile
 
 JOBS = tune.products([(8192, 4096, 1024)], r=16)
@@ -114,22 +112,6 @@ def test_a_row_can_be_pasted_into_its_table():
     assert all(len(line) <= 100 for line in text.splitlines())
     pasted = eval("{" + text + "}", {"Tile": Tile})
     assert pasted == {"sm_90": replace(tile, r=0)}
-    row = tune.measured_row("sm_90", 1.0666, 294.6, 256, "a GPU, 2026-01-01")
-    pasted = eval("{" + row + "}", {"Measured": Measured})
-    assert pasted == {"sm_90": Measured(1.07, 295.0, 256, "a GPU, 2026-01-01")}
-    ast.parse("{" + row + "}")
-
-
-@pytest.mark.parametrize(
-    ("ladder", "rows"),
-    [
-        ({1: (2.0, 1.0), 64: (1.0, 1.0), 256: (1.0, 2.0)}, 64),
-        ({1: (1.0, 2.0), 64: (2.0, 1.0), 256: (1.0, 2.0)}, 256),  # a win below a loss is luck
-        ({1: (1.0, 2.0), 64: (2.0, 1.0)}, None),
-    ],
-)
-def test_least_rows_is_where_fused_stays_ahead(ladder, rows):
-    assert tune.least_rows(ladder) == rows
 
 
 def test_shapes_are_read_or_refused(capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ila_kernels import masked_lora_linear, masked_lora_linear_group
-from ila_kernels.config import IMPLS, resolve_impl
+from ila_kernels.config import IMPLS, KERNEL_IMPLS, resolve_impl
 
 M, K, N, R = 3, 8, 6, 2
 
@@ -110,7 +110,7 @@ BAD = [  # error, what it says, what was wrong
     ),
     (
         ValueError,
-        r"impl must be one of 'auto', 'triton', 'eager', 'reference', got 'cuda'",
+        r"impl must be one of 'auto', 'triton', 'hybrid', 'eager', 'reference', got 'cuda'",
         {"impl": "cuda"},
     ),
 ]
@@ -202,9 +202,10 @@ def test_numbers_may_be_those_of_numpy(number):
     ("function", "good"),
     [(masked_lora_linear, arguments), (masked_lora_linear_group, group_arguments)],
 )
-def test_an_impl_that_was_asked_for_runs_or_raises(function, good):
-    with pytest.raises(RuntimeError, match=r"impl='triton' was asked for, but .* use impl='auto'"):
-        function(**good(impl="triton"))
+@pytest.mark.parametrize("impl", KERNEL_IMPLS)
+def test_an_impl_that_was_asked_for_runs_or_raises(function, good, impl):
+    with pytest.raises(RuntimeError, match=f"impl='{impl}' was asked for, but .* use impl='auto'"):
+        function(**good(impl=impl))
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda", "mps", "one nobody has heard of"])

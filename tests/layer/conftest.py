@@ -65,6 +65,11 @@ def make_converted(config: LoraConfig, base: nn.Module | None = None, **options)
     return model
 
 
+def load_plain(base: nn.Module, folder) -> PeftModel:
+    """An adapter over a base model, by PEFT alone, in the dtype of the base."""
+    return PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False).eval()
+
+
 def tokens(rows: int = 3, length: int = 7) -> Tensor:
     return torch.arange(rows * length).mul(17).remainder(VOCABULARY).view(rows, length)
 
@@ -145,6 +150,7 @@ def tiny() -> SimpleNamespace:
         plain=make_plain,
         attached=make_attached,
         converted=make_converted,
+        loaded=load_plain,
         tokens=tokens,
         run=run,
         assert_close=assert_close,

@@ -107,7 +107,7 @@ def test_a_compiled_step_of_the_scores_is_the_eager_step():
         check_same_steps(compiled, model, twin)
         with torch.no_grad():  # as the path method does between steps
             for layer in (*own.values(), *others.values()):
-                layer.lora_score["default"].fill_(-1.0)
+                layer.lora_S["default"].fill_(-1.0)
         check_same_steps(compiled, model, twin)
         assert graphs() == 1
 

@@ -6,6 +6,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch._subclasses import FakeTensorMode
 
 import ila.models.checkpointing
+from benchmarks.harness.memory import allocated
 from benchmarks.memory import capacity, check, count, rows
 from benchmarks.memory.live_bytes import Bytes, LiveBytes, bytes_of, split
 from benchmarks.sections import memory_counts
@@ -26,6 +27,13 @@ def pair(tiny, row):
     return made
 
 
+def scratch_of_product(weight):
+    """What this CPU's product of a chunk's dz (M, V) with W allocates beside its result."""
+    dz = torch.zeros(LONG, weight.shape[0], dtype=weight.dtype)
+    _, result, peak = allocated(lambda: dz @ weight.detach())
+    return peak - result
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("row", ROWS)
 def test_the_count_is_what_the_allocator_hands_out(tiny, row, checkpointing):
@@ -42,7 +50,9 @@ def test_the_count_is_what_the_allocator_hands_out(tiny, row, checkpointing):
     for key in ("weights", "adapters", "optimizer", "gradients", "kept"):
         assert measured[key] == counted[key], key
     # With checkpoints it is reached inside a block, where attention's backward has its own scratch.
-    assert measured["peak"] == counted["peak"] or (
+    # Without, a lean head's is reached inside its last product, which has some too.
+    inside = 0 if row == "PEFT" else scratch_of_product(real.get_base_model().lm_head.weight)
+    assert measured["peak"] in (counted["peak"], counted["peak"] + inside) or (
         checkpointing and measured["peak"] > counted["peak"]
     )
 

@@ -113,7 +113,7 @@ def test_scores_get_the_same_gradients(tiny):
     model = tiny.attached(tiny.config(**ALL))
     model.requires_grad_(False)
     for layer in tiny.layers(model).values():
-        layer.lora_score["default"] = nn.Parameter(torch.full((1,), 0.4, dtype=FP64))
+        layer.lora_S["default"] = nn.Parameter(torch.full((1,), 0.4, dtype=FP64))
     result = assert_same_bits(tiny, model)
     assert len(result) == 1 + 14
 
@@ -263,7 +263,7 @@ def test_a_block_keeps_gate_and_up_only(tiny, closed, plain, lean, dropout):
 
 def test_the_search_keeps_no_h_either(tiny):
     model = tiny.attached(tiny.config(**ALL)).requires_grad_(False)
-    down(model).lora_score["default"] = nn.Parameter(torch.ones(1, dtype=FP64))
+    down(model).lora_S["default"] = nn.Parameter(torch.ones(1, dtype=FP64))
     x = torch.randn(90, 32, dtype=FP64, requires_grad=True)
     assert widths_kept(model, MLP0, x) == 2
 

@@ -125,7 +125,7 @@ def test_bf16_with_fp32_adapters_is_at_most_twice_as_far_off_as_peft(tiny, famil
 def scored_layer(tiny, score: float, trainable: bool):
     model = tiny.attached(tiny.config(lora_alpha=6, r=4))
     layer = next(iter(tiny.layers(model).values()))
-    layer.lora_score["default"] = nn.Parameter(torch.tensor([score], dtype=torch.float64))
+    layer.lora_S["default"] = nn.Parameter(torch.tensor([score], dtype=torch.float64))
     for part in (layer.lora_A, layer.lora_B):
         part.requires_grad_(trainable)
     return layer
@@ -143,7 +143,7 @@ def results(y: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_score_gates_the_update_by_its_sigmoid(tiny, score, trainable):
     layer = scored_layer(tiny, score, trainable)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    s, w = layer.lora_score["default"], layer.base_layer.weight
+    s, w = layer.lora_S["default"], layer.base_layer.weight
     x = torch.randn(5, 3, 32, dtype=torch.float64, requires_grad=True)
     leaves = {"x": x, "A": a, "B": b, "s": s}
     actual = results(layer(x), leaves)
@@ -166,9 +166,9 @@ def test_scores_of_a_model_follow_finite_differences(tiny):
     model = tiny.attached(tiny.config())
     layers = tiny.layers(model)
     for layer in layers.values():
-        layer.lora_score["default"] = nn.Parameter(torch.full((1,), 0.4, dtype=torch.float64))
+        layer.lora_S["default"] = nn.Parameter(torch.full((1,), 0.4, dtype=torch.float64))
     model.requires_grad_(False)
-    scores = {name: layer.lora_score["default"].requires_grad_() for name, layer in layers.items()}
+    scores = {name: layer.lora_S["default"].requires_grad_() for name, layer in layers.items()}
 
     loss = loss_of(model, tiny.tokens())
     grads = dict(zip(scores, torch.autograd.grad(loss, list(scores.values())), strict=True))
@@ -199,5 +199,5 @@ def test_a_scored_layer_does_not_ignore_its_score(tiny):
     layer.enable_adapters(False)
     assert torch.equal(layer(x), layer.base_layer(x))
     layer.enable_adapters(True)
-    assert layer.lora_score["default"].requires_grad
+    assert layer.lora_S["default"].requires_grad
     assert not torch.equal(layer(x), layer.base_layer(x))

@@ -62,7 +62,7 @@ def attentions(model: nn.Module) -> list[str]:
 
 
 def no_traces(model: nn.Module) -> bool:
-    return not any("_shared_input" in vars(module) for module in model.modules())
+    return not any(getattr(module, "_shared_input", None) for module in model.modules())
 
 
 # --- the same numbers
@@ -124,7 +124,7 @@ def test_scores_get_the_same_gradients(tiny, groups, apart):
     model = tiny.attached(tiny.config(**ALL))
     model.requires_grad_(False)
     for layer in tiny.layers(model).values():
-        layer.lora_score["default"] = nn.Parameter(torch.full((1,), 0.4, dtype=FP64))
+        layer.lora_S["default"] = nn.Parameter(torch.full((1,), 0.4, dtype=FP64))
     together = tiny.run(model, input_ids=tiny.tokens(ROWS))
     assert len(groups) == 4
     assert len(together) == 1 + 14
@@ -516,3 +516,89 @@ def test_attention_weights_are_still_recorded(tiny):
     assert type(model.get_submodule(ATTENTION)) is FusedQkvLlamaAttention
     attentions = model(input_ids=tiny.tokens(ROWS), output_attentions=True).attentions
     assert [a.shape for a in attentions] == [(ROWS, 4, 7, 7)] * 2
+
+
+# --- nothing of a forward outlives it
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, copy.copy, lambda layer: pickle.loads(pickle.dumps(layer))]
+)
+def test_a_copy_made_in_the_middle_of_a_forward_holds_nothing_of_it(pair_of_layers, way):
+    gate, up = pair_of_layers
+    x = torch.randn(90, 32, dtype=FP64)
+    with torch.no_grad():
+        gate(x)
+        twin = way(up)
+        assert twin._shared_input is None and up._shared_input is not None
+        assert torch.equal(twin(x), up(x.clone()))
+
+
+def test_a_copy_of_a_model_made_by_a_hook_holds_nothing(tiny):
+    model = tiny.attached(tiny.config(**ALL))
+    expected = tiny.run(model, input_ids=tiny.tokens(ROWS))
+    copies = []
+    norm = model.get_submodule(LAYER).self_attn.o_proj
+    handle = norm.register_forward_pre_hook(lambda *a: copies.append(copy.deepcopy(model)))
+    model(input_ids=tiny.tokens(ROWS))
+    handle.remove()
+    (twin,) = copies
+    assert no_traces(twin) and no_traces(model)
+    for module in twin.modules():
+        module._forward_pre_hooks.clear()
+    tiny.assert_equal(tiny.run(twin, input_ids=tiny.tokens(ROWS)), expected)
+
+
+@pytest.mark.parametrize("where", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"])
+def test_an_exception_in_the_middle_of_a_block_leaves_nothing(tiny, where):
+    model = tiny.attached(tiny.config(**ALL))
+    expected = tiny.run(model, input_ids=tiny.tokens(ROWS))
+
+    def broken(module, args, output):
+        raise MemoryError
+
+    layers = [m for n, m in model.named_modules() if n.endswith(where)]
+    handle = layers[0].register_forward_hook(broken)
+    with pytest.raises(MemoryError):
+        model(input_ids=tiny.tokens(ROWS))
+    handle.remove()
+    assert no_traces(model)
+    tiny.assert_equal(tiny.run(model, input_ids=tiny.tokens(ROWS)), expected)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_another_grad_mode_computes_anew(pair_of_layers, first):
+    gate, up = pair_of_layers
+    x = torch.randn(90, 32, dtype=FP64, requires_grad=True)
+    with torch.set_grad_enabled(first):
+        one = gate(x)
+    with torch.set_grad_enabled(not first):
+        other = up(x)
+    assert (one.requires_grad, other.requires_grad) == (first, not first)
+    (one if first else other).sum().backward()
+    trained = gate if first else up
+    assert trained.lora_A["default"].weight.grad is not None
+
+
+def test_inference_mode_in_between_computes_anew(pair_of_layers):
+    gate, up = pair_of_layers
+    x = torch.randn(90, 32, dtype=FP64)
+    gate(x)
+    with torch.inference_mode():
+        assert up(x).is_inference()
+
+
+@pytest.mark.parametrize("dtypes", [(None, BF16), (BF16, None), (BF16, torch.float16)])
+def test_another_autocast_computes_anew(tiny, dtypes):
+    block = tiny.attached(tiny.config(**ALL), tiny.base(dtype=torch.float32)).get_submodule(MLP)
+    x = torch.randn(90, 32)
+
+    def under(layer, dtype):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            return layer(x)
+
+    with shared_input.sharing(block, ("gate_proj", "up_proj")):
+        under(block.gate_proj, dtypes[0])
+        y = under(block.up_proj, dtypes[1])
+    assert y.dtype == (dtypes[1] or torch.float32)
+    assert torch.equal(y, under(block.up_proj, dtypes[1]))

@@ -154,7 +154,7 @@ def trace() -> Callable[[nn.Module], dict]:
             "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()},
             "buffers": [name for name, _ in model.named_buffers()],
             "modules": [(name, type(module)) for name, module in model.named_modules()],
-            "gates": [m.gate("default") for m in model.modules() if hasattr(m, "lora_score")],
+            "gates": [m.gate("default") for m in model.modules() if hasattr(m, "lora_S")],
             "forward": [name for name, m in model.named_modules() if "forward" in vars(m)],
             "gradients": [n for n, p in model.named_parameters() if p.grad is not None],
         }

@@ -226,7 +226,7 @@ def test_a_kill_leaves_the_old_cache_or_none(when, make_llama, tmp_path, break_o
     if when == "while it computes":
         break_off(ila.prefix.state_file.zlib, "crc32", len(other) + 3, error=killed)
     else:
-        break_off(ila.runs.atomic, "_swap_in", 1, error=killed)
+        break_off(ila.runs.atomic, "_put_in_place", 1, error=killed)
     with pytest.raises(killed):
         prepare(model, other, tmp_path)
     assert open_states(tmp_path / "states", old.states.source).bytes == old.states.bytes

@@ -186,7 +186,7 @@ def test_after_resuming_stage_2_only_scores_require_grad(
         loss = original(self, model, *args, **kwargs)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad or parameter.grad is not None:
-                seen.add(".lora_score." in name)
+                seen.add(".lora_S." in name)
         return loss
 
     monkeypatch.setattr(Trainer, "training_step", training_step)

@@ -204,7 +204,7 @@ def test_the_score_gradient_is_that_of_the_loss(make_toy, rows):
         with stage2.scored(model, layers, "default", s):
             loss().backward()
             for name, layer in layers.items():
-                score = layer.lora_score["default"]
+                score = layer.lora_S["default"]
                 assert score.shape == (1,) and score.dtype == torch.float64
                 step = 1e-5
                 with torch.no_grad():
@@ -224,7 +224,7 @@ def test_the_score_gradient_is_the_gate_gradient_through_the_sigmoid(make_toy, r
     truth = slopes_at(model, batch, gamma)
     with stage2.scored(model, layers, "default", math.log(gamma / (1 - gamma))):
         model(**batch)["loss"].backward()
-        found = {n: -layer.lora_score["default"].grad.item() for n, layer in layers.items()}
+        found = {n: -layer.lora_S["default"].grad.item() for n, layer in layers.items()}
     expected = {name: gamma * (1 - gamma) * slope for name, slope in truth.items()}
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-14)
 
@@ -248,9 +248,9 @@ def test_in_stage_2_only_scores_get_gradients_and_nothing_else_moves(
     monkeypatch.setattr(stage2, "ScoreTrainer", Spy)
     model = make_llama()
     search(model, rows, method=method)
-    scores = {f"{name}.lora_score.default" for name in masked_layers(model, "default")}
+    scores = {f"{name}.lora_S.default" for name in masked_layers(model, "default")}
     assert seen == [(scores, scores)] * 7
-    assert same({n: p for n, p in kept.items() if ".lora_score." not in n}, adapter(model))
+    assert same({n: p for n, p in kept.items() if ".lora_S." not in n}, adapter(model))
 
 
 def saved_shapes(model, batch):
@@ -350,7 +350,7 @@ def test_the_search_leaves_the_model_as_it_found_it(method, make_llama, rows, se
     before, base = trace(model), frozen(model)
     search(model, rows, method=method)
     assert trace(model) == before and same(base, frozen(model))
-    assert not any("lora_score" in name for name in model.state_dict())
+    assert not any("lora_S" in name for name in model.state_dict())
     assert all(not layer.is_closed("default") for layer in masked_layers(model, "default").values())
 
 
@@ -396,7 +396,7 @@ def test_an_exception_in_the_middle_leaves_a_clean_model(
     with pytest.raises(type(error)):
         search(model, rows, method=method)
     assert {**trace(model), "gradients": []} == before
-    assert not any("lora_score" in name for name in model.state_dict())
+    assert not any("lora_S" in name for name in model.state_dict())
     search(model, rows, method=method)  # and the model can be searched again
 
 

@@ -1,0 +1,27 @@
+"""Checks that several configurations share; each error names the field and its value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def check_counts(config: object, names: Sequence[str]) -> None:
+    """Raise unless each of these fields is an integer of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer ≥ 1, got {value!r}")
+
+
+def check_positive(config: object, names: Sequence[str]) -> None:
+    """Raise unless each of these fields is a finite number above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0.0 < value < float("inf"):
+            raise ValueError(f"{name} must be positive, got {value!r}")
+
+
+def check_save_every(save_every: int | None) -> None:
+    """Raise unless the steps between checkpoints are None or at least 1."""
+    if save_every is not None and save_every < 1:
+        raise ValueError(f"save_every must be None or ≥ 1, got {save_every!r}")

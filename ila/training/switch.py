@@ -1,0 +1,102 @@
+"""Turn the last checkpoint of all layers into a checkpoint for the open layers.
+
+Trainer's own resuming then restores the order of the data, the schedule, the random state and the
+log.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from ila.runs.atomic import write_folder_atomic
+from ila.runs.checkpoints import MARKER, mark_complete
+from ila.runs.meter import StepMeter
+
+_OPTIMIZER, _STATE = "optimizer.pt", "trainer_state.json"
+
+
+def write_switch(
+    checkpoint: Path,
+    folder: Path,
+    names: Sequence[Sequence[str]],
+    opened: Collection[str],
+    dropped: Collection[str],
+    save: Callable[[Path], None],
+) -> Path:
+    """Write the first checkpoint of the open layers into ``folder``, whole or not at all.
+
+    Args:
+        checkpoint: Last checkpoint of the run with all layers.
+        folder: Folder for ``checkpoint-N``.
+        names: Names of the parameters in each group of that run's optimiser.
+        opened: Names of the parameters that train from now on.
+        dropped: Names of the parameters that have left the model.
+        save: Writes the adapter, with its mask applied, into a folder.
+
+    Returns:
+        The new checkpoint.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / checkpoint.name
+    with write_folder_atomic(target, replace=True) as made:
+        shutil.copytree(checkpoint, made, dirs_exist_ok=True)
+        (made / MARKER).unlink()
+        if (made / _OPTIMIZER).is_file():  # FSDP writes a folder, by names of parameters
+            state = torch.load(made / _OPTIMIZER, map_location="cpu", weights_only=True)
+            torch.save(filtered(state, names, opened), made / _OPTIMIZER)
+        for file in made.glob("pytorch_model_fsdp*.bin"):  # FSDP's own form of the adapter
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+            torch.save({name: w for name, w in weights.items() if name not in dropped}, file)
+        save(made)
+        _go_on(made / _STATE)
+        # Time and memory count the later steps only.
+        empty = {"times_ms": [], "peak_memory_bytes": 0}
+        (made / StepMeter.FILE).write_text(json.dumps(empty), encoding="utf-8")
+        mark_complete(made, int(checkpoint.name.rpartition("-")[2]))
+    return target
+
+
+def _go_on(file: Path) -> None:
+    """Remove the mark of the end, which the last step of all layers has set."""
+    state = json.loads(file.read_text(encoding="utf-8"))
+    control = state["stateful_callbacks"]["TrainerControl"]["args"]
+    control |= dict.fromkeys(("should_training_stop", "should_save", "should_epoch_stop"), False)
+    file.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def filtered(
+    state: Mapping[str, Any], names: Sequence[Sequence[str]], opened: Collection[str]
+) -> dict[str, Any]:
+    """Return an optimiser's state dict with the open parameters alone, numbered anew.
+
+    >>> group = {"lr": 0.1, "params": [0, 1]}
+    >>> state = {"state": {0: "moments of a", 1: "moments of b"}, "param_groups": [group]}
+    >>> filtered(state, [["a", "b"]], {"b"})
+    {'state': {0: 'moments of b'}, 'param_groups': [{'lr': 0.1, 'params': [0]}]}
+    """
+    moments: dict[int, object] = {}
+    groups, count = [], 0
+    for group, members in zip(state["param_groups"], names, strict=True):
+        pairs = zip(group["params"], members, strict=True)
+        kept = [number for number, name in pairs if name in opened]
+        groups.append({**group, "params": list(range(count, count + len(kept)))})
+        for new, old in enumerate(kept, count):
+            if old in state["state"]:
+                moments[new] = state["state"][old]
+        count += len(kept)
+    return {**state, "state": moments, "param_groups": groups}
+
+
+def optimizer_names(trainer: Trainer) -> list[list[str]]:
+    """Return the names of the parameters in each group of a trainer's optimiser."""
+    if trainer.optimizer is None:
+        trainer.create_optimizer()
+    known = {id(p): name for name, p in trainer.model.named_parameters()}
+    return [[known[id(p)] for p in group["params"]] for group in trainer.optimizer.param_groups]
