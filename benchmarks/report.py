@@ -32,10 +32,6 @@ SUFFIXES = (".png", ".svg")
 COMMAND = "python -m benchmarks.report"
 NOTHING = "Nothing measured yet."
 LONG = 12  # lines of a table that a page shows unfolded
-MORE = (
-    "All tables and figures: [docs/benchmarks.md](docs/benchmarks.md) and "
-    "[docs/study.md](docs/study.md)."
-)
 
 
 class Picture(NamedTuple):
@@ -138,8 +134,6 @@ def render(results: Results) -> tuple[dict[str, str], dict[str, Picture]]:
         if hasattr(section, "summary"):
             parts = section.summary(results.content)
             texts[README] += [part.replace("](figures/", f"]({FIGURES}/") for part in parts]
-    if texts[README]:
-        texts[README].append(MORE)
     return {path: "\n\n".join(parts) or NOTHING for path, parts in texts.items()}, pictures
 
 

@@ -54,8 +54,9 @@ def summary(results: Mapping[str, Any]) -> list[str]:
         f"{cell['model']}, {cell['dtype']}, rank {cell['rank']}, {cell['rows']} rows of "
         f"{cell['width']} tokens; {machine(document)}; {cell['rounds']} interleaved rounds. Step "
         "time is relative to PEFT on all layers (p10–p90), without checkpointing and with it. "
-        "Memory is what a step allocates beside the weights. PEFT is at its default; all in one "
-        "run, on one mask, with equal losses.",
+        "Memory is what a step allocates beside the weights. PEFT is at its default, with "
+        "transformers' loss; this library runs its lean head, which counts for most of the memory. "
+        "All in one run, on one mask, with equal losses." + _busy(document),
     ]
     return [*parts, *_at_true_size(results)]
 
@@ -63,6 +64,11 @@ def summary(results: Mapping[str, Any]) -> list[str]:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     ratio = share(row["ratio_to_peft"], row["p10"], row["p90"])
     return [ratio, f"{row['peak_bytes'] / 2**20:,.0f} MiB"]
+
+
+def _busy(document: Mapping[str, Any]) -> str:
+    """Say that other programs used the machine, if they did; ratios within a round stand that."""
+    return " Other programs used the machine meanwhile." if document["busy"]["busy"] else ""
 
 
 def _at_true_size(results: Mapping[str, Any]) -> list[str]:
@@ -74,7 +80,8 @@ def _at_true_size(results: Mapping[str, Any]) -> list[str]:
         keys = (("PEFT", 1.0, "all"), (OURS, 1.0, "all"), (OURS, 0.3, "scattered"))
         peaks[on] = [f"{total(rows[key], TOKENS) / GB:.1f}" for key in keys]
     return [
-        f"At the size of {NAMES[MODEL]} ({TOKENS} tokens, LoRA over bf16, counted): PEFT peaks at "
+        f"At the size of {NAMES[MODEL]} ({TOKENS} tokens, LoRA over bf16, counted without the lean "
+        f"head): PEFT peaks at "
         f"{peaks[False][0]} GB, this library at {peaks[False][1]} GB with all layers open and "
         f"{peaks[False][2]} GB with 30 % of them. With gradient checkpointing the three are "
         f"{', '.join(peaks[True][:2])} and {peaks[True][2]} GB."
@@ -118,7 +125,7 @@ def _draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 def _panels(rows: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[str, Callable[..., float]], ...]:
     return (
         ("Step time, PEFT on all layers = 1", lambda row: row["ratio_to_peft"] * _own(rows, row)),
-        ("Memory of a step beside the weights, MiB", lambda row: row["peak_bytes"] / 2**20),
+        ("Memory of a step, MiB", lambda row: row["peak_bytes"] / 2**20),
     )
 
 

@@ -15,7 +15,7 @@ COLOURS = {
 def machine(document: Mapping[str, Any]) -> str:
     """On what a run was: device, threads, library versions that matter, clock."""
     where, options = document["environment"], document["options"]
-    device = where.get("gpu") or f"CPU ({where['processor']}), {where['threads']} threads"
+    device = where.get("gpu") or f"CPU ({where['processor']}), threads: {where['threads']}"
     clock = {"cpu": "CPU time", "wall": "wall time", "events": "GPU time"}[options["clock"]]
     versions = where["versions"]
     return f"{device}; torch {versions['torch']}, PEFT {versions['peft']}; {clock}"

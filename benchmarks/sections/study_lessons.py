@@ -53,9 +53,10 @@ def lessons(study: Study) -> list[str]:
 def _setting(study: Study) -> str:
     cells = {(data, seed) for data, seed, *_ in study.trained}
     return (
-        f"{study.name}, {len(study.layers)} layers, {len(study.data)} data sets, {len(cells)} "
-        f"pairs of data set and seed, {study.steps} steps. A cost is the share that is lost of the "
-        "gain of training all layers, with its 95 % interval."
+        f"{study.name}, {len(study.layers)} layers; data: {', '.join(study.data)}; {len(cells)} "
+        f"pairs of data set and seed, {study.steps} steps at one learning rate, which favours many "
+        "layers. A cost is a share of the loss that training all layers takes off, with its 95 % "
+        "interval; the search is `path`, chosen on these sets."
     )
 
 
@@ -75,7 +76,7 @@ def _freezing(study: Study) -> str | None:
     worse = sum(value > 0 for value in values)
     return (
         f"Freezing the worst 25 % of the layers costs {lost}, and is worse than training all in "
-        f"{worse} of {len(values)} cells: nearly free, not better."
+        f"{worse} of {len(values)} pairs: nearly free, not better."
     )
 
 
@@ -103,7 +104,7 @@ def _repeating(study: Study) -> str | None:
     if seeds is None or sets is None:
         return None
     return (
-        f"Two data sets agree on the best 30 % with Jaccard {sets:.2f}; chance is "
+        f"Two data sets share {sets:.2f} of their best 30 % (intersection over union); chance is "
         f"{chance_jaccard(SHARE):.2f}, and two seeds of one set, the ceiling, reach {seeds:.2f}."
     )
 
@@ -115,8 +116,9 @@ def _cheap(study: Study) -> str | None:
     said = Estimate.of(behind)
     tie = said.low <= 0.0 <= said.high
     return (
-        f"`{CHEAP}`, which needs no stage 2, trains {said.mean:+.4f} nats from `{METHOD}` at 30 % "
-        f"({said.low:+.4f} … {said.high:+.4f}, n = {said.count})" + (": a tie." if tie else ".")
+        f"Layers chosen by `{CHEAP}`, the size of the trained update, end {said.mean:+.4f} nats "
+        f"from those of the search at 30 % ({said.low:+.4f} … {said.high:+.4f}; more is worse, "
+        f"n = {said.count})" + (": a tie." if tie else ".")
     )
 
 
