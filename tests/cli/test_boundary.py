@@ -61,6 +61,7 @@ def kill_at(monkeypatch):
         ({"hidden_size": 2**40}, "model"),
         ({"vocab_size": 10**9}, "no more parameters than its weights hold"),
         ({"num_attention_heads": 0}, "model"),
+        ({"rms_norm_eps": float("nan")}, "must have a finite loss, got nan"),
         ({"hidden_act": "nonsense"}, "nonsense"),
         ({"architectures": 5}, None),
         ({"rope_parameters": {"rope_type": "nonsense"}}, "nonsense"),
@@ -275,6 +276,27 @@ def test_a_damaged_loss_before_is_one_clear_line(content, train, tmp_path, kill_
     before = contents(run)
     assert str(run / "before.json") in train(run, "--resume").error()
     assert contents(run) == before
+
+
+def test_a_run_whose_loss_before_is_unknown_is_gone_on_with(train, tmp_path, kill_at):
+    run = tmp_path / "run"
+    kill_at(4)
+    with pytest.raises(Killed):
+        train(run)
+    (run / "before.json").write_text('{"held_out_loss_before": null}')
+    assert train(run, "--resume").code == 0
+    assert "Loss on held-out rows: – → " in (run / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [("config", "search.config"), ("stage1", "search.stage1"), ("spread", "search.spread")],
+)
+def test_a_finished_mask_that_lacks_its_search_is_one_clear_line(part, said, learn, learned):
+    document = json.loads((learned / "mask.json").read_text())
+    document["provenance"]["search"][part] = {"x": 1}
+    (learned / "mask.json").write_text(json.dumps(document))
+    assert said in learn(learned, "--resume").error()
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "adapter_model.safetensors"])
