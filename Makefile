@@ -26,7 +26,7 @@ PINS := $(VENV)/constraints.txt
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: $(VENV)/.demo ## train, search, select and compare on a small model, on this machine
+demo: $(VENV)/.demo ## one run with a selection beside PEFT, a small model on this machine
 	$(BIN)/ila demo $(ARGS)
 
 test: $(VENV)/.test ## run the tests and the doctests

@@ -331,11 +331,12 @@ MARK_TARGETS, MARK = ("sm_80", "sm_90"), 1.05
 def runs_ahead(row: Row) -> bool:
     """Return whether the kernel of a row reads memory once and so lives by loads ahead of use.
 
-    A group under dropout beyond R = 16 has registers for one tile only; there the Philox rounds
-    take longer than the loads.
+    A group under dropout beyond R = 16, and of two on sm_120, has registers for one tile only;
+    there the Philox rounds take longer than the loads.
     """
     name, *options = row.kernel.split("+")
-    drawn = name == "shrink" and len(options) == 2 and row.r > 16
+    group = name == "shrink" and len(options) == 2
+    drawn = group and (row.r > 16 or (options[0] == "2" and row.target == "sm_120"))
     once = name in ("shrink", "grad_out", "grad_a") and row.dtype != "fp32"
     return once and prefetches(row.target) and not drawn
 

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.harness.busy import Busy, load_average
-from ila.commands.demo import PLAN_MARKER, Plan, run_plan
+from ila.commands.plan import PLAN_MARKER, Plan, run_plan
 from ila.masks.mask import LayerMask
 from ila.runs.atomic import write_json_atomic
 from ila.runs.folder import claim

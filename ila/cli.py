@@ -327,6 +327,7 @@ def explain(
     alpha: options.Alpha = 16.0,
     dropout: options.Dropout = 0.0,
     target_modules: options.Targets = "all-linear",
+    long: options.All = False,
     json_file: options.JsonFile = None,
     trust_remote_code: options.Trust = False,
 ) -> None:
@@ -336,6 +337,7 @@ def explain(
     """
     from ila.commands.explain import explain_layers
     from ila.commands.inputs import Inputs
+    from ila.reports.explained import explained
     from ila.runs.atomic import write_json_atomic
 
     inputs = Inputs(
@@ -351,7 +353,7 @@ def explain(
         trust_remote_code=trust_remote_code,
     )
     explanation = explain_layers(inputs, tokens, mask_file=mask)
-    screen.print(explanation.table())
+    screen.print(explanation.table() if long else explained(explanation))
     if json_file is not None:
         write_json_atomic(json_file, explanation.as_dict())
 
@@ -439,10 +441,10 @@ def export(
 @app.command()
 def demo(
     out: options.Out = Path("runs/demo"),
-    steps: options.DemoSteps = 30,
+    steps: options.DemoSteps = 72,
     fresh: options.Fresh = False,
 ) -> None:
-    """Run the whole path on SmolLM2-135M and three small instruction sets."""
+    """Train SmolLM2-135M in one run with a selection, beside PEFT on all layers."""
     from ila.commands.demo import run_demo
 
     run_demo(out, steps=steps, fresh=fresh, screen=screen)

@@ -322,7 +322,8 @@ def shrink_tile(
     shorter (at 64, three adapters spilled 3 to 27 registers on three targets) and beyond R = 16 it
     has two stages (with three, 2 to 6 spills on sm_120), blocks of 32 over R (at 64, 24 spills on
     sm_80) and for three adapters 32 rows (at 64, 3 spills there): the Philox rounds take longer
-    than the loads.
+    than the loads. On sm_120 three adapters take short steps (at 64, 6 spills), and two under
+    dropout two stages (with four, 2 spills at R = 8).
 
     Args:
         m: Rows M.
@@ -337,18 +338,20 @@ def shrink_tile(
     """
     if element_bytes == 4 or not prefetches(target):
         return _plain_shrink_tile(r, element_bytes, adapters, dropout)
-    group = adapters > 1
+    group, narrow = adapters > 1, target in ("sm_120", "sm_121")
     block = rank_block(r, 32 if group and dropout else 64)
-    few = m < MANY_ROWS and block <= 32
+    wide = block > 16
     if group and dropout:
-        wide = block > 16
         if wide and adapters > 2:
             return Tile(32, 1, 32, block, warps=4, stages=2)
-        return Tile(64, 1, 32, block, warps=8 if wide else 4, stages=2 if wide else 4)
-    if few:
-        return Tile(32, 1, 64 if group or dropout else 128, block, warps=4, stages=4)
+        few_stages = wide or (narrow and adapters == 2)
+        return Tile(64, 1, 32, block, warps=8 if wide else 4, stages=2 if few_stages else 4)
+    if narrow and adapters > 2 and not wide:
+        return Tile(64, 1, 32, block, warps=4, stages=4)
+    if m < MANY_ROWS and block <= 32:
+        step = 64 if group or dropout or wide else 128
+        return Tile(32, 1, step, block, warps=4, stages=4)
     if group:
-        wide = block > 16
         return Tile(64, 1, 32 if wide else 64, block, warps=8 if wide else 4, stages=3)
     return Tile(64, 1, 64, block, warps=4 if block <= 32 else 8, stages=4 if block <= 32 else 3)
 
@@ -357,11 +360,11 @@ def _plain_shrink_tile(r: int, element_bytes: int, adapters: int, dropout: bool)
     """Return the tile where nothing runs ahead, 45 KiB of shared memory at most, or for fp32.
 
     In fp32 64 rows and 8 warps for a group: with 4, three adapters spilled 2 to 4 on sm_100 and
-    sm_120; at 32 rows, two spilled up to 13 on sm_90.
+    sm_120, but with 8 under dropout 10 on sm_90; at 32 rows, two spilled up to 13 on sm_90.
     """
     if adapters > 1:
         if element_bytes == 4:
-            return Tile(64, 1, 16, 16, warps=8, stages=2)
+            return Tile(64, 1, 16, 16, warps=4 if dropout and adapters > 2 else 8, stages=2)
         block = rank_block(r, 32 if dropout else 64)
         return Tile(64, 1, 32, block, warps=4 if block == 16 else 8, stages=2)
     if element_bytes == 4:

@@ -146,7 +146,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "select_layers",
             "one_run",
         ),
-        "reports": ("texts", "phases", "tables", "figures", "pareto"),
+        "reports": ("texts", "phases", "versus", "tables", "explained", "figures", "pareto"),
         "__init__": (),
         "commands": (
             "options",
@@ -161,6 +161,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "explain",
             "report",
             "export",
+            "plan",
             "demo",
         ),
         "cli": (),

@@ -1,137 +1,130 @@
-"""Run the whole path as one plan: learn masks, compare them, train all and selected layers.
+"""``ila demo``: one run with a selection beside PEFT on all layers, on a small model.
 
-``ila demo`` runs it on SmolLM2-135M and the instruction sets of ``examples/data``. Every step is an
-``ila`` command in its own process, so that each has its own peak memory. The plan skips a step
-whose result exists and resumes an interrupted one.
+Both train SmolLM2-135M on the same rows of ``examples/data``, for as many steps, at the same
+learning rate: PEFT by ``examples/train_with_peft.py``, which uses none of this library, and
+``ila train --select-at``. Each runs in its own process, so that its peak memory is its own. They
+take turns: the second round begins with the other one. A finished run is not run again.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 
-from ila.runs.atomic import write_folder_atomic, write_json_atomic
+from ila.runs.atomic import write_folder_atomic, write_json_atomic, write_text_atomic
 from ila.runs.folder import claim, read
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "data"
-# Keeps the options of a plan: a rerun skips finished steps, so no option may change.
-PLAN_MARKER = "plan.json"
-DATA = ("arithmetic", "polite", "extraction")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Steps to run, and their options.
-
-    Attributes:
-        model: Model folder or hub id.
-        data: Name -> instruction file; each gets a mask.
-        trained_on: Names of the sets to train on, with all layers and with the selected ones.
-        out: Folder of all results.
-        top: Share of layers to keep.
-        learn: Further options of ``ila learn``.
-        train: Further options of ``ila train``.
-        both: Further options of both commands.
-    """
-
-    model: str
-    data: Mapping[str, Path]
-    trained_on: Sequence[str]
-    out: Path
-    top: float = 0.3
-    learn: Sequence[str] = field(default_factory=tuple)
-    train: Sequence[str] = field(default_factory=tuple)
-    both: Sequence[str] = field(default_factory=tuple)
-
-
-def run_plan(plan: Plan, screen: Console) -> None:
-    """Run every step of a plan without a result.
-
-    Raises:
-        RuntimeError: If a step fails; the message holds its command.
-    """
-    for name, data in plan.data.items():
-        run = plan.out / f"learn-{name}"
-        options = ["--model", plan.model, "--data", str(data), *plan.both, *plan.learn]
-        _step(screen, f"Which layers matter for {name}?", "learn", run, "mask.json", options)
-    runs = [str(plan.out / f"learn-{name}") for name in plan.data]
-    if len(runs) > 1:
-        screen.rule("How far do the masks agree?")
-        _ila("compare", *runs, "--json", str(plan.out / "compare.json"))
-    for name in plan.trained_on:
-        _train(plan, name, screen)
-
-
-def _train(plan: Plan, name: str, screen: Console) -> None:
-    mask = plan.out / f"learn-{name}" / "selected.json"
-    screen.rule(f"The best {plan.top:.0%} of the layers for {name}")
-    _ila("select", str(mask.parent), "--top", str(plan.top), "--out", str(mask))
-    options = ["--model", plan.model, "--data", str(plan.data[name]), *plan.both, *plan.train]
-    all_layers = plan.out / f"{name}-all-layers"
-    selected = plan.out / f"{name}-top-{round(100 * plan.top)}-percent"
-    done = "metrics.json"
-    _step(screen, f"Training all layers on {name}", "train", all_layers, done, options)
-    masked = [*options, "--mask", str(mask)]
-    _step(screen, f"Training the selected layers on {name}", "train", selected, done, masked)
-    screen.rule(f"All layers against the selected ones: {name}")
-    _ila("report", str(all_layers), str(selected), "--out", str(plan.out / f"report-{name}"))
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+DATA, PEFT_SCRIPT = EXAMPLES / "data" / "arithmetic.jsonl", EXAMPLES / "train_with_peft.py"
+MARKER = "demo.json"
+# 96 rows to train on, 24 steps an epoch: from the third epoch on the cache has paid for itself.
+LIMIT, HELD_OUT, LENGTH, ROWS, RATE = 128, 0.25, 256, 4, 1e-3
+# (contestant, seed): in turns, so that a machine that slows down slows both.
+ORDER = (("peft", 0), ("ila", 0), ("ila", 1), ("peft", 1))
 
 
 def run_demo(out: Path, *, steps: int, fresh: bool, screen: Console) -> None:
-    """Run the demo's plan.
+    """Run both contestants twice, and show their table.
 
     Raises:
         FileNotFoundError: If the demo's model or data is not installed.
-        ValueError: If ``steps`` is below 5, or ``out`` holds a demo of other steps (without
+        ValueError: If ``steps`` is below 8, or ``out`` holds a demo of other steps (without
             ``fresh``) or other files.
+        RuntimeError: If a run fails; the message holds its command.
     """
-    if steps < 5:  # one for each point of the search's path
-        raise ValueError(f"steps must be ≥ 5, got {steps}")
-    missing = [name for name in DATA if not (EXAMPLES / f"{name}.jsonl").is_file()]
+    if steps < 8:
+        raise ValueError(f"steps must be ≥ 8, got {steps}")
+    missing = [path.name for path in (DATA, PEFT_SCRIPT) if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"{EXAMPLES} has no {missing}: run the demo from a clone")
     _claim(out, steps, fresh)
     model = out / "model"
     if not model.exists():
         unpack_model(model, screen)
-    budget = ["--stage1-steps", str(steps), "--stage2-steps", str(steps)]
-    plan = Plan(
-        model=str(model),
-        data={name: EXAMPLES / f"{name}.jsonl" for name in DATA},
-        trained_on=DATA[:1],
-        out=out,
-        learn=[*budget, "--epsilon", "0"],
-        train=["--steps", str(steps)],
-        both=["--batch-size", "4", "--learning-rate", "1e-3", "--save-every", "20"],
+    for kind, seed in ORDER:
+        folder = out / f"{kind}-{seed}"
+        title = {"peft": "PEFT, all layers", "ila": "All layers, then the last half of the blocks"}
+        screen.rule(f"{title[kind]}: round {seed + 1}")
+        if (folder / "metrics.json").exists():
+            screen.print(f"{folder} is done already")
+        else:
+            _run(_command(kind, out, folder, model, steps, seed))
+    _show(out, screen)
+
+
+def _command(
+    kind: str, out: Path, folder: Path, model: Path, steps: int, seed: int
+) -> Sequence[str]:
+    """The command of one run."""
+    common = ["--model", str(model), "--out", str(folder), "--steps", str(steps)]
+    common += ["--batch-size", str(ROWS), "--learning-rate", str(RATE), "--seed", str(seed)]
+    if kind == "peft":
+        rows = out / f"rows-{seed}.json"
+        write_json_atomic(rows, _rows(model, seed))
+        return [sys.executable, str(PEFT_SCRIPT), *common, "--rows", str(rows)]
+    data = ["--data", str(DATA), "--limit", str(LIMIT), "--held-out", str(HELD_OUT)]
+    data += ["--max-length", str(LENGTH)]
+    layers = json.loads((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    select = ["--select-at", "0.25", "--blocks", str(layers // 2), "--cache-prefix"]
+    resume = ["--resume"] if (folder / "run.json").exists() else []
+    saving = ["--save-every", "0"]
+    return [sys.executable, "-m", "ila.cli", "train", *common, *data, *select, *saving, *resume]
+
+
+def _rows(model: Path, seed: int) -> dict[str, object]:
+    """The tokens that ``ila train`` trains on and holds out, for the other contestant."""
+    from transformers import AutoTokenizer
+
+    from ila.data.encoding import encode, pad_token_id
+    from ila.data.rows import load_rows, split_indices
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows, found = load_rows(str(DATA), limit=LIMIT), {}
+    for name, places in zip(
+        ("train", "held_out"), split_indices(len(rows), HELD_OUT, seed), strict=True
+    ):
+        some = [rows[i] for i in places]
+        encoded, _ = encode(some, tokenizer, max_length=LENGTH, progress=False)
+        keys = ("input_ids", "labels")
+        found[name] = [{key: list(map(int, row[key])) for key in keys} for row in encoded]
+    return {**found, "pad": pad_token_id(tokenizer)}
+
+
+def _show(out: Path, screen: Console) -> None:
+    """Print the table of both, and keep it as Markdown."""
+    from ila.reports.versus import Contestant, versus
+
+    ours = [_metrics(out / f"ila-{seed}") for kind, seed in ORDER if kind == "ila"]
+    theirs = [_metrics(out / f"peft-{seed}") for kind, seed in ORDER if kind == "peft"]
+    found = versus(
+        [Contestant.of_peft(run) for run in theirs], [Contestant.of_run(run) for run in ours]
     )
-    run_plan(plan, screen)
-    screen.print(f"\nMasks, heat maps, adapters and the report are in {out}")
+    write_text_atomic(out / "report.md", found.markdown())
+    screen.print(found.table())
+    screen.print(found.verdict(), soft_wrap=True, highlight=False)
+    screen.print(f"Adapters, masks, heat maps and this table are in {out}", soft_wrap=True)
+
+
+def _metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 
 def _claim(out: Path, steps: int, fresh: bool) -> None:
     """Claim ``out`` for this demo; ``fresh`` removes the results of an old demo only."""
     mine = {"what": "ila demo", "options": {"steps": steps}}
-    if fresh and (out / PLAN_MARKER).is_file() and _is_demo(out):
-        (out / "compare.json").unlink(missing_ok=True)
-        folders = ["model", *(f"learn-{name}" for name in DATA)]
-        for name in DATA:
-            folders += [f"{name}-all-layers", f"{name}-top-30-percent", f"report-{name}"]
-        for folder in folders:
+    if fresh and (out / MARKER).is_file() and read(out, MARKER).get("what") == "ila demo":
+        for folder in ("model", *(f"{kind}-{seed}" for kind, seed in ORDER)):
             shutil.rmtree(out / folder, ignore_errors=True)
-        write_json_atomic(out / PLAN_MARKER, mine)
+        write_json_atomic(out / MARKER, mine)
     remedy = "give another --out, or --fresh to start again"
-    claim(out, mine, marker=PLAN_MARKER, resume=True, remedy=remedy)
-
-
-def _is_demo(out: Path) -> bool:
-    return read(out, PLAN_MARKER).get("what") == "ila demo"
+    claim(out, mine, marker=MARKER, resume=True, remedy=remedy)
 
 
 def unpack_model(folder: Path, screen: Console) -> None:
@@ -150,18 +143,6 @@ def unpack_model(folder: Path, screen: Console) -> None:
         load_tokenizer(source).save_pretrained(target)
 
 
-def _step(
-    screen: Console, title: str, command: str, out: Path, result: str, options: Sequence[str]
-) -> None:
-    screen.rule(title)
-    if (out / result).exists():
-        screen.print(f"{out} is done already")
-        return
-    resume = ["--resume"] if (out / "run.json").exists() else []
-    _ila(command, *options, "--out", str(out), *resume)
-
-
-def _ila(*arguments: str) -> None:
-    command = [sys.executable, "-m", "ila.cli", *arguments]
+def _run(command: Sequence[str]) -> None:
     if subprocess.run(command, check=False).returncode != 0:
-        raise RuntimeError(f"this step failed: ila {' '.join(arguments)}")
+        raise RuntimeError(f"this run failed: {' '.join(command[1:])}")

@@ -132,13 +132,14 @@ Tokens = Annotated[int, typer.Option(help="Tokens of a step: rows times length."
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="JSON file to write, beside the screen.")
 ]
+All = Annotated[bool, typer.Option("--all", help="A line for each layer, instead of a grid.")]
 LearnedRuns = Annotated[list[Path], typer.Argument(help="Two or more folders of `ila learn`.")]
 TrainedRuns = Annotated[list[Path], typer.Argument(help="Folders of `ila train`.")]
 TrainedRun = Annotated[Path, typer.Argument(help="Folder of `ila train`.")]
 Merge = Annotated[
     bool, typer.Option("--merge", help="Merge the adapter into the dense base model.")
 ]
-DemoSteps = Annotated[int, typer.Option(help="Optimiser steps of each stage and each training.")]
+DemoSteps = Annotated[int, typer.Option(help="Optimiser steps of each training.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Remove the old content of --out first.")]
 
 # Options of `ila train` for a selection in the middle of the run.

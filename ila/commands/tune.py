@@ -66,15 +66,18 @@ def tune(
 
 
 def shapes_of(shape: Shape) -> list[GroupShape]:
-    """Return (K, (N, …)) of the four steps of a block; the layers of a step read one x.
+    """Return (K, (N, …)) of the four steps of a block, and of gate or up with the other closed.
+
+    The layers of a step read one x.
 
     >>> shapes_of(Shape(1, 64, 128, 4, 2, 16, 100, False, rank=8, rows=1, length=8))
-    [(64, (64, 32, 32)), (64, (64,)), (64, (128, 128)), (128, (64,))]
+    [(64, (64, 32, 32)), (64, (64,)), (64, (128, 128)), (64, (128,)), (128, (64,))]
     """
     heads, keys = shape.attention, shape.kv_heads * shape.head_dim
     return [
         (shape.hidden, (heads, keys, keys)),
         (heads, (shape.hidden,)),
         (shape.hidden, (shape.mlp, shape.mlp)),
+        (shape.hidden, (shape.mlp,)),
         (shape.mlp, (shape.hidden,)),
     ]

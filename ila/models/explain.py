@@ -113,18 +113,23 @@ class Explanation:
             saved = "?" if row.saved_bytes is None else _mib(row.saved_bytes)
             flags = ("yes" if flag else "no" for flag in (row.open, row.in_prefix))
             table.add_row(row.module, *flags, saved, row.path, row.why)
+        table.caption = "\n".join(self.notes())
+        return table
+
+    def notes(self) -> list[str]:
+        """Return a line each on the MLPs, on layers that compute together, and on the head."""
+        lines = []
         if self.mlps:
             counts = Counter(f"{path} ({reason})" for path, reason in self.mlps.values())
-            kept = ", ".join(f"{count} {what}" for what, count in counts.items())
-            table.caption = f"{len(self.mlps)} SwiGLU blocks keep for backward: {kept}"
+            kept = ", ".join(f"{count} {route}" for route, count in counts.items())
+            lines.append(f"{len(self.mlps)} SwiGLU blocks keep for backward: {kept}")
         if self.together:
             counts = Counter(", ".join(names) for names in self.together.values())
             ops = "; ".join(f"{names} in {count} blocks" for names, count in counts.items())
-            table.caption = f"{table.caption or ''}\nOne op for each x: {ops}".lstrip()
+            lines.append(f"One op for each x: {ops}")
         if self.head is not None:
-            text = f"Head and loss: {self.head.path} ({self.head.reason})"
-            table.caption = f"{table.caption or ''}\n{text}".lstrip()
-        return table
+            lines.append(f"Head and loss: {self.head.path} ({self.head.reason})")
+        return lines
 
     def _flags(self) -> Iterator[tuple[bool, bool]]:
         return ((row.in_prefix, row.open) for row in self.rows)

@@ -203,7 +203,9 @@ def _first_part(both: OneRun, step: int) -> None:
         **meter.measured(),
     }
     mask = mask.with_provenance(took=took)
+    before = {name for name, _ in both.updates.model.named_parameters()}
     apply_mask(both.updates.model, mask, closed=both.selection.closed)
+    dropped = before - {name for name, _ in both.updates.model.named_parameters()}
     state = both.updates.state()
     opened = {name for name, p in both.updates.model.named_parameters() if p.requires_grad}
 
@@ -213,6 +215,7 @@ def _first_part(both: OneRun, step: int) -> None:
             both.folder / CHECKPOINTS,
             names,
             opened,
+            dropped,
             lambda folder: both.updates.save(folder, state),
         )
         mask.save(both.folder / MASK)

@@ -27,6 +27,7 @@ def write_switch(
     folder: Path,
     names: Sequence[Sequence[str]],
     opened: Collection[str],
+    dropped: Collection[str],
     save: Callable[[Path], None],
 ) -> Path:
     """Write the first checkpoint of the open layers into ``folder``, whole or not at all.
@@ -36,6 +37,7 @@ def write_switch(
         folder: Folder for ``checkpoint-N``.
         names: Names of the parameters in each group of that run's optimiser.
         opened: Names of the parameters that train from now on.
+        dropped: Names of the parameters that have left the model.
         save: Writes the adapter, with its mask applied, into a folder.
 
     Returns:
@@ -49,6 +51,9 @@ def write_switch(
         if (made / _OPTIMIZER).is_file():  # FSDP writes a folder, by names of parameters
             state = torch.load(made / _OPTIMIZER, map_location="cpu", weights_only=True)
             torch.save(filtered(state, names, opened), made / _OPTIMIZER)
+        for file in made.glob("pytorch_model_fsdp*.bin"):  # FSDP's own form of the adapter
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+            torch.save({name: w for name, w in weights.items() if name not in dropped}, file)
         save(made)
         _go_on(made / _STATE)
         # Time and memory count the later steps only.
