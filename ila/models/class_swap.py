@@ -29,6 +29,11 @@ class Swapped(nn.Module):
         return self
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Tell whether the forward of a module was replaced on the instance."""
+    return "forward" in module.__dict__
+
+
 def swap(
     model: nn.Module,
     classes: Mapping[type[nn.Module], type[Swapped]],
@@ -81,6 +86,6 @@ def _why_not(module: nn.Module, classes: Mapping[type, type], label: str) -> str
     # Liger puts its class in the place of transformers', under that name.
     if kind not in classes or not kind.__module__.startswith("transformers."):
         return f"{kind.__name__} is no {label} of transformers' Llama or Mistral"
-    if "forward" in module.__dict__:
+    if has_own_forward(module):
         return "its forward was replaced on the instance (Liger's kernels, a dispatch hook?)"
     return None

@@ -22,6 +22,7 @@ from torch import nn
 from ila.masks.mask import LayerMask
 from ila.models.attention import fuse_qkv, unfuse_qkv
 from ila.models.checkpointing import make_prefix_aware, undo_prefix_aware
+from ila.models.class_swap import has_own_forward
 from ila.models.edit_report import ConversionReport as ConversionReport
 from ila.models.edit_report import MaskReport as MaskReport
 from ila.models.layer import MaskedLoraLayer, MaskedLoraLinear
@@ -184,7 +185,7 @@ def _why_not_convertible(module: LoraLayer) -> str | None:
     if not masked.covers(module.base_layer):
         what = masked.plain.removeprefix("plain LoRA on ")
         return f"its base layer is a {type(module.base_layer).__name__}, not a plain {what}"
-    if "forward" in module.__dict__:
+    if has_own_forward(module):
         return "its forward was replaced on the instance (a dispatch hook?)"
     return None
 

@@ -18,13 +18,13 @@ from rich.table import Table
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from ila.masks.names import GROUPS, QKV
+from ila.masks.names import GATE_UP, GROUPS, QKV
 from ila.models.attention import FusedQkv
 from ila.models.blocks import below_is_trained, find_blocks, frozen_blocks, is_trained
 from ila.models.class_swap import swapped
 from ila.models.layer import BARE, PEFT, SHARDED, MaskedLoraLayer
 from ila.models.lean_head import HeadRoute, head_route
-from ila.models.mlp import GATE_UP, LEAN, LeanMLP, MlpRoute, lean_mlps
+from ila.models.mlp import LEAN, LeanMLP, MlpRoute, lean_mlps
 from ila.models.shared_input import partners, sharers
 from ila_kernels.config import resolve_impl
 from ila_kernels.device import call_of

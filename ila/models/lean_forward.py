@@ -19,8 +19,8 @@ from torch._subclasses import FakeTensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ila.data.contracts import IGNORED
 from ila.models.lean_families import logit_map, output_class
-from ila.models.lean_loss import IGNORED
 from ila.models.lean_paths import cross_entropy_sum
 from ila.models.recomputation import has_hooks
 

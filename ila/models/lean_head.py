@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ila.models.blocks import AFTER_BLOCKS
+from ila.models.class_swap import has_own_forward
 from ila.models.lean_families import family_of, logit_map
 from ila.models.lean_forward import (
     REPLICATE,
@@ -136,7 +137,7 @@ def _why_unknown(model: PreTrainedModel) -> str | None:
         return f"the forward of {type(model).__name__} is not known here"
     if _anchor(model) is None:
         return "its decoder has no last norm"
-    if "forward" in model.__dict__:
+    if has_own_forward(model):
         return "its forward was replaced on the instance"
     return None
 

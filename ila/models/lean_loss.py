@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-IGNORED = -100
+from ila.data.contracts import IGNORED
+
 CHUNK_BYTES = 2**28  # of fp32 logits: 512 rows of Llama 3, enough to keep a GPU's GEMM busy
 
 

@@ -24,7 +24,8 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
-from ila.models.class_swap import Swapped, swap, swap_back, swapped
+from ila.masks.names import GATE_UP
+from ila.models.class_swap import Swapped, has_own_forward, swap, swap_back, swapped
 from ila.models.layer import PEFT, MaskedLoraLayer, Recipe
 from ila.models.recomputation import Seen, has_hooks
 from ila.models.shared_input import sharing
@@ -32,7 +33,6 @@ from ila_kernels import swiglu_product
 
 LEAN, KEEPS_H, PLAIN = "lean", "keeps h", "plain"
 
-GATE_UP = ("gate_proj", "up_proj")
 _PROJECTIONS = (*GATE_UP, "down_proj")
 # transformers' table gave torch's class before it had its own.
 _SILU = (type(ACT2FN["silu"]), nn.SiLU)
@@ -57,7 +57,7 @@ class LeanMLP(Swapped):
         Args:
             gathered: Whether the weights of down_proj, sharded now, will be whole when it runs.
         """
-        reason = "its forward was replaced" if "forward" in self.__dict__ else None
+        reason = "its forward was replaced" if has_own_forward(self) else None
         reason = reason or _why_not_silu(self)
         if reason is not None:
             return MlpRoute(PLAIN, reason)

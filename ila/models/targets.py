@@ -11,6 +11,8 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import nn
 
+from ila.masks.names import PEFT_PREFIX
+
 
 def unmatched_targets(model: nn.Module, targets: object) -> list[str]:
     """Return the names in ``target_modules`` that are no module's, by PEFT's rule for a list.
@@ -46,7 +48,7 @@ def retarget(peft_model: PeftModel, adapter: str, all_there: bool) -> None:
     if all_there:
         return
     config._ila_target_modules = config.target_modules
-    names = {name.removeprefix("base_model.model."): m for name, m in peft_model.named_modules()}
+    names = {name.removeprefix(PEFT_PREFIX): m for name, m in peft_model.named_modules()}
     held = {name for name, module in names.items() if _holds(module, adapter)}
     config.target_modules = {_short(name, held, names) for name in held}
 

@@ -139,7 +139,7 @@ def test_before_it_is_the_run_without_and_after_it_the_mask_by_hand(
     chosen = ila.SelectLayers(at=SWITCH, top=0.5, closed=closed)
     trainer = plain_trainer(make(family), tmp_path / "one", rows, **changes)
     found = run(trainer, chosen)
-    assert len(chosen.mask.open) == 7 and chosen.mask.provenance["step"] == SWITCH
+    assert len(chosen.mask.open) == 7 and chosen.mask.provenance["selection"]["step"] == SWITCH
 
     without = run(plain_trainer(make(family), tmp_path / "all", rows, **changes))
     assert found[0][:SWITCH] == without[0][:SWITCH] and found[0] != without[0]
