@@ -1,14 +1,14 @@
-"""The border between the user's input and our code: which errors are said, and which are bugs.
+"""The border between the user's input and our code: tell errors of the input from bugs of ours.
 
-``reading`` stands where a library reads what the user gave: whatever is raised there becomes one
-``InputError`` that names the input. ``described`` tells, for an error that reached the command
-line, what to say of it:
+``reading`` stands where a library reads input of the user: it turns any error there into one
+``InputError`` that names the input. ``described`` returns the line to print for an error that
+reached the command line:
 
-- what our own code raised on purpose (a ``raise`` of ours, or of ``reading``) is its message;
-- what the machine refused (a full disk, no memory, a folder that may not be written) is said so;
+- our own code raised it on purpose (a ``raise`` of ours, or of ``reading``): its message;
+- the machine refused (a full disk, no memory, a folder without permission): the refusal;
 - anything else is a bug of ours, and keeps its traceback.
 
-So a new kind of error in a library needs no new line anywhere.
+A new kind of error in a library thus needs no new code.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ HOME = Path(__file__).resolve().parent
 _OURS = (str(HOME), str(HOME.parent / "ila_kernels"))
 _LONGEST = 600
 _RAISE = dis.opmap["RAISE_VARARGS"]
-# A panic of a library in Rust is no Exception; these are none of an input's doing.
+# A panic of a library in Rust is no Exception. An input does not cause these.
 _NOT_OF_INPUT = (KeyboardInterrupt, SystemExit, GeneratorExit, ImportError)
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message names it and says why."""
+    """Input of the user that cannot be used; the message names it and gives the reason."""
 
 
 @contextmanager
 def reading(source: object, kind: str) -> Iterator[None]:
-    """Turn whatever is raised inside into one ``InputError`` that names the source.
+    """Turn any error inside into one ``InputError`` that names the source.
 
-    Errors that our own code raises on purpose pass as they are, and so do missing packages and what
-    the machine refuses. Keep the block to calls of libraries: an error of our own inside it that
-    comes up in a library would be blamed on the input.
+    Errors that our own code raises on purpose pass unchanged, and so do missing packages and
+    refusals of the machine. Keep the block to calls of libraries: a bug of ours that shows in a
+    library inside the block would be blamed on the input.
 
     Args:
-        source: Path or name of what is read.
-        kind: What it is to the user, for example ``"data file"``.
+        source: Path or name of the input.
+        kind: Name of the input for the user, for example ``"data file"``.
 
     Raises:
         InputError: ``"{kind} {source}: …"``, with the library's error as its cause.
@@ -65,7 +65,7 @@ def reading(source: object, kind: str) -> Iterator[None]:
 
 @contextmanager
 def writing(target: object) -> Iterator[None]:
-    """Turn whatever a library raises while it writes into one ``OSError`` that names the target.
+    """Turn any error of a library that writes into one ``OSError`` that names the target.
 
     Raises:
         OSError: ``"{target} could not be written: …"``, with the library's error as its cause.
@@ -90,7 +90,7 @@ def described(error: BaseException) -> str | None:
 
 
 def is_said(error: BaseException) -> bool:
-    """Whether our own code raised an error on purpose: its innermost frame is a ``raise`` of ours.
+    """Tell whether our own code raised an error on purpose, in its innermost frame.
 
     >>> try:
     ...     {}["a"]
@@ -105,7 +105,7 @@ def is_said(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no memory left, here or on a device."""
+    """Tell whether there was no memory left, here or on a device."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
@@ -117,7 +117,7 @@ def in_one_line(error: BaseException, *, led_by_type: bool = True) -> str:
     """
     text = " ".join(_printable(str(error)).split())
     if led_by_type:
-        # The end may say what to do.
+        # The end may hold the remedy.
         half = _LONGEST // 2
         text = text if len(text) <= _LONGEST else f"{text[:half]} … {text[-half:]}"
     if text and (not led_by_type or type(error) in (ValueError, InputError)):
@@ -135,7 +135,7 @@ def bug_report(error: BaseException) -> str:
 
 
 def _is_of_the_input(error: BaseException) -> bool:
-    """Whether a library raised an error in a block: neither our ``raise`` nor a slip of ours."""
+    """Tell whether a library raised an error in a block, and not our code."""
     if is_said(error):
         return False
     # The first entry is the context manager's own, the second that of the block, in which calls of

@@ -231,15 +231,24 @@ def train(
     """Train the open layers of a mask: into a plain PEFT adapter, or their own weights.
 
     With --select-at, search, selection and training are one run: all layers train at first, then
-    those that --top, --freeze, --blocks or --budget leave open, with the same schedule.
+    the layers that --top, --freeze, --blocks or --budget leave open, with the same schedule.
     """
     from ila.commands.inputs import Inputs
     from ila.reports.tables import runs_table
     from ila.training.config import TrainConfig
 
-    selection = _selection(select_at, mask, full, closed or "keep", score, **{
-        "top": top, "freeze": freeze, "blocks": blocks, "budget": budget, "speed": speed
-    })  # fmt: skip
+    selection = _selection(
+        select_at,
+        mask,
+        full,
+        closed or "keep",
+        score,
+        top=top,
+        freeze=freeze,
+        blocks=blocks,
+        budget=budget,
+        speed=speed,
+    )
     usual = _usual_rate(context, full)
     if start is not None and (full or selection is not None):
         raise ValueError("--from goes on from an adapter with --mask; it does nothing here")
@@ -283,9 +292,16 @@ def train(
     else:
         from ila.commands.train import train_selected
 
-        how = closed or ("drop" if start is None else "keep")
-        options = {"closed": how, "start": start, "full": full, "resume": resume}
-        metrics, data_note = train_selected(inputs, config, out, mask_file=mask, **options)
+        metrics, data_note = train_selected(
+            inputs,
+            config,
+            out,
+            mask_file=mask,
+            closed=closed or ("drop" if start is None else "keep"),
+            start=start,
+            full=full,
+            resume=resume,
+        )
     screen.print(data_note, highlight=False)
     screen.print(runs_table([metrics]))
     if selection is not None:
@@ -311,6 +327,7 @@ def explain(
     alpha: options.Alpha = 16.0,
     dropout: options.Dropout = 0.0,
     target_modules: options.Targets = "all-linear",
+    long: options.All = False,
     json_file: options.JsonFile = None,
     trust_remote_code: options.Trust = False,
 ) -> None:
@@ -320,6 +337,7 @@ def explain(
     """
     from ila.commands.explain import explain_layers
     from ila.commands.inputs import Inputs
+    from ila.reports.explained import explained
     from ila.runs.atomic import write_json_atomic
 
     inputs = Inputs(
@@ -335,7 +353,7 @@ def explain(
         trust_remote_code=trust_remote_code,
     )
     explanation = explain_layers(inputs, tokens, mask_file=mask)
-    screen.print(explanation.table())
+    screen.print(explanation.table() if long else explained(explanation))
     if json_file is not None:
         write_json_atomic(json_file, explanation.as_dict())
 
@@ -352,7 +370,7 @@ def tune(
 ) -> None:
     """Measure on this machine's GPU which code of the op is fastest, and let `auto` choose by it.
 
-    Takes seconds of GPU time, and once the time to compile the kernels. Verdicts are kept in the
+    It takes seconds of GPU time, and once the time to compile the kernels. The verdicts go into the
     user's cache folder.
     """
     import torch
@@ -449,15 +467,15 @@ def _usual_rate(context: typer.Context, full: bool) -> float:
 
 
 def _rate_for(mask: Path) -> float:
-    """The learning rate for the layers that a mask opens; says so where it is not the usual one."""
+    """Return the learning rate for the layers that a mask opens; print an unusual one."""
     from ila.masks.mask import LayerMask
     from ila.training.rates import usual_rate
 
-    found = LayerMask.load(mask)
-    rate = usual_rate(len(found.open) / len(found))
+    opened = LayerMask.load(mask)
+    rate = usual_rate(len(opened.open) / len(opened))
     if rate != usual_rate():
         screen.print(
-            f"Learning rate {rate:.3g}: with {len(found.open)} of {len(found)} layers open they "
+            f"Learning rate {rate:.3g}: with {len(opened.open)} of {len(opened)} layers open they "
             f"want {rate / usual_rate():.2g} times the usual one; --learning-rate sets another",
             soft_wrap=True,
             highlight=False,
@@ -473,7 +491,7 @@ def _selection(
     score: str,
     **choice: float | str | None,
 ) -> Selection | None:
-    """The selection that the options describe; None without --select-at."""
+    """Return the selection that the options describe; None without --select-at."""
     if at is None:
         given = [name for name, value in choice.items() if value is not None]
         if given:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ from ila_kernels.choice import Call, gpu_impl, preferred, verdicts_in_use
 
 Impl = Literal["auto", "triton", "hybrid", "eager", "reference"]
 IMPLS: tuple[str, ...] = ("auto", "triton", "hybrid", "eager", "reference")
-# Those that launch Triton kernels.
+# The implementations that launch Triton kernels.
 KERNEL_IMPLS = ("triton", "hybrid")
 
 
@@ -102,7 +103,7 @@ SHARED_LIMIT_BYTES: dict[str, int] = {
     "gfx942": 64 * 1024,
 }
 
-# None of the rows below is measured: each is reasoned from what the compiler reports, and
+# None of the rows below is measured: each is reasoned from the reports of the compiler, and
 # `benchmarks/compile_report.py` shows registers, spills and shared memory of every one.
 # BLOCK_R is filled in from R.
 
@@ -135,7 +136,7 @@ GEMM_SAFE = Tile(64, 64, 32, 0, warps=4, stages=3)
 # forward on sm_90; this one on none of the five targets.
 GEMM_FP32 = Tile(32, 64, 16, 0, warps=4, stages=2)
 
-# The same kernel in its persistent form: operands come by tensor descriptor, and one program on
+# The same kernel in its persistent form: operands come in tensor descriptors, and one program on
 # each multiprocessor walks over the tiles.
 GEMM_PERSISTENT: dict[str, Tile] = {
     # 128 KiB in four buffers, one block of 126 to 202 registers. K loop: 89 instructions at most
@@ -167,6 +168,7 @@ PROGRAMS = 256
 MANY_ROWS = 4097
 
 
+@functools.lru_cache(maxsize=4096)
 def rows_per_program(m: int, columns: int) -> int:
     """Return the rows of one program of a gradient that sums over M: 1024, 512 or 256.
 
@@ -200,6 +202,7 @@ def rank_block(r: int, most: int) -> int:
     return min(max(16, 1 << (r - 1).bit_length()), most)
 
 
+@functools.lru_cache(maxsize=4096)
 def gemm_tile(
     m: int, n: int, r: int, element_bytes: int, target: str, dropout: bool = False
 ) -> Tile:
@@ -222,6 +225,7 @@ def gemm_tile(
     return replace(tile, r=rank_block(r, tile.k))
 
 
+@functools.lru_cache(maxsize=4096)
 def persistent_tile(r: int, target: str, dropout: bool = False) -> Tile:
     """Return the tile of the GEMM's persistent form, for a target in ``GEMM_PERSISTENT``.
 
@@ -263,6 +267,7 @@ def descriptor_refusal(
     return None
 
 
+@functools.lru_cache(maxsize=4096)
 def gemm_form(
     m: int,
     n: int,
@@ -279,7 +284,7 @@ def gemm_form(
         element_bytes: Size of an element of P and Q.
         target: GPU class, e.g. ``"sm_90"``.
         refusals: ``descriptor_refusal`` of P and of Q.
-        preferred: What ``prefer(gemm=…)`` set, or ``None`` for the table.
+        preferred: Value of ``prefer(gemm=…)``, or ``None`` for the table.
 
     >>> gemm_form(8192, 4096, 2, "sm_90")
     ('pointer', 'the persistent form is not measured on sm_90')
@@ -302,6 +307,7 @@ def gemm_form(
     return "persistent", "measured" if preferred is None else "preferred"
 
 
+@functools.lru_cache(maxsize=4096)
 def shrink_tile(
     m: int, r: int, element_bytes: int, target: str, adapters: int = 1, dropout: bool = False
 ) -> Tile:
@@ -314,8 +320,10 @@ def shrink_tile(
     At most 178 registers a thread (three adapters at R = 64 on sm_80), 128 at R = 16, no spill and
     86 KiB of shared memory. A group under dropout holds a mask for each adapter, so its steps are
     shorter (at 64, three adapters spilled 3 to 27 registers on three targets) and beyond R = 16 it
-    has two stages (with three, 2 to 6 spills on sm_120) and blocks of 32 over R (at 64, 24 spills
-    on sm_80): the Philox rounds take longer than the loads there.
+    has two stages (with three, 2 to 6 spills on sm_120), blocks of 32 over R (at 64, 24 spills on
+    sm_80) and for three adapters 32 rows (at 64, 3 spills there): the Philox rounds take longer
+    than the loads. On sm_120 three adapters take short steps (at 64, 6 spills), and two under
+    dropout two stages (with four, 2 spills at R = 8).
 
     Args:
         m: Rows M.
@@ -330,28 +338,33 @@ def shrink_tile(
     """
     if element_bytes == 4 or not prefetches(target):
         return _plain_shrink_tile(r, element_bytes, adapters, dropout)
-    group = adapters > 1
+    group, narrow = adapters > 1, target in ("sm_120", "sm_121")
     block = rank_block(r, 32 if group and dropout else 64)
-    few = m < MANY_ROWS and block <= 32
+    wide = block > 16
     if group and dropout:
-        wide = block > 16
-        return Tile(64, 1, 32, block, warps=8 if wide else 4, stages=2 if wide else 4)
-    if few:
-        return Tile(32, 1, 64 if group or dropout else 128, block, warps=4, stages=4)
+        if wide and adapters > 2:
+            return Tile(32, 1, 32, block, warps=4, stages=2)
+        few_stages = wide or (narrow and adapters == 2)
+        return Tile(64, 1, 32, block, warps=8 if wide else 4, stages=2 if few_stages else 4)
+    if narrow and adapters > 2 and not wide:
+        return Tile(64, 1, 32, block, warps=4, stages=4)
+    if m < MANY_ROWS and block <= 32:
+        step = 64 if group or dropout or wide else 128
+        return Tile(32, 1, step, block, warps=4, stages=4)
     if group:
-        wide = block > 16
         return Tile(64, 1, 32 if wide else 64, block, warps=8 if wide else 4, stages=3)
     return Tile(64, 1, 64, block, warps=4 if block <= 32 else 8, stages=4 if block <= 32 else 3)
 
 
 def _plain_shrink_tile(r: int, element_bytes: int, adapters: int, dropout: bool) -> Tile:
-    """The tile where nothing runs ahead, 45 KiB of shared memory at most, and that of fp32.
+    """Return the tile where nothing runs ahead, 45 KiB of shared memory at most, or for fp32.
 
-    In fp32 64 rows for a group: at 32, two adapters spilled up to 13 registers on sm_90.
+    In fp32 64 rows and 8 warps for a group: with 4, three adapters spilled 2 to 4 on sm_100 and
+    sm_120, but with 8 under dropout 10 on sm_90; at 32 rows, two spilled up to 13 on sm_90.
     """
     if adapters > 1:
         if element_bytes == 4:
-            return Tile(64, 1, 16, 16, warps=4, stages=2)
+            return Tile(64, 1, 16, 16, warps=4 if dropout and adapters > 2 else 8, stages=2)
         block = rank_block(r, 32 if dropout else 64)
         return Tile(64, 1, 32, block, warps=4 if block == 16 else 8, stages=2)
     if element_bytes == 4:
@@ -359,6 +372,7 @@ def _plain_shrink_tile(r: int, element_bytes: int, adapters: int, dropout: bool)
     return Tile(64, 1, 64, rank_block(r, 64), warps=4, stages=2)
 
 
+@functools.lru_cache(maxsize=4096)
 def shrink_shares(m: int, k: int, r: int) -> int:
     """Return the parts of K that ``shrink`` sums apart, which cost one more launch to add.
 
@@ -373,6 +387,7 @@ def shrink_shares(m: int, k: int, r: int) -> int:
     return max(1, min(-(-k // 1024), PROGRAMS // -(-max(m, 1) // 64)))
 
 
+@functools.lru_cache(maxsize=4096)
 def grad_tile(r: int, element_bytes: int, target: str, adapters: int = 1) -> Tile:
     """Return the tile of the gradients that sum over M; their block stays in registers meanwhile.
 
@@ -386,9 +401,10 @@ def grad_tile(r: int, element_bytes: int, target: str, adapters: int = 1) -> Til
     """
     if element_bytes == 4:
         return Tile(32, 32, 1, 16, warps=4, stages=1)
-    most = 64 if adapters == 1 else 32
     if prefetches(target):
-        return Tile(32, 256, 1, rank_block(r, most), warps=8, stages=3)
+        # Two adapters with blocks of 16 spilled 3 on sm_80, into the registers of a third block.
+        block = {1: rank_block(r, 64), 2: 32}.get(adapters, rank_block(r, 32))
+        return Tile(32, 256, 1, block, warps=8, stages=3)
     return Tile(32, 128, 1, rank_block(r, 32), warps=4, stages=2)
 
 

@@ -261,7 +261,7 @@ def _chosen(
             f"impl={impl!r} was asked for, but W is packed and its products are bitsandbytes'; "
             "use impl='auto' or impl='eager'"
         )
-    if packed:  # there is no kernel for it, whatever "auto" would choose
+    if packed:  # there is no kernel for it, under any choice of "auto"
         return resolve_impl("eager" if impl == "auto" else impl, x.device.type)[0]
     call = call_of(weights, lora_as, x.shape[0], x.dtype, dropout_p) if impl == "auto" else None
     return resolve_impl(impl, x.device.type, call)[0]

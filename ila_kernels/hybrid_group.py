@@ -4,7 +4,7 @@
     backward   of each: u, dB and dγ by ``grad_out``; then Σ γα u A, and every dyᵢ Wᵢ adds to it;
                then every dA from one read of x
 
-The two functions are called as those of ``group`` are.
+The two functions have the signatures of ``group``.
 """
 
 from __future__ import annotations

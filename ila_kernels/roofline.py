@@ -10,9 +10,11 @@ bare linear for R → 0, one dtype, no dropout, with dx, dA and dB wanted:
     addmm    `ila_kernels.eager`                          M·K + 2·M·N        3·M·K + 2·M·N
     fused    one GEMM x Wᵀ + t Bᵀ, one read of dy         M·K                M·K + M·N
 
+Of several linears of one x the fused kernels read x twice: for every t, and for every output.
+
 R is small, but the fused kernels leave fp32 shares of their sums: u from every 256 columns of dy,
 dB and dA from every 256 to 1024 rows. At M = 8192, N = 4096, R = 16 the shares of u and dB add 38 %
-to the M·N of the one read of dy; what sharing that read saves is 100 %.
+to the M·N of the one read of dy; sharing that read saves 100 %.
 
 With fp32 adapters over a 16-bit base peft's low-rank branch lives in fp32: x is copied to it, and
 its (M, N) tensors are twice as wide. With dropout addmm redraws the mask in backward and saves no
@@ -173,6 +175,8 @@ def group_forward_cost(contestant: str, members: Sequence[Problem]) -> Cost:
     elif contestant == "addmm" and not first.dropout:
         passes = 1
     saved = first.base_bytes * first.m * first.k * (len(members) - passes)
+    # x for the products of W too, where one launch makes all outputs (wider than half a tile).
+    saved *= 2 if contestant == "fused" and first.m and all(p.n > 64 for p in members) else 1
     costs = [forward_cost(contestant, p) for p in members]
     return Cost(sum(c.flops for c in costs), sum(c.bytes for c in costs) - saved)
 

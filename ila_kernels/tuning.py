@@ -1,7 +1,7 @@
 """Measure the implementations on this machine's GPU, so that ``impl="auto"`` can choose by that.
 
-``tune`` measures and keeps verdicts, ``use_verdicts`` reads those of earlier processes. Nothing is
-measured unless ``tune`` is called, and no file is read unless one of the two is.
+``tune`` measures and keeps verdicts, ``use_verdicts`` reads the verdicts of earlier processes. Only
+``tune`` measures, and only these two functions read files.
 """
 
 from __future__ import annotations
@@ -162,9 +162,9 @@ def use_verdicts(
     ``verdicts`` is ``None`` every process has to call it: the main one reads, the others receive.
 
     Args:
-        verdicts: Verdicts, or their ``to_json()`` as a run records them. ``None``: those that
-            ``tune`` kept for this machine; without a GPU there are none.
-        device: The GPU whose verdicts are read; the current one if ``None``.
+        verdicts: Verdicts, or their ``to_json()`` as a run records them. ``None`` takes the
+            verdicts that ``tune`` kept for this machine; without a GPU it takes none.
+        device: GPU of the verdicts; ``None`` takes the current one.
 
     Returns:
         The verdicts in use.

@@ -37,60 +37,12 @@ LONG_FUNCTIONS = {
     "ila/cli.py:learn": "one line for each option, twice: its type and its use",
     "ila/cli.py:train": "one line for each option, twice: its type and its use",
     "ila_kernels/kernels/lowrank_gemm.py:_tile": "one Triton kernel: its parts cannot be called",
+    "ila_kernels/kernels/lowrank_gemm.py:launch": "one argument of the kernel a line",
 }
 LONG_FILES = {
-    "ila/cli.py": "nine commands, one line for each of their options",
-}
-
-# Not yet in these words or sizes; only removals, please.
-NOT_YET = {
-    "ila/commands/export.py",
-    "ila/commands/inputs.py",
-    "ila/models/merge.py",
-    "ila/models/recomputation.py",
-    "ila/models/targets.py",
-    "ila/models/undo.py",
-    "ila/price/shapes.py",
-    "ila/runs/checkpoints.py",
-    "ila/runs/lock.py",
-    "ila/runs/metrics.py",
-    "ila/search/methods.py",
-    "ila/search/one_run.py",
-    "ila/training/card.py",
-    "ila/training/switch.py",
-    "ila/search/one_run.py:train_and_select",
-    "ila/search/one_run.py:_first_part",
-    "ila/commands/inputs.py:prepare",
-    "ila/boundary.py",
-    "ila/models/blocks.py",
-    "ila/models/checkpointing.py",
-    "ila/models/edit.py",
-    "ila/models/explain.py",
-    "ila/models/layer.py",
-    "ila/models/lean_families.py",
-    "ila/models/lean_head.py",
-    "ila/models/lean_loss.py",
-    "ila/models/lean_paths.py",
-    "ila/models/loading.py",
-    "ila/models/mlp.py",
-    "ila/models/shared_input.py",
-    "ila/training/adapter.py",
-    "ila/training/loop.py",
-    "ila/training/train.py",
-    "ila_kernels/config.py",
-    "ila_kernels/functional.py",
-    "ila_kernels/hybrid.py",
-    "ila_kernels/kernels/grad_a.py",
-    "ila_kernels/kernels/group.py",
-    "ila_kernels/kernels/launch.py",
-    "ila_kernels/kernels/lowrank_gemm.py",
-    "ila_kernels/kernels/philox.py",
-    "ila_kernels/kernels/selfcheck.py",
-    "ila_kernels/kernels/shrink.py",
-    "ila_kernels/roofline.py",
-    "ila_kernels/tuning.py",
-    "ila_kernels/kernels/lowrank_gemm.py:launch",
-    "ila/training/train.py:train",
+    "ila/cli.py": "ten commands, one line for each of their options",
+    "ila/models/layer.py": "one class: PEFT's layer with a gate, closed, kept and opened",
+    "ila_kernels/config.py": "the tables of tiles, a row for each kernel and target",
 }
 
 
@@ -153,8 +105,6 @@ def length_of(node: ast.FunctionDef) -> int:
 def test_prose_is_plain(path):
     source = path.read_text("utf-8")
     wrong = [*banned_words(source), *docstrings_without_verb(source)]
-    if name_of(path) in NOT_YET:
-        return
     assert not wrong, "\n".join(f"{name_of(path)}: {each}" for each in wrong)
 
 
@@ -200,7 +150,7 @@ def test_few_values_are_typed_any(package):
     texts = [path.read_text("utf-8") for path in files]
     count = sum(len(re.findall(r"\bAny\b", text)) for text in texts)
     lines = sum(len(text.splitlines()) for text in texts)
-    assert count <= 12 * lines / 1000, f"{count} `Any` in {lines} lines"
+    assert count <= 8 * lines / 1000, f"{count} `Any` in {lines} lines"
 
 
 def test_functions_over_40_lines_have_a_reason():
@@ -210,11 +160,11 @@ def test_functions_over_40_lines_have_a_reason():
         for node in functions(ast.parse(path.read_text("utf-8")))
     }
     long = {name: count for name, count in lengths.items() if count > 40}
-    assert set(long) - NOT_YET == set(LONG_FUNCTIONS), long
+    assert set(long) == set(LONG_FUNCTIONS), long
     assert len(LONG_FUNCTIONS) <= 4
 
 
 def test_files_are_small():
     lines = {name_of(path): len(path.read_text("utf-8").splitlines()) for path in sources()}
-    assert {name for name, count in lines.items() if count > 400} - NOT_YET == set(LONG_FILES)
+    assert {name for name, count in lines.items() if count > 400} == set(LONG_FILES)
     assert statistics.median(lines.values()) <= 150

@@ -30,7 +30,8 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
             ]
         )
     return [
-        f"Every kernel, dtype, rank and tile of the tables, compiled ahead of time by Triton "
+        f"Every kernel and rank in bf16 and fp32, the compared GEMMs in fp16 too, at M = 8192, "
+        f"K = N = 4096 with the tiles of the tables, compiled ahead of time by Triton "
         f"{result['triton']}; counted in the machine code, without a GPU and without any time in "
         "it (`python -m benchmarks.compile_report --json FILE`). The last column: instructions of "
         "the GEMM's main loop against the same kernel with the low-rank part compiled out, the "

@@ -132,6 +132,7 @@ Tokens = Annotated[int, typer.Option(help="Tokens of a step: rows times length."
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="JSON file to write, beside the screen.")
 ]
+All = Annotated[bool, typer.Option("--all", help="A line for each layer, instead of a grid.")]
 LearnedRuns = Annotated[list[Path], typer.Argument(help="Two or more folders of `ila learn`.")]
 TrainedRuns = Annotated[list[Path], typer.Argument(help="Folders of `ila train`.")]
 TrainedRun = Annotated[Path, typer.Argument(help="Folder of `ila train`.")]

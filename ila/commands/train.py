@@ -40,15 +40,15 @@ def train_selected(
     ``changed.safetensors``.
 
     Args:
-        inputs: What to read.
-        config: How to train.
+        inputs: Options of the input.
+        config: Options of the training.
         out: Folder of the run.
-        mask_file: Mask that says which layers are open.
-        closed: What becomes of the others: ``"drop"`` or ``"keep"``.
-        start: Adapter to go on from, such as that of a search.
-        full: Train the layers' own weights.
-        resume: Go on with the run in ``out``.
-        progress: Show progress bars.
+        mask_file: Mask with the open layers.
+        closed: Way to close the others: ``"drop"`` or ``"keep"``.
+        start: Adapter to start from, such as the adapter of a search.
+        full: Whether to train the layers' own weights.
+        resume: Whether to continue the run in ``out``.
+        progress: Whether to show progress bars.
 
     Returns:
         The metrics, and a note on the rows.
@@ -67,7 +67,7 @@ def train_selected(
 
 
 class _Layers(NamedTuple):
-    """The layers to train: mask, what the closed ones do, adapter to start from, own weights."""
+    """The layers to train: mask, way to close the others, first adapter, own weights."""
 
     mask_file: Path | None
     closed: str
@@ -88,22 +88,18 @@ def _train_owned(
     mask = None if mask_file is None else LayerMask.load(mask_file)
     refuse_packed(full, inputs)
     prepared = prepare(inputs, progress=progress)
-    padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
-    note = f"{prepared.note}\n{padding}"
     if mask is not None:
         _check_same_model(mask, mask_file, prepared.description["model"])
-    model: PeftModel | OpenLayers = prepared.model
-    if full:
-        model = open_layers(prepared.model, mask)
-    if start is not None:
-        _check_alpha(start, inputs)
-        load_adapter(prepared.model, "default", start)
-    if mask is not None and not full:
-        apply_mask(prepared.model, mask, closed=closed)
+    model = _opened(prepared.model, inputs, layers, mask)
     opened = None if mask is None else list(mask.open)
-    description = {**prepared.description, "open": opened, "full": full, "selection": None}
-    description["closed"] = None if closed == "drop" else closed
-    description["from"] = None if start is None else str(start.absolute())
+    description = {
+        **prepared.description,
+        "open": opened,
+        "full": full,
+        "selection": None,
+        "closed": None if closed == "drop" else closed,
+        "from": None if start is None else str(start.absolute()),
+    }
     claim_folder(out, description, resume, "train")
     metrics = train(
         model,
@@ -117,16 +113,31 @@ def _train_owned(
         name=out.name,
         tokenizer=None if full else prepared.tokenizer,
     )
-    return metrics, note
+    padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
+    return metrics, f"{prepared.note}\n{padding}"
+
+
+def _opened(
+    model: PeftModel, inputs: Inputs, layers: _Layers, mask: LayerMask | None
+) -> PeftModel | OpenLayers:
+    """Load the first adapter and apply the mask, or open the layers' own weights."""
+    if layers.start is not None:
+        _check_alpha(layers.start, inputs)
+        load_adapter(model, "default", layers.start)
+    if layers.full:
+        return open_layers(model, mask)
+    if mask is not None:
+        apply_mask(model, mask, closed=layers.closed)
+    return model
 
 
 def _check_alpha(start: Path, inputs: Inputs) -> None:
-    """Raise unless an adapter has the scaling it will be trained with; its tensors do not tell."""
+    """Raise unless an adapter has the scaling of this run; its tensors do not tell."""
     config = PeftConfig.from_pretrained(str(start))
-    found, mine = (config.r, config.lora_alpha), (inputs.rank, inputs.alpha)
-    if found != mine:
+    theirs, mine = (config.r, config.lora_alpha), (inputs.rank, inputs.alpha)
+    if theirs != mine:
         raise ValueError(
-            f"the adapter in {start} has rank and alpha {found}, and this run {mine}; give --rank "
+            f"the adapter in {start} has rank and alpha {theirs}, and this run {mine}; give --rank "
             "and --alpha of the search"
         )
 

@@ -1,10 +1,9 @@
-"""What ``ila train --select-at`` does: search, selection and training as one run."""
+"""``ila train --select-at``: search, selection and training as one run."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ila.commands.inputs import Inputs, check_folder, claim_folder, prepare
 from ila.masks.checks import thawed
@@ -27,18 +26,18 @@ def train_once(
     resume: bool = False,
     progress: bool = True,
 ) -> tuple[Metrics, str]:
-    """Train all layers into ``out``, select, go on with the selected ones.
+    """Train all layers into ``out``, select, continue with the selected ones.
 
-    ``out`` gets what ``ila learn``, ``ila select`` and ``ila train`` leave: ``mask.json`` (scores
-    and what is open), ``heatmap.png``, ``log.jsonl``, ``metrics.json`` and a plain PEFT adapter.
+    ``out`` gets the files of ``ila learn``, ``ila select`` and ``ila train``: ``mask.json`` (scores
+    and open layers), ``heatmap.png``, ``log.jsonl``, ``metrics.json`` and a plain PEFT adapter.
 
     Returns:
-        The metrics and what became of the rows, in words.
+        The metrics, and a note on the rows.
     """
     config, inputs = replace(config, seed=inputs.seed), inputs.located()
     check_folder(out, inputs, resume, "train")
     with owning(out):
-        selection.step(config.steps)  # before a large model is loaded
+        selection.step(config.steps)  # raises before a large model loads
         prepared = prepare(inputs, progress=progress)
         padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
         none = dict.fromkeys(("open", "closed", "from"))
@@ -62,13 +61,13 @@ def train_once(
 
 
 def _describe(
-    mask: LayerMask, description: dict[str, Any], config: TrainConfig, inputs: Inputs, out: Path
+    mask: LayerMask, description: dict[str, object], config: TrainConfig, inputs: Inputs, out: Path
 ) -> None:
-    """Write the mask with all that a mask of ``ila learn`` says, and its heat map."""
-    found = thawed(mask.provenance)
-    found["search"]["config"]["batch_size"] = config.batch_size
-    described = {**description, **found}
+    """Write the mask with the provenance of a mask of ``ila learn``, and its heat map."""
+    provenance = thawed(mask.provenance)
+    search = provenance["search"]["config"]
+    search["batch_size"] = config.batch_size
+    described = {**description, **provenance}
     LayerMask(mask.scores, mask.gates, described).save(out / MASK)
-    method = found["search"]["config"]["method"]
-    title = f"{Path(inputs.model).name} on {Path(inputs.data).stem}: method {method}"
+    title = f"{Path(inputs.model).name} on {Path(inputs.data).stem}: method {search['method']}"
     heatmap(mask, out / "heatmap.png", title=title)

@@ -1,4 +1,4 @@
-"""What ``ila tune`` does."""
+"""``ila tune``: measure the kernels on this machine for the layers of a model."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def tune(
     """Measure the op on this machine's GPU for the layer shapes of a model, and keep the verdicts.
 
     Args:
-        model: Hub id, folder or GGUF file; only its configuration is read.
+        model: Hub id, folder or GGUF file; the function reads its configuration only.
         tokens: Tokens of a step.
         rank: Rank of the adapter.
         dtype: Dtype of the base.
         dropout: Dropout of the adapter.
         gguf_file: Name of the GGUF file in the model's folder.
-        trust_remote_code: Allow code that comes with the model to run.
-        progress: Show a progress bar on stderr.
+        trust_remote_code: Whether to run code that comes with the model.
+        progress: Whether to show a progress bar on stderr.
 
     Raises:
         RuntimeError: PyTorch sees no GPU.
-        ValueError: An option is out of range, or the model is not one of Llama blocks.
+        ValueError: An option is out of range, or the model has no Llama blocks.
     """
     if dtype not in DTYPES or dtype == "auto":
         known = sorted(set(DTYPES) - {"auto"})
@@ -66,15 +66,18 @@ def tune(
 
 
 def shapes_of(shape: Shape) -> list[GroupShape]:
-    """Return (K, (N, …)) of the four steps of a block; the layers of a step read one x.
+    """Return (K, (N, …)) of the four steps of a block, and of gate or up with the other closed.
+
+    The layers of a step read one x.
 
     >>> shapes_of(Shape(1, 64, 128, 4, 2, 16, 100, False, rank=8, rows=1, length=8))
-    [(64, (64, 32, 32)), (64, (64,)), (64, (128, 128)), (128, (64,))]
+    [(64, (64, 32, 32)), (64, (64,)), (64, (128, 128)), (64, (128,)), (128, (64,))]
     """
     heads, keys = shape.attention, shape.kv_heads * shape.head_dim
     return [
         (shape.hidden, (heads, keys, keys)),
         (heads, (shape.hidden,)),
         (shape.hidden, (shape.mlp, shape.mlp)),
+        (shape.hidden, (shape.mlp,)),
         (shape.mlp, (shape.hidden,)),
     ]

@@ -82,7 +82,7 @@ def frozen_blocks(model: nn.Module) -> int:
 
 
 def below_is_trained(model: nn.Module, blocks: Blocks) -> bool:
-    """Whether something is trained whose output the first block reads, as far as one can tell."""
+    """Tell, as far as possible, whether the first block reads the output of a trained module."""
     if any(p.requires_grad for p in blocks.decoder.parameters(recurse=False)):
         return True
     return any(is_trained(module) for module in _before(model, blocks))
@@ -102,5 +102,5 @@ def _before(model: nn.Module, blocks: Blocks) -> Iterator[nn.Module]:
 
 
 def is_trained(module: nn.Module) -> bool:
-    """Whether any parameter of a module requires grad."""
+    """Tell whether any parameter of a module requires grad."""
     return any(p.requires_grad for p in module.parameters())

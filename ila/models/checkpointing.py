@@ -1,25 +1,23 @@
 """Gradient checkpointing that leaves the frozen prefix alone.
 
 The *frozen prefix* of a model is everything below its lowest trainable parameter: the embedding and
-the blocks before the first open one. Autograd records nothing there by itself. What makes it do so
-in practice is checkpointing: transformers and PEFT hook the embedding so that its output requires
-grad, because reentrant checkpointing needs an input that does, and then every block is run again
-in backward and crossed by it. Eight-block toy Llama with its last half open: 51.3 GFLOP of backward
-where 27.5 suffice.
+the blocks before the first open one. Autograd by itself records nothing there, but checkpointing
+makes it: reentrant checkpointing needs an input that requires grad, so transformers and PEFT hook
+the embedding to make one, and backward then runs every block again and passes through it. On an
+eight-block toy Llama with its last half open, backward took 51.3 GFLOP where 27.5 suffice.
 
-Two methods of the Hugging Face model are shadowed on the instance, so that whoever turns
-checkpointing on, when, and how (``transformers.Trainer``, TRL, a bare loop; reentrant or not) gets
-this instead:
+Two methods of the Hugging Face model are shadowed on the instance, so that every caller that turns
+checkpointing on (``transformers.Trainer``, TRL, a bare loop; reentrant or not) gets this instead:
 
 - ``_set_gradient_checkpointing`` hands the blocks a ``PrefixAware`` checkpoint function. It looks
-  at the parameters of the block in each forward, so it is right whatever was frozen or opened since
+  at the parameters of the block in each forward, so it stays right after later freezing and opening
   (a mask, ``modules_to_save``, weights trained in full).
 - ``enable_input_require_grads`` takes note, and hooks nothing.
 
-A block is run again along the path of its forward, whatever hooks come or go in between
-(``ila.models.recomputation``). Of checkpoints that are taken past these methods, by torch's own
-function around a block or FSDP's wrapper, nothing is recorded: there the hooks of single layers
-must not change before backward.
+A block runs again along the path of its forward, even if hooks change in between
+(``ila.models.recomputation``). Checkpoints that bypass these methods, by torch's own function
+around a block or FSDP's wrapper, keep no record: there the hooks of single layers must not change
+before backward.
 """
 
 from __future__ import annotations
@@ -91,7 +89,7 @@ class _Witnessed:
 
 
 def _module_of(function: Callable[..., Any]) -> nn.Module | None:
-    """The block that ``partial(forward, block, …)`` or ``block.forward`` runs."""
+    """Return the block that ``partial(forward, block, …)`` or ``block.forward`` runs."""
     owner = getattr(function, "args", ())[:1] or (getattr(function, "__self__", None),)
     return owner[0] if isinstance(owner[0], nn.Module) else None
 
@@ -132,10 +130,10 @@ def gradient_checkpointing(
     return len(blocks.layers) - frozen_blocks(model)
 
 
-def _method(target: PreTrainedModel, what: str) -> Callable[..., None]:
-    """The method by its name of today, or by the one it had before."""
-    name = f"activation_checkpointing_{what}"
-    return getattr(target, name, None) or getattr(target, f"gradient_checkpointing_{what}")
+def _method(target: PreTrainedModel, verb: str) -> Callable[..., None]:
+    """Return the method by its name of today, or by its older name."""
+    name = f"activation_checkpointing_{verb}"
+    return getattr(target, name, None) or getattr(target, f"gradient_checkpointing_{verb}")
 
 
 def make_prefix_aware(model: nn.Module) -> None:
@@ -172,7 +170,7 @@ def undo_prefix_aware(model: nn.Module) -> None:
 
 
 def _checkpointed_model(model: nn.Module) -> PreTrainedModel | None:
-    """The outermost Hugging Face model in ``model``, if it has blocks."""
+    """Return the outermost Hugging Face model in ``model``, if it has blocks."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module if find_blocks(module) is not None else None

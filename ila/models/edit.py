@@ -1,6 +1,6 @@
-"""The only code that edits a model: ``attach``, ``convert``, ``restore``, ``apply_mask``.
+"""Edit a model: ``attach``, ``convert``, ``restore``, ``apply_mask``.
 
-Every edit returns what it changed, an error leaves the model as it was, and ``restore`` gives back
+Every edit reports its changes, an error leaves the model as it was, and ``restore`` gives back
 PEFT's own layers with every adapter open.
 """
 
@@ -10,7 +10,6 @@ import copy
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,12 +22,12 @@ from torch import nn
 from ila.masks.mask import LayerMask
 from ila.models.attention import fuse_qkv, unfuse_qkv
 from ila.models.checkpointing import make_prefix_aware, undo_prefix_aware
+from ila.models.edit_report import ConversionReport as ConversionReport
+from ila.models.edit_report import MaskReport as MaskReport
 from ila.models.layer import MaskedLoraLayer, MaskedLoraLinear
 from ila.models.lean_head import plain_head
 from ila.models.mlp import make_lean, make_plain
 from ila.models.targets import (
-    NOTHING_OUTSIDE,
-    Outside,
     outside,
     restore_targets,
     retarget,
@@ -42,51 +41,6 @@ CLOSINGS = ("drop", "keep")
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-@dataclass(frozen=True)
-class ConversionReport:
-    """What ``convert`` or ``restore`` did: swapped module names, and module name -> why left.
-
-    ``mlps`` names the SwiGLU blocks made lean, or plain again, and ``attentions`` the
-    blocks whose q, k and v share their x where two of them are adapted, or no longer do; a block
-    that was left is in ``left``. ``head`` tells whether a lean head was undone.
-    """
-
-    swapped: tuple[str, ...]
-    left: Mapping[str, str] = field(default_factory=dict)
-    mlps: tuple[str, ...] = ()
-    attentions: tuple[str, ...] = ()
-    head: bool = False
-
-    def __str__(self) -> str:
-        blocks = f", {len(self.mlps)} SwiGLU blocks" if self.mlps else ""
-        blocks += f", {len(self.attentions)} attention blocks" if self.attentions else ""
-        blocks += ", the head" if self.head else ""
-        lines = [f"{len(self.swapped)} layers swapped{blocks}, {len(self.left)} left"]
-        lines += [f"  left {name}: {reason}" for name, reason in self.left.items()]
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class MaskReport:
-    """What ``apply_mask`` did: names of the layers now open and closed, for which adapter.
-
-    ``closing`` says whether closed layers dropped their adapters or keep them frozen; ``outside``
-    counts what is trained beside them, which no mask reaches.
-    """
-
-    adapter: str
-    open: tuple[str, ...]
-    closed: tuple[str, ...]
-    closing: str = "drop"
-    outside: Outside = NOTHING_OUTSIDE
-
-    def __str__(self) -> str:
-        total = len(self.open) + len(self.closed)
-        kept = ", the others keep what they learned" if self.closing == "keep" else ""
-        text = f"adapter {self.adapter!r}: {len(self.open)} of {total} layers open{kept}"
-        return f"{text}; {self.outside}" if self.outside.parameters else text
-
-
 def _dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any):
     """Answer PEFT's custom-module look-up: ours for a base that we cover, else PEFT's choice."""
     base = target.get_base_layer() if isinstance(target, LoraLayer) else target
@@ -97,7 +51,7 @@ def _dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs
 
 
 def _masked_classes() -> tuple[type[MaskedLoraLayer], ...]:
-    """Our layer classes; those of bitsandbytes' bases where something has loaded bitsandbytes."""
+    """Return our layer classes; with bitsandbytes' bases if a module has loaded bitsandbytes."""
     if "bitsandbytes" not in sys.modules:
         return (MaskedLoraLinear,)
     from ila.models.quantized import CLASSES
@@ -276,7 +230,7 @@ def _masked_layers(model: nn.Module) -> dict[str, MaskedLoraLayer]:
 
 
 def single_adapter(peft_model: PeftModel, adapter_name: str | None) -> str:
-    """The adapter meant by ``adapter_name``; ``None`` means the active one, if there is one.
+    """Return the adapter of this name; ``None`` means the active one, if there is one.
 
     Raises:
         TypeError: If ``peft_model`` is not a ``PeftModel``.
@@ -305,10 +259,10 @@ def apply_mask(
 ) -> MaskReport:
     """Close the layers that the mask closes and open the others.
 
-    With ``closed="drop"`` a closed layer computes its base layer and nothing else; its adapter
-    weights are set aside (``restore``, or a mask that opens it, brings them back) and are not part
-    of what ``save_pretrained`` writes. The adapter's ``target_modules`` name the open layers only,
-    so the saved adapter loads in plain PEFT.
+    With ``closed="drop"`` a closed layer computes its base layer and nothing else. Its adapter
+    weights are set aside (``restore``, or a mask that opens it, brings them back), and
+    ``save_pretrained`` does not write them. The adapter's ``target_modules`` name the open layers
+    only, so the saved adapter loads in plain PEFT.
 
     With ``closed="keep"`` a closed layer keeps its update and learns no more: the update stays in
     the model and in the saved adapter, and has no gradient, no optimiser state and no dropout.
@@ -316,7 +270,7 @@ def apply_mask(
 
     Args:
         peft_model: A model from ``attach``, or converted by ``convert``.
-        mask: A mask whose names are those of this model's ``MaskedLoraLinear`` layers.
+        mask: A mask with the names of this model's ``MaskedLoraLinear`` layers.
         closed: ``"drop"`` or ``"keep"``; it holds for every layer that the mask closes.
         adapter_name: The adapter to mask; ``None`` means the active one.
         optimizer: If given, the parameters and state of closed layers are removed from it.

@@ -1,8 +1,7 @@
-"""``explain``: which code computes each LoRA layer of a model, why, and what it keeps for backward.
+"""``explain``: report the code that computes each LoRA layer, and the bytes it keeps for backward.
 
-A layer is *in the prefix* if backward never comes to it: everything below the lowest open layer.
-Above it a closed layer is crossed, which costs its dx and keeps nothing, whether its adapter was
-dropped or stays in place.
+A layer is *in the prefix* if backward never reaches it: everything below the lowest open layer.
+Backward passes through a closed layer above, dropped or kept: this costs its dx and keeps nothing.
 """
 
 from __future__ import annotations
@@ -61,9 +60,10 @@ class LayerRow:
 class Explanation:
     """The rows of ``explain`` for a number of tokens; printing it shows the table.
 
-    ``mlps`` says of each SwiGLU block what it keeps for backward, ``together`` of each block which
-    of its layers compute as one op where they read one x (``ila.models.shared_input``). ``head``
-    says of a model with a lean head which code computes its loss, None without one.
+    ``mlps`` describes the tensors that each SwiGLU block keeps for backward. ``together`` describes
+    the layers of each block that compute as one op, because they read one x
+    (``ila.models.shared_input``). ``head`` describes the code that computes the loss of a model
+    with a lean head; None without one.
     """
 
     rows: tuple[LayerRow, ...]
@@ -83,18 +83,18 @@ class Explanation:
         return dict(Counter(row.path for row in self.rows))
 
     def saved_bytes(self) -> int:
-        """Bytes that all layers keep for backward, those left out of which it is not known."""
+        """Sum the bytes that layers keep for backward, without the layers of unknown bytes."""
         return sum(row.saved_bytes or 0 for row in self.rows)
 
     def as_dict(self) -> dict[str, object]:
-        """The rows and their total, for JSON."""
+        """Return the rows and their total, for JSON."""
         rows = [asdict(row) for row in self.rows]
         head = None if self.head is None else self.head._asdict()
         total = self.saved_bytes()
         return {"tokens": self.tokens, "layers": rows, "saved_bytes": total, "head": head}
 
     def table(self) -> Table:
-        """The rows as a rich table, with a row of totals."""
+        """Lay the rows out as a rich table, with a row of totals."""
         counts = ", ".join(f"{count} {path}" for path, count in self.paths().items())
         table = Table(
             title=f"{len(self.rows)} layers: {counts}; saved for backward at {self.tokens} tokens",
@@ -113,18 +113,23 @@ class Explanation:
             saved = "?" if row.saved_bytes is None else _mib(row.saved_bytes)
             flags = ("yes" if flag else "no" for flag in (row.open, row.in_prefix))
             table.add_row(row.module, *flags, saved, row.path, row.why)
+        table.caption = "\n".join(self.notes())
+        return table
+
+    def notes(self) -> list[str]:
+        """Return a line each on the MLPs, on layers that compute together, and on the head."""
+        lines = []
         if self.mlps:
             counts = Counter(f"{path} ({reason})" for path, reason in self.mlps.values())
-            kept = ", ".join(f"{count} {what}" for what, count in counts.items())
-            table.caption = f"{len(self.mlps)} SwiGLU blocks keep for backward: {kept}"
+            kept = ", ".join(f"{count} {route}" for route, count in counts.items())
+            lines.append(f"{len(self.mlps)} SwiGLU blocks keep for backward: {kept}")
         if self.together:
             counts = Counter(", ".join(names) for names in self.together.values())
             ops = "; ".join(f"{names} in {count} blocks" for names, count in counts.items())
-            table.caption = f"{table.caption or ''}\nOne op for each x: {ops}".lstrip()
+            lines.append(f"One op for each x: {ops}")
         if self.head is not None:
-            text = f"Head and loss: {self.head.path} ({self.head.reason})"
-            table.caption = f"{table.caption or ''}\n{text}".lstrip()
-        return table
+            lines.append(f"Head and loss: {self.head.path} ({self.head.reason})")
+        return lines
 
     def _flags(self) -> Iterator[tuple[bool, bool]]:
         return ((row.in_prefix, row.open) for row in self.rows)
@@ -136,10 +141,10 @@ class Explanation:
 
 
 def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
-    """Say for every LoRA layer which path it takes as the model stands, why, and what it keeps.
+    """Report the path of every LoRA layer in the model as it is, the reason, and the kept bytes.
 
-    Bytes are counted by formula for a training step: ``ila_kernels.roofline.saved_bytes``. They are
-    those of the linear layers alone; attention, norms and activations keep their own. With
+    A formula counts the bytes of a training step: ``ila_kernels.roofline.saved_bytes``. It counts
+    linear layers alone; attention, norms and activations keep more. With
     checkpointing a block keeps its input, and these bytes while it runs again.
 
     Args:
@@ -203,7 +208,7 @@ def _together(
 
 
 def _gathered_by_fsdp(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[nn.Module]:
-    """The layers that are sharded here and whole where they run: FSDP2 gathers them before."""
+    """Return the layers that FSDP2 shards here and gathers before they run."""
     sharded = {
         layer
         for layer in layers.values()
@@ -211,7 +216,7 @@ def _gathered_by_fsdp(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[
     }
     managed = [module for module in model.modules() if isinstance(module, FSDPModule)]
     inside = {inner for outer in managed for inner in outer.modules()}
-    # Where tensor parallelism has split W as well, what FSDP gathers is still a part.
+    # Where tensor parallelism has split W as well, FSDP still gathers a part only.
     return {layer for layer in sharded & inside if len(_splits(layer)) == 1}
 
 
@@ -241,7 +246,7 @@ def _masked_row(layer: MaskedLoraLayer, gathered: bool) -> tuple[bool, str, str]
 
 
 def _inputs_that_require_grad(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, bool]:
-    """Layer name -> whether a gradient passes its x, from what requires grad in and below it."""
+    """Return layer name -> whether a gradient passes its x, by the parameters in and below it."""
     blocks, depth = find_blocks(model), frozen_blocks(model)
     if blocks is None:
         return dict.fromkeys(layers, True)
@@ -261,7 +266,7 @@ def _inputs_that_require_grad(model: nn.Module, layers: dict[str, nn.Module]) ->
 
 
 def _flows_within(block: nn.Module, own: str, layers: dict[str, nn.Module]) -> bool:
-    """Whether something trained in the lowest open block comes before its layer ``own``."""
+    """Tell whether something trained in the lowest open block comes before its layer ``own``."""
     inside = {m: n.rpartition(".")[2] for n, m in block.named_modules() if m in layers.values()}
     held = {p for layer in inside for p in layer.parameters()}
     others = any(p.requires_grad and p not in held for p in block.parameters())
@@ -271,7 +276,7 @@ def _flows_within(block: nn.Module, own: str, layers: dict[str, nn.Module]) -> b
 
 
 def _needs(layer: LoraLayer, x: bool) -> set[str]:
-    """The gradients that a layer computes, by the names of ``ila_kernels.roofline``."""
+    """Return the gradients that a layer computes, by the names of ``ila_kernels.roofline``."""
     parts = {"lora_a": layer.lora_A, "lora_b": layer.lora_B}
     if isinstance(layer, MaskedLoraLayer):
         parts["gate"] = layer.lora_S
@@ -315,7 +320,7 @@ def _problem(layer, dtype, tokens, rank=1, adapter=None, dropout=False) -> Probl
 
 
 def _is_plain(layer: LoraLayer, active: list[str]) -> bool:
-    """Whether PEFT's forward is its formula for ``nn.Linear`` and nothing else."""
+    """Tell whether PEFT's forward is its formula for ``nn.Linear`` and nothing else."""
     is_linear = isinstance(layer, Linear) and isinstance(layer.get_base_layer(), nn.Linear)
     return is_linear and not any(a in layer.lora_variant or layer.lora_bias[a] for a in active)
 

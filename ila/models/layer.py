@@ -1,14 +1,14 @@
 """``MaskedLoraLinear``: PEFT's ``lora.Linear`` with ``y = x Wᵀ + bias + γα (x̂ Aᵀ) Bᵀ`` as one op.
 
-What is ours is in ``MaskedLoraLayer``, mixed into PEFT's layer class for the kind of base: here
-``nn.Linear``, in ``ila.models.quantized`` those of bitsandbytes. Subclasses, so that everything
-PEFT does to a LoRA layer works on them. ``forward`` takes the op where the op covers the case, the
+Our code is in ``MaskedLoraLayer``, a mixin for PEFT's layer class of each kind of base: here
+``nn.Linear``, in ``ila.models.quantized`` the layers of bitsandbytes. They are subclasses, so that
+all of PEFT's functions work on them. ``forward`` takes the op where the op covers the case, the
 bare linear where no adapter is there, and PEFT's own ``forward`` everywhere else; ``route`` says
 which and why.
 
 Two kinds of zero. A *closed* layer has its adapter set aside (``close``): its parameters are no
-longer registered, so no optimiser, checkpoint, state dict, merge or backward sees them, and what
-is left is the base layer, bit for bit. A *score* is a parameter s of an open layer, γ = σ(s).
+longer registered, so no optimiser, checkpoint, state dict, merge or backward sees them, and the
+layer is the base layer, bit for bit. A *score* is a parameter s of an open layer, γ = σ(s).
 
 A *kept* layer is closed in another way (``keep``): its adapter stays, computes and is saved, and
 learns no more. It is a constant, so it has no dropout either.
@@ -39,12 +39,12 @@ class Route(NamedTuple):
     adapter: str | None = None
 
 
-# What the fused path reads of a layer: base layer, W, A, B, dropout.
+# Parts of a layer that the fused path reads: base layer, W, A, B, dropout.
 _Parts = tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, nn.Module]
 
 
 class Operands(NamedTuple):
-    """What the op computes a layer from; a layer without an adapter has no A, B and gate."""
+    """Operands of the op for a layer; a layer without an adapter has no A, B and gate."""
 
     weight: torch.Tensor | PackedWeight
     lora_a: torch.Tensor | None
@@ -56,7 +56,7 @@ class Operands(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What x of down_proj was made of, ``swiglu_product(pre, up)``, to make it again."""
+    """Operands of ``swiglu_product(pre, up)``, which makes the x of down_proj again."""
 
     made: Seen
     pre: torch.Tensor
@@ -64,7 +64,7 @@ class Recipe(NamedTuple):
 
 
 class Shared(Protocol):
-    """What a layer takes part in while its block runs: ``ila.models.shared_input``."""
+    """A joint computation of a layer while its block runs: ``ila.models.shared_input``."""
 
     def output_of(self, layer: MaskedLoraLayer, x: torch.Tensor) -> torch.Tensor | None:
         """Return y of a layer; ``None`` where it has to compute for itself."""
@@ -96,7 +96,7 @@ def _dropout_of(dropout: nn.Module) -> float:
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 
-def _parameters_in(parts: Mapping[str, Any]) -> Iterator[nn.Parameter]:
+def _parameters_in(parts: Mapping[str, object]) -> Iterator[nn.Parameter]:
     for value in parts.values():
         if isinstance(value, nn.Module):
             yield from value.parameters()
@@ -105,7 +105,7 @@ def _parameters_in(parts: Mapping[str, Any]) -> Iterator[nn.Parameter]:
 
 
 def _move(value: nn.Module | torch.Tensor, device: torch.device) -> None:
-    """Move parameters in place, so that who refers to them keeps them."""
+    """Move parameters in place: references to them stay valid."""
     if isinstance(value, nn.Module):
         value.to(device)
     else:
@@ -119,7 +119,7 @@ class MaskedLoraLayer:
 
     Attributes:
         peft_class: PEFT's class for this kind of base layer, the other parent.
-        plain: What the fused path computes, in words.
+        plain: Name of the computation of the fused path.
         _shared_input: The group of layers that this one computes with now, while its block runs;
             copies and pickles have none.
     """
@@ -131,7 +131,7 @@ class MaskedLoraLayer:
 
     @staticmethod
     def covers(base: nn.Module) -> bool:
-        """Whether the op computes a base layer of this kind."""
+        """Tell whether the op computes a base layer of this kind."""
         raise NotImplementedError
 
     def base_weight(
@@ -159,7 +159,7 @@ class MaskedLoraLayer:
             self.adapter_layer_names = (*self.adapter_layer_names, "lora_S")
 
     def strip(self) -> None:
-        """Open every adapter and remove what ``prepare`` and the search added."""
+        """Open every adapter and remove the additions of ``prepare`` and of the search."""
         for adapter in (*self._closed, *self._kept):
             self.open(adapter)
         del self._closed, self._kept, self.lora_S
@@ -172,8 +172,8 @@ class MaskedLoraLayer:
         """Compute with other layers from now on, or alone again."""
         object.__setattr__(self, "_shared_input", shared)  # nn.Module's takes 1 µs
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles take along: no state of a forward that runs now."""
+    def __getstate__(self) -> dict[str, object]:
+        """Return the state for copies and pickles, without the state of a running forward."""
         return {**self.__dict__, "_shared_input": None}
 
     def close(self, adapter: str) -> None:
@@ -215,7 +215,7 @@ class MaskedLoraLayer:
             self._require_grad(adapter, False)
 
     def _require_grad(self, adapter: str, required: bool) -> None:
-        """Let the parameters of an adapter require grad, but for those that PEFT keeps frozen."""
+        """Let the parameters of an adapter require grad, except the ones that PEFT keeps frozen."""
         frozen = self.frozen_peft_weight_names.get(adapter, ())
         for name in self.adapter_layer_names:
             entries = getattr(self, name)
@@ -231,8 +231,8 @@ class MaskedLoraLayer:
         It comes to the device of the base layer.
 
         Raises:
-            RuntimeError: If the base layer was sharded since: nobody would add up the gradients
-                that each process computes for an adapter put back now.
+            RuntimeError: If the base layer was sharded since: no code would add up the gradients
+                of the processes for an adapter put back now.
         """
         if adapter in self._closed and _is_sharded(_weight(self.get_base_layer())):
             a = self._closed[adapter]["lora_A"]
@@ -257,7 +257,7 @@ class MaskedLoraLayer:
             getattr(self, name)[adapter] = value
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters, as PEFT does; what requires grad follows in those set aside."""
+        """Activate adapters, as PEFT does; adapters set aside follow in requiring grad."""
         super().set_adapter(adapter_names, inference_mode)
         for adapter in self._kept:
             self._require_grad(adapter, False)
@@ -273,7 +273,7 @@ class MaskedLoraLayer:
         return sorted({*super()._all_available_adapter_names(), *self._closed})
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # What ``to``, ``half`` and ``cuda`` do reaches an adapter that is set aside as well. It is
+        # ``to``, ``half`` and ``cuda`` reach an adapter that is set aside as well. It is
         # moved and not emptied: nothing else holds its weights.
         for parts in self._closed.values():
             for parameter in _parameters_in(parts):
@@ -299,7 +299,7 @@ class MaskedLoraLayer:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Put the numbers of adapters set aside beside the others, for what PEFT does to those."""
+        """Put the numbers of adapters set aside beside the others, where PEFT reads them."""
         closed = {adapter: parts for adapter, parts in self._closed.items() if "scaling" in parts}
         numbers = ("r", "lora_alpha", "scaling", "use_rslora")
         for adapter, parts in closed.items():
@@ -315,15 +315,15 @@ class MaskedLoraLayer:
                     parts[name] = getattr(self, name).pop(adapter)
 
     def is_closed(self, adapter: str) -> bool:
-        """Whether this adapter is set aside here."""
+        """Tell whether this adapter is set aside here."""
         return adapter in self._closed
 
     def is_kept(self, adapter: str) -> bool:
-        """Whether this adapter is frozen in place here."""
+        """Tell whether this adapter is frozen in place here."""
         return adapter in self._kept
 
     def is_open(self, adapter: str) -> bool:
-        """Whether this adapter is here and neither set aside nor frozen in place."""
+        """Tell whether this adapter is here and neither set aside nor frozen in place."""
         return adapter in self.lora_A and adapter not in self._kept
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -342,7 +342,7 @@ class MaskedLoraLayer:
         return self._resolve()[0]
 
     def _resolve(self) -> tuple[Route, _Parts | None]:
-        """The route, and what the fused path computes with; this runs in every forward."""
+        """Return the route and the operands of the fused path; this runs in every forward."""
         if self._disable_adapters:
             return _DISABLED, None
         if self.merged_adapters:
@@ -386,7 +386,7 @@ class MaskedLoraLayer:
     ) -> torch.Tensor:
         """Compute the layer by its route; extra arguments (``adapter_names`` …) take PEFT's.
 
-        ``swiglu``, from ``LeanMLP``, says what x can be recomputed from; only the op reads it.
+        ``swiglu``, from ``LeanMLP``, holds the tensors that make x again; only the op reads it.
         """
         shared = self._shared_input
         if shared is not None and not args and not kwargs:
@@ -416,7 +416,7 @@ class MaskedLoraLayer:
         return super().forward(x, *args, **kwargs)
 
     def operands(self, x: torch.Tensor | None) -> Operands | None:
-        """What the op would compute this layer from; ``None`` where something else has to.
+        """Return the operands of the op for this layer; ``None`` where other code computes it.
 
         Without x, W is the base layer's parameter as it is stored, and nothing is prepared for it.
         """
@@ -449,7 +449,7 @@ class MaskedLoraLayer:
 class MaskedLoraLinear(MaskedLoraLayer, Linear):
     """A LoRA linear layer with a gate, a drop-in for ``peft.tuners.lora.layer.Linear``.
 
-    Args: those of PEFT's class: ``base_layer``, ``adapter_name``, ``config``, ``r``,
+    Args: the arguments of PEFT's class: ``base_layer``, ``adapter_name``, ``config``, ``r``,
     ``lora_alpha``, and keywords.
     """
 

@@ -54,11 +54,11 @@ class LeanForward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """That of a method: Trainer reads from it which columns the model takes."""
+        """The signature of a method: Trainer reads the names of the columns from it."""
         return inspect.signature(partial(_forward, self.__self__))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute what the model's own forward computes, logits left out where there are labels."""
+        """Run the computation of the model's own forward; with labels, leave the logits out."""
         return _forward(self.__self__, *args, **kwargs)
 
 
@@ -130,8 +130,8 @@ def _is_zero(logits_to_keep: int | Tensor) -> bool:
     return isinstance(logits_to_keep, int) and logits_to_keep == 0
 
 
-def _asks_for_more(kwargs: dict[str, Any]) -> bool:
-    """Whether an argument may mean something for logits or loss that is not computed here."""
+def _asks_for_more(kwargs: dict[str, object]) -> bool:
+    """Tell whether an argument may change logits or loss in a way unknown here."""
     return any(
         value is not None
         and name not in _INPUTS
@@ -148,7 +148,7 @@ def _loss(
     shift_labels: Tensor | None,
     num_items_in_batch: Tensor | int | None,
 ) -> Tensor:
-    """Σ / count, count being the labels, or those of all batches of a step."""
+    """Return Σ / count, where count is the labels of the batch, or of all batches of a step."""
     if shift_labels is None:  # tokens < n predict n
         shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
     targets = shift_labels.reshape(-1).to(hidden.device)
@@ -166,7 +166,7 @@ def _loss(
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:
-    """Σ / count: not a number where nothing counts, with a gradient of 0 as transformers' has."""
+    """Return Σ / count; without labels NaN with a gradient of 0, as in transformers."""
     nothing = count == 0
     return torch.where(nothing, total.detach() / count, total / count.masked_fill(nothing, 1))
 
@@ -180,7 +180,7 @@ def dtype_of(tensor: Tensor) -> torch.dtype:
 
 
 def is_lean(model: PreTrainedModel) -> bool:
-    """Whether ``lean_head`` has changed this very model, and nothing has undone it."""
+    """Tell whether ``lean_head`` has changed this very model, and no code has undone it."""
     return REPLICATE in model.__dict__
 
 

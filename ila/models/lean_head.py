@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -80,7 +80,7 @@ def plain_head(model: nn.Module) -> bool:
     target = _causal_model(model)
     if target is None or not is_lean(target):
         return False
-    # Whoever has wrapped our forward by now keeps it, and finds that it is the model's own.
+    # A wrapper of our forward keeps it, and it now runs the model's own.
     for module in target.model.modules():  # the norm may have moved into a wrapper of PEFT's
         if isinstance(module.__dict__.get(_UNLOAD), partial):
             delattr(module, _UNLOAD)
@@ -147,7 +147,7 @@ def _anchor(model: PreTrainedModel) -> nn.Module | None:
     return next((named[name] for name in AFTER_BLOCKS if name in named), None)
 
 
-def _unload(model: PreTrainedModel, **options: Any) -> nn.Module:
+def _unload(model: PreTrainedModel, **options: object) -> nn.Module:
     anchor = _anchor(model)
     plain_head(model)
     return anchor

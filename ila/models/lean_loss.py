@@ -35,7 +35,7 @@ class LogitMap(NamedTuple):
 
     @property
     def is_identity(self) -> bool:
-        """Whether logits stay what the head gives."""
+        """Tell whether the logits are the output of the head, unchanged."""
         return self.scale == 1.0 and self.cap is None
 
 

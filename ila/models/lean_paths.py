@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd.function import FunctionCtx
 
 from ila.models.lean_loss import (
     IDENTITY,
@@ -84,13 +85,13 @@ def path_here(dtype: torch.dtype, device: str, logit_map: LogitMap) -> LossPath:
 
 @cache
 def has_torch() -> bool:
-    """Whether torch computes linear and cross-entropy together, in chunks."""
+    """Tell whether torch computes linear and cross-entropy together, in chunks."""
     return hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
 
 
 @cache
 def has_liger() -> bool:
-    """Whether Liger's kernels are installed."""
+    """Tell whether Liger's kernels are installed."""
     return find_spec("liger_kernel") is not None
 
 
@@ -162,7 +163,7 @@ class _Chunks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: FunctionCtx,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -176,13 +177,13 @@ class _Chunks(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return scaled(gradient, grad), None, None, None, None, None
 
 
 def scaled(gradient: Tensor, by: Tensor) -> Tensor:
-    """A gradient times a scalar, rounded once: 1/N in 16 bits would be off for all of it."""
+    """Return a gradient times a scalar, rounded once: 1/N in 16 bits would be off for all of it."""
     # One dimension: a scalar would be rounded to 16 bits first. No copy in 32 bits either.
     return torch.mul(gradient, by.reshape(1), out=torch.empty_like(gradient))
 
@@ -207,12 +208,12 @@ def _(hidden, weight, bias, targets, scale, cap, with_gradient):
     return hidden.new_empty((), dtype=wide(hidden.dtype)), gradient
 
 
-def _keep_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _keep_gradient(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor | None, grad_of_gradient: Tensor | None):
+def _backward(ctx: FunctionCtx, grad: Tensor | None, grad_of_gradient: Tensor | None):
     if grad_of_gradient is not None:
         raise RuntimeError("the lean head can be differentiated once, not twice")
     (gradient,) = ctx.saved_tensors

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from ila.boundary import InputError, reading
+from ila.data.contracts import Row
 from ila.models.sizes import check_counts, check_fits, load_config
 
 DTYPES = {
@@ -176,15 +177,13 @@ def _packing(source: Source, load_in: str, dtype: torch.dtype | str) -> dict[str
     }
 
 
-def check_runs(
-    model: PreTrainedModel, source: Source, rows: Iterable[Mapping[str, Any]] = ()
-) -> None:
-    """Run a model as it was loaded on its longest row, or on two tokens: what it raises is its own.
+def check_runs(model: PreTrainedModel, source: Source, rows: Iterable[Row] = ()) -> None:
+    """Run a loaded model on its longest row, or on two tokens: an error is the model's own.
 
     Args:
-        model: Before anything of it is changed.
-        source: Where it came from.
-        rows: Rows with ``input_ids`` that it is to read.
+        model: Unchanged model.
+        source: Source of the model.
+        rows: Rows with ``input_ids`` for the model.
 
     Raises:
         ValueError: The model cannot run, or its embedding has no row for a token.
@@ -235,7 +234,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_whole(source: Source, report: Mapping[str, Any]) -> None:
+def _check_whole(source: Source, report: Mapping[str, object]) -> None:
     """Refuse a model of which weights were not there: they would be drawn at random."""
     missing = sorted(report["missing_keys"])
     if missing:
@@ -246,7 +245,7 @@ def _check_whole(source: Source, report: Mapping[str, Any]) -> None:
 
 
 def _of_model(source: Source, error: InputError) -> Exception:
-    """The error of a library, as one of the model's: what was not found, or is damaged."""
+    """Turn the error of a library into an error about the model: not found, or damaged."""
     cause = error.__cause__
     if isinstance(cause, OSError) and cause.errno is None:
         return FileNotFoundError(_not_found(source, cause))
@@ -255,7 +254,7 @@ def _of_model(source: Source, error: InputError) -> Exception:
     return error
 
 
-# What a configuration says of a file, a run or a tokenizer, and not of the layers: a chat model
+# Entries of a configuration about a file, a run or a tokenizer, not about layers: a chat model
 # often has end-of-turn ids of its own, and a model loaded in 4 bits is still the same one.
 _NOT_OF_THE_LAYERS = (
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config"),
@@ -264,10 +263,10 @@ _NOT_OF_THE_LAYERS = (
 
 
 def identity(model: PreTrainedModel, source: Source) -> dict[str, Any]:
-    """What says which model this is: source, architecture, size, dtype, hashes of its shape.
+    """Identify a model: source, architecture, size, dtype, hashes of its shape.
 
-    ``layers_fingerprint`` is of the names and sizes of the layers that an adapter may go to, and
-    ``config_fingerprint`` of the configuration: masks of older versions have that one alone.
+    ``layers_fingerprint`` hashes names and sizes of the layers that can take an adapter.
+    ``config_fingerprint`` hashes the configuration; masks of older versions have only this one.
     """
     with reading(source.name, "model"):
         config = AutoConfig.for_model(**model.config.to_dict()).to_diff_dict()
@@ -284,7 +283,7 @@ def identity(model: PreTrainedModel, source: Source) -> dict[str, Any]:
     }
 
 
-def same_layers(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def same_layers(one: Mapping[str, object], other: Mapping[str, object]) -> bool:
     """Tell whether two ``identity`` are of models whose layers have the same names and sizes.
 
     A mask of an older version passes if it has the same configuration, or the same architecture
@@ -309,7 +308,7 @@ def _layer_sizes(model: PreTrainedModel) -> dict[str, list[int]]:
     return sizes | experts
 
 
-def _hash(value: Any) -> str:
+def _hash(value: object) -> str:
     canonical = json.dumps(value, sort_keys=True, default=str)
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 

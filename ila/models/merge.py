@@ -1,4 +1,4 @@
-"""An adapter merged into its base, where layers may share a weight."""
+"""Merge an adapter into its base, where layers may share a weight."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def merge(peft_model: PeftModel) -> PreTrainedModel:
 
 
 def untie(model: nn.Module) -> list[str]:
-    """Give every adapted layer a weight of its own; return the names of those that shared one."""
+    """Give every adapted layer a weight of its own; return the names of layers that shared one."""
     holders: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         holders[id(parameter)] = holders.get(id(parameter), 0) + 1

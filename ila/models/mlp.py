@@ -1,15 +1,14 @@
-"""``LeanMLP``: a SwiGLU block that keeps what gate_proj and up_proj gave for backward, no more.
+"""``LeanMLP``: a SwiGLU block that keeps the outputs of gate_proj and up_proj, and no more.
 
     y = down_proj(h)        h = silu(gate_proj(x)) ⊙ up_proj(x)
 
 Plain autograd keeps silu(gate_proj(x)) as well, and a LoRA adapter on down_proj keeps h: at
 Llama-2-7B's shapes and 4096 tokens, 5.4 GiB of 21.5 GiB. Both are recomputed in backward instead.
 
-A block stays what it is, with its parameters, names and hooks: only its class changes, to a
-subclass of its own, and back (``make_lean``, ``make_plain``). ``forward`` calls the submodules that
-the plain class calls, in that order, and hands on the same bits, but for what ``shared_input``
-rounds otherwise. What must see h kept (an adapter of down_proj on PEFT's own code, a hook there)
-sees it kept; ``route`` says so.
+A block keeps its parameters, names and hooks: only its class changes, to a subclass, and back
+(``make_lean``, ``make_plain``). ``forward`` calls the submodules of the plain class in the same
+order and gives the same bits, except for the rounding of ``shared_input``. Code that must see h (an
+adapter of down_proj on PEFT's own path, a hook there) sees it; ``route`` says so.
 
 It is on for memory's sake: on a busy 2-core CPU a step of SmolLM2-135M (bf16, 4×256 tokens, gate
 and up apart) took 1.04 times the CPU time of the plain block's [0.99–1.08]. ``make_plain`` turns
@@ -35,12 +34,12 @@ LEAN, KEEPS_H, PLAIN = "lean", "keeps h", "plain"
 
 GATE_UP = ("gate_proj", "up_proj")
 _PROJECTIONS = (*GATE_UP, "down_proj")
-# torch's class is what transformers' table gave before it had one of its own.
+# transformers' table gave torch's class before it had its own.
 _SILU = (type(ACT2FN["silu"]), nn.SiLU)
 
 
 class MlpRoute(NamedTuple):
-    """What a SwiGLU block keeps for backward beside its input, and why."""
+    """Tensors that a SwiGLU block keeps for backward beside its input, and the reason."""
 
     path: str
     reason: str
@@ -53,7 +52,7 @@ class LeanMLP(Swapped):
     """
 
     def route(self, gathered: bool = False) -> MlpRoute:
-        """Say what this block keeps for backward as it stands, and why.
+        """Return the tensors that this block keeps for backward now, and the reason.
 
         Args:
             gathered: Whether the weights of down_proj, sharded now, will be whole when it runs.
@@ -71,7 +70,7 @@ class LeanMLP(Swapped):
         return MlpRoute(LEAN, "gate and up")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute what the plain class computes."""
+        """Run the computation of the plain class."""
         if _why_not_silu(self) is not None:
             return super().forward(x)
         with sharing(self, GATE_UP):
@@ -80,7 +79,7 @@ class LeanMLP(Swapped):
         if pre.dtype != up.dtype:  # an adapter of another dtype merged into one of them
             return down(self.act_fn(pre) * up)
         h = swiglu_product(pre, up)
-        # Where pre wants no gradient, nobody keeps up, and h is the smaller thing to keep.
+        # If `pre` wants no gradient, no other code keeps `up`, and h is smaller to keep.
         if pre.requires_grad and _takes_recipe(down):
             return down(h, swiglu=Recipe(Seen(h), pre, up))
         return down(h)
@@ -129,5 +128,5 @@ def _why_not_silu(block: nn.Module) -> str | None:
 
 
 def _takes_recipe(down: nn.Module) -> bool:
-    """Whether down_proj may recompute its input: ours, and no hook of its own sees that."""
+    """Tell whether down_proj may recompute its input: ours, and no hook of its own sees that."""
     return isinstance(down, MaskedLoraLayer) and not has_hooks(down)

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -181,7 +180,7 @@ def _check(model: nn.Module, layers: Mapping[str, MaskedLoraLayer]) -> None:
 class OpenTrainer(Trainer):
     """Save and load the parameters that require grad, where Trainer takes the whole model."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
         self._names = [n for n, p in self.model.named_parameters() if p.requires_grad]
         if self.is_fsdp_enabled:

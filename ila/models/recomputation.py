@@ -1,13 +1,13 @@
-"""One path in a forward and in its recomputation, whatever changes between the two.
+"""Take one path in a forward and in its recomputation, even if hooks change between the two.
 
 A checkpoint runs a block again in backward and expects the tensors that it saved the first time.
-Which code computes a layer depends on hooks, and those come and go: a profiler or a counter that is
-entered around backward alone hooks every module there is. So a checkpointed forward keeps a record
-of what it found (``Record``), and its recomputation reads that record instead of looking again.
+Hooks decide which code computes a layer, and hooks come and go: a profiler or a counter around
+backward alone hooks every module. So a checkpointed forward records the hooks that it found
+(``Record``), and its recomputation reads this record instead of looking again.
 
-What is left to ask of a tensor is whether it is the one that was seen before (``Seen``). A hook
-that changes what goes into a module answers that by itself, so the forward hooks that torch calls
-for every module are not read at all.
+It only remains to check that a tensor is the same as before (``Seen``). A hook that changes the
+input of a module shows there, so this module need not read the forward hooks that torch calls for
+every module.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Recorded:
     """``function``, to be run by a checkpoint: later calls find the hooks of the first one.
 
     Args:
-        function: What the checkpoint runs.
+        function: Function of the checkpoint.
     """
 
     def __init__(self, function: Callable[..., Any]):
@@ -56,7 +56,7 @@ class Recorded:
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """Tell whether a hook may see or change what goes into one of these or comes out of it.
+    """Tell whether a hook may see or change the input or the output of one of these.
 
     Hooks that torch calls for every module do not count.
     """
@@ -97,7 +97,7 @@ def _have_hooks(modules: tuple[nn.Module, ...]) -> bool:
 class Seen:
     """A tensor, and the modes of torch in which it was seen.
 
-    What is written through ``x.data`` is not counted by torch and goes unnoticed.
+    torch does not count a write through ``x.data``; it goes unnoticed.
     """
 
     __slots__ = ("modes", "version", "x")
@@ -121,7 +121,7 @@ class Seen:
 
 
 def version_of(x: Tensor) -> int | None:
-    """How often x was changed in place; ``None`` where torch does not count, or x is no tensor."""
+    """Return the number of changes of x in place; ``None`` for inference and for no tensor."""
     if torch.compiler.is_compiling():  # a trace replays changes in place as they come
         return 0
     return x._version if isinstance(x, Tensor) and not x.is_inference() else None
@@ -136,7 +136,7 @@ def _modes(x: Tensor) -> tuple[object, ...]:
 
 
 def _is_alias(x: Tensor, other: Tensor) -> bool:
-    """Whether both are one piece of memory, read alike."""
+    """Tell whether both are one piece of memory, read alike."""
     if not isinstance(x, Tensor) or x.dtype != other.dtype or x.shape != other.shape:
         return False
     return x.stride() == other.stride() and x.data_ptr() == other.data_ptr()

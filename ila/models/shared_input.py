@@ -3,14 +3,13 @@
 Apart, n layers read x 2n times forward, and autograd adds their n gradients of x; as one
 ``masked_lora_linear_group`` they read it n + 1 times and accumulate into one dx.
 
-A block's own forward stays what it is: it calls its layers one by one, by whatever code it likes.
-While it runs (``sharing``), the first of them that is called computes them all; another, called
-with the same x and in the same modes of torch, hands out what is there, and with anything else
-computes for itself. A layer with hooks is left out: a hook may see or change what goes into it, or
-fetch its weights. Two things go unnoticed in between: a change of x through ``x.data``, and a
-change of a layer that has not been called yet.
+A block's own forward does not change: it calls its layers one by one, with any code. While it runs
+(``sharing``), the first call computes all of them. A later call with the same x in the same modes
+of torch returns the stored result; any other call computes for itself. A layer with hooks is left
+out: a hook may see or change its input, or fetch its weights. Two changes in between go unnoticed:
+of x through ``x.data``, and of a layer that has not been called yet.
 
-With closed layers among them the sum of the gradients is still shared. Their y is that of the bare
+With closed layers among them the sum of the gradients is still shared. Their y is the y of the bare
 layer, bit for bit; in 16 bits dx is rounded after each layer, where autograd rounds twice.
 """
 
@@ -28,7 +27,7 @@ from ila_kernels.quant import PackedWeight
 
 
 class SharedInput:
-    """What a few layers do with one x, from the entry of a block's forward to its end."""
+    """Joint computation of a few layers on one x, while the forward of a block runs."""
 
     __slots__ = ("layers", "outputs", "seen")
 
@@ -61,7 +60,7 @@ def sharing(block: nn.Module, names: Sequence[str]) -> SharedInput:
 
 
 def sharers(block: nn.Module, names: Sequence[str]) -> list[MaskedLoraLayer]:
-    """The layers that may compute together: ours, without hooks; fewer than two are none."""
+    """Return the layers that may compute together: ours, without hooks; [] if fewer than two."""
     if gradients_are_watched():
         return []
     modules = (block._modules.get(name) for name in names)
@@ -80,11 +79,11 @@ def _together(layers: Sequence[MaskedLoraLayer], x: Tensor) -> dict[MaskedLoraLa
 def partners(
     found: Mapping[MaskedLoraLayer, Operands | None], x: Tensor, differentiated: bool
 ) -> dict[MaskedLoraLayer, Operands]:
-    """Those of the layers that read x which compute as one op; none where that would not pay.
+    """Return the layers that compute as one op on x; none if that would not pay.
 
     Args:
-        found: What each would compute from.
-        x: Only its rows and its device count.
+        found: Operands of each layer.
+        x: Input; only its rows and its device matter.
         differentiated: Whether a gradient passes x.
     """
     adapted = [m for m in found.values() if m is not None and m.lora_a is not None]

@@ -52,11 +52,11 @@ def retarget(peft_model: PeftModel, adapter: str, all_there: bool) -> None:
 
 
 class Outside(NamedTuple):
-    """What is trained in a model beside the layers that a mask names.
+    """Trained parameters of a model outside the layers of a mask.
 
     Attributes:
-        parameters: How many.
-        kinds: The last names of the modules that hold them.
+        parameters: Number of them.
+        kinds: Last names of the modules that hold them.
     """
 
     parameters: int
@@ -73,7 +73,7 @@ NOTHING_OUTSIDE = Outside(0, ())
 
 
 def outside(model: nn.Module, layers: Iterable[str]) -> Outside:
-    """Count what is trained beside the layers of a mask: experts, embeddings, modules_to_save."""
+    """Count the parameters outside the layers of a mask: experts, embeddings, modules_to_save."""
     within = tuple(f"{name}." for name in layers)
     count, kinds = 0, {}
     for name, parameter in model.named_parameters():
@@ -86,7 +86,7 @@ def outside(model: nn.Module, layers: Iterable[str]) -> Outside:
 
 
 def _holds(module: nn.Module, adapter: str) -> bool:
-    """Whether an adapter of a module is there; tensors of experts are named elsewhere."""
+    """Tell whether an adapter of a module is there; tensors of experts are named elsewhere."""
     return (
         isinstance(module, LoraLayer)
         and not isinstance(module, ParamWrapper)
@@ -104,6 +104,6 @@ def _short(name: str, held: set[str], names: Iterable[str]) -> str:
 
 
 def restore_targets(config: Any) -> None:
-    """Let a configuration name what it named before ``retarget``."""
+    """Undo ``retarget`` in a configuration."""
     if "_ila_target_modules" in config.__dict__:
         config.target_modules = config.__dict__.pop("_ila_target_modules")

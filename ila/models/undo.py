@@ -1,21 +1,19 @@
-"""A model as it was: what an edit that fails halfway has changed, put back."""
+"""Put a model back as it was, after an edit that fails halfway."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import nn
 
 
 class Snapshot:
-    """What a model consists of now: its modules, their attributes, configurations and parameters.
+    """Parts of a model now: its modules, their attributes, configurations and parameters.
 
-    Values are referred to and not copied, so this costs next to nothing while nothing is replaced.
+    It keeps references and no copies, so this costs almost nothing while no part is replaced.
 
     Args:
         model: Any model.
-        copies: Whether dense weights in float32 may be written in place, and so are copied.
+        copies: Whether to copy dense float32 weights, which an edit may write in place.
     """
 
     def __init__(self, model: nn.Module, copies: bool = False):
@@ -28,7 +26,7 @@ class Snapshot:
         ]
 
     def restore(self) -> None:
-        """Make the model what it was."""
+        """Put the model back."""
         for kept in self._objects:
             kept.restore()
         for parameter, data, required in self._parameters:
@@ -38,9 +36,9 @@ class Snapshot:
 
 
 class _Kept:
-    """The class and attributes of an object, and what its dictionaries hold."""
+    """Class and attributes of an object, and the content of its dictionaries."""
 
-    def __init__(self, owner: Any):
+    def __init__(self, owner: object):
         self.owner, self.kind, self.attributes = owner, type(owner), dict(vars(owner))
         self.held = {k: dict(v) for k, v in self.attributes.items() if isinstance(v, dict)}
 

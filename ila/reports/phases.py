@@ -1,14 +1,14 @@
-"""What each part of one run took, in sentences."""
+"""Write the time of each part of one run, in sentences."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def phases_text(metrics: Mapping[str, Any]) -> str:
-    """Say what a run with a selection took, part by part, and what all layers would have taken.
+    """Write the time of each part of a run with a selection, beside the time of all layers.
 
     Args:
-        metrics: Of ``ila.search.one_run.train_and_select``.
+        metrics: Metrics of ``ila.search.one_run.train_and_select``.
     """
     selected = metrics["selected"]
     search, cache = selected["search"], metrics["prefix_cache"]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
@@ -117,7 +116,7 @@ class SignalTrainer(Trainer):
 
     signal: LayerMean | None = None
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, *args: object, **kwargs: object) -> torch.Tensor:
         """Run a step, and gather its gradients when accumulation is over."""
         loss = super().training_step(*args, **kwargs)
         if not self.accelerator.sync_gradients:

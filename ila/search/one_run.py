@@ -105,8 +105,8 @@ def train_and_select(
         name: Name of the run in reports.
 
     Returns:
-        The metrics of ``train``, whose times are those of the open layers, with ``search``: the
-        cost of the first half. And the mask.
+        The metrics of ``train`` with the times of the open layers, and with ``search``: the cost of
+        the first half. And the mask.
 
     Raises:
         ValueError: If a layer is closed already or cannot be scored, the switch leaves no steps

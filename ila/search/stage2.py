@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -74,7 +73,7 @@ class ScoreTrainer(SignalTrainer):
     no more parameters. Every process holds all scores and their mean gradient.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled:
             named = self.model.named_modules()
@@ -87,7 +86,7 @@ class ScoreTrainer(SignalTrainer):
             trained = (p for p in self.model.parameters() if p.requires_grad)
             average_over_processes([p.grad for p in trained if p.grad is not None])
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_checkpoint(self, *args: object, **kwargs: object) -> None:
         super()._load_from_checkpoint(*args, **kwargs)
         freeze_all_but_scores(self.model)
 

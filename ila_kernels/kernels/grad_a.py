@@ -17,21 +17,21 @@ from torch import Tensor
 
 from ila_kernels.config import ADAPTERS_PER_PASS, grad_tile, rows_per_program
 from ila_kernels.device import target_of
-from ila_kernels.kernels.launch import TL_DTYPES, Launch, precision
+from ila_kernels.kernels.launch import TL_DTYPES, Launch, layout, precision, run_prepared
 from ila_kernels.kernels.partials import Sum, add_shares
-from ila_kernels.kernels.philox import keep_tile, threshold
+from ila_kernels.kernels.philox import keep_tile, numbered, threshold
 
 
-@triton.jit(do_not_specialize=["M", "ROWS", "steps", "seeds", "threshold"])
+@triton.jit(do_not_specialize=["M", "ROWS", "seed0", "seed1", "seed2", "threshold"])
 def _grad_a(
-    u_ptrs, x_ptr, da_ptrs, M, K, steps, ROWS, seeds, threshold, x_m, x_k,
+    u_ptrs, x_ptr, da_ptrs, M, K, steps, ROWS, seed0, seed1, seed2, threshold, x_m, x_k,
     R_STEP: tl.constexpr, DROPOUT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     k0, stretch = tl.program_id(0) * BLOCK_K, tl.program_id(1).to(tl.int64)
     k = k0.to(tl.int64) + tl.arange(0, BLOCK_K)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    in_k = (k < K)[None, :]
+    in_k, seeds = (k < K)[None, :], (seed0, seed1, seed2)
     sums = (tl.zeros((BLOCK_R, BLOCK_K), tl.float32),) * len(u_ptrs)
     for step in range(0, ROWS, BLOCK_M):
         m = stretch * ROWS + step + tl.arange(0, BLOCK_M)
@@ -57,7 +57,7 @@ def _grad_a(
 
 
 class Adapter(NamedTuple):
-    """What makes one dA (R, K) of ``dtype`` from x: u (M, R) contiguous, seed, α, γ."""
+    """Operands of one dA (R, K) of ``dtype``, beside x: u (M, R) contiguous, seed, α, γ."""
 
     u: Tensor
     seed: int | None
@@ -81,7 +81,7 @@ def launch(
     arguments = {
         "u_ptrs": tuple(us), "x_ptr": x, "da_ptrs": tuple(das), "M": m, "K": k,
         "steps": tuple(r // step for r in ranks), "ROWS": rows_per_program(m, k),
-        "seeds": tuple(seeds or (0,) * len(us)), "threshold": threshold(dropout_p),
+        **numbered(seeds), "threshold": threshold(dropout_p),
         "x_m": x.stride(0), "x_k": x.stride(1), "R_STEP": step, "DROPOUT": seeds is not None,
         "DTYPE": TL_DTYPES[x.dtype], "PRECISION": precision(x.dtype, target),
         "BLOCK_M": tile.m, "BLOCK_K": tile.n, "BLOCK_R": tile.r,
@@ -90,8 +90,27 @@ def launch(
     return Launch(_grad_a, grid, arguments, tile)
 
 
+def _run(
+    us: Sequence[Tensor],
+    x: Tensor,
+    shares: Sequence[Tensor],
+    seeds: Sequence[int] | None,
+    dropout_p: float,
+    target: str,
+) -> None:
+    key = (
+        "grad_a", x.device, precision(x.dtype, target), layout(x, *us),
+        None if seeds is None else tuple(seed < 2**31 for seed in seeds),
+    )  # fmt: skip
+    fresh = {
+        "u_ptrs": tuple(us), "x_ptr": x, "da_ptrs": tuple(shares),
+        **numbered(seeds), "threshold": threshold(dropout_p),
+    }  # fmt: skip
+    run_prepared(key, fresh, lambda: launch(us, x, shares, seeds, dropout_p, target))
+
+
 def grad_a(x: Tensor, adapters: Sequence[Adapter], dropout_p: float) -> list[Tensor]:
-    """x (M, K) and what each adapter holds -> every dA (Rᵢ, K); the same bits every time."""
+    """Compute every dA (Rᵢ, K) from x (M, K) and the adapters; the same bits every time."""
     (m, k), target, found = x.shape, target_of(x), []
     stretches = -(-m // rows_per_program(m, k))
     wide = {"dtype": torch.float32, "device": x.device}
@@ -99,7 +118,7 @@ def grad_a(x: Tensor, adapters: Sequence[Adapter], dropout_p: float) -> list[Ten
         part = adapters[first : first + ADAPTERS_PER_PASS]
         shares = [torch.empty(stretches, z.u.shape[1], k, **wide) for z in part]
         seeds = [z.seed for z in part] if dropout_p > 0.0 else None
-        launch([z.u for z in part], x, shares, seeds, dropout_p, target).run()
+        _run([z.u for z in part], x, shares, seeds, dropout_p, target)
         factors = [z.scale / (1.0 - dropout_p) for z in part]
         rows = zip(part, shares, factors, strict=True)
         found += add_shares([Sum(share, z.dtype, f, z.gate) for z, share, f in rows])[0]

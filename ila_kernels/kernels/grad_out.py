@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ila_kernels.config import grad_tile, rows_per_program
 from ila_kernels.device import target_of
-from ila_kernels.kernels.launch import TL_DTYPES, Launch, precision
+from ila_kernels.kernels.launch import TL_DTYPES, Launch, layout, precision, run_prepared
 from ila_kernels.kernels.partials import Sum, add_shares
 
 
@@ -92,7 +92,9 @@ def grad_out(
     """
     target = target_of(dy)
     u_shares, db_shares = shares(dy, b.shape[1], target)
-    launch(dy, b, t, u_shares, db_shares, target).run()
+    key = ("grad_out", dy.device, precision(dy.dtype, target), layout(dy, b, t))
+    fresh = {"dy_ptr": dy, "b_ptr": b, "t_ptr": t, "u_ptr": u_shares, "db_ptr": db_shares}
+    run_prepared(key, fresh, lambda: launch(dy, b, t, u_shares, db_shares, target))
     whole_u = Sum(u_shares, dy.dtype, t=t if wants_inner else None)
     (u, db), (inner, _) = add_shares([whole_u, Sum(db_shares, db_dtype, scale, gate)])
     return u, db, None if inner is None else inner * scale

@@ -1,6 +1,6 @@
 """Several masked LoRA linears of one x on the Triton kernels; the same functions as ``group`` has.
 
-    forward    shrink for all A's at once, lowrank_gemm of each      x read n + 1 times
+    forward    shrink for all A's at once, joined_gemm               x read n + 1 times
     backward   of each: grad_out, lowrank_gemm onto the same dx; then every dA at once
 
 All dA's come from one pass over x too, under dropout each with a mask of its own.
@@ -23,14 +23,14 @@ from torch.nn import functional as F
 
 from ila_kernels.eager import Grads
 from ila_kernels.group import NO_GRADS, Member
+from ila_kernels.kernels.joined_gemm import outputs
 from ila_kernels.kernels.launch import seed_number
 from ila_kernels.kernels.linear import check_dtype, grads_of_a, input_grad, parameter_grads
-from ila_kernels.kernels.lowrank_gemm import lowrank_gemm
 from ila_kernels.kernels.shrink import shrink
 
 
 def shrink_all(x: Tensor, members: Sequence[Member], dropout_p: float) -> list[Tensor | None]:
-    """Every t = x̂ Aᵀ of the group from one pass over x, each under its member's own mask."""
+    """Compute every t = x̂ Aᵀ of the group in one pass over x, each under its member's mask."""
     adapters = [m for m in members if m.is_open]
     seeds = [seed_number(m.seed) for m in adapters] if dropout_p > 0.0 else None
     ts = iter(shrink(x, [m.lora_a for m in adapters], seeds, dropout_p))
@@ -44,10 +44,10 @@ def forward(
     check_dtype(x.dtype)
     with torch.cuda.device(x.device):
         ts = shrink_all(x, members, dropout_p)
+        adapted = [(m, t) for m, t in zip(members, ts, strict=True) if t is not None]
+        made = iter(outputs(x, [m for m, _ in adapted], [t for _, t in adapted]))
         ys = [
-            F.linear(x, m.weight, m.bias)
-            if t is None
-            else lowrank_gemm(x, m.weight.t(), t, m.lora_b.t(), m.scale, m.gate, m.bias)
+            F.linear(x, m.weight, m.bias) if t is None else next(made)
             for m, t in zip(members, ts, strict=True)
         ]
     return ys, ts

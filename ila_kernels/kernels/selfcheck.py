@@ -4,9 +4,9 @@ On a GPU or driver that Triton does not really support, kernels have been seen t
 and raise nothing (unslothai/unsloth#11614). Training on that is worse than an error.
 
 Every form of a kernel that training launches runs at least once: each number of adapters that a
-pass over x serves, forward and input gradient alone and added to another's, sums with their shares,
-all of it with and without dropout. A gate, one more number to read, is there in some of them. That
-is 60 launches.
+pass over x serves, outputs alone and joined, input gradients alone and added to another's, sums
+with their shares, all of it with and without dropout. A gate, one more number to read, is there in
+some of them. That is 68 launches.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from ila_kernels.eager import Needs
 from ila_kernels.group import Member
 from ila_kernels.kernels import group
 from ila_kernels.kernels.grad_a import Adapter, grad_a
+from ila_kernels.kernels.joined_gemm import outputs
 from ila_kernels.kernels.launch import is_capturing
 from ila_kernels.kernels.shrink import shrink
 
 _passed: set[tuple[torch.device, str | None]] = set()
 
 SMALL = (37, 48, 40, 4)
-# Rows that a tensor descriptor takes, and more of them than the smallest tile has: what `form`
-# sends to the persistent form of the GEMM where that is chosen.
+# Rows that a tensor descriptor takes, and more of them than the smallest tile has: `form` sends
+# them to the persistent form of the GEMM where that is chosen.
 ALIGNED = (80, 72, 136, 4)
 SCALE = 0.5
 # Shape, dtype, members, dropout. Of two members the first has a gate.
@@ -84,6 +85,7 @@ def _check(shape, dtype, count, dropout_p, device, number, problem) -> None:
     exact = [_exact(x, m, dy, keep, dropout_p) for m, dy, keep in columns]
     found = [("t", t, right["t"]) for t, right in zip(every_t, exact, strict=True)]
     found += _grads_of_a(x, members, every_t, keeps, dropout_p)
+    found += _joined(x, [z._replace(gate=None) for z in members], every_t)
     found.append(("dx", dx, sum(right["dx"] for right in exact[:count])))
     for t, y, grad, right in zip(ts, ys, grads, exact[:count], strict=True):
         own = {"t": t, "y": y, "dA": grad.lora_a, "dB": grad.lora_b}
@@ -110,7 +112,7 @@ def _drawn(
 
 
 def _grads_of_a(x, members, us, keeps, dropout_p) -> list[tuple[str, Tensor, Tensor]]:
-    """Every dA from one pass over x, and the first alone, for any u, and what each has to be."""
+    """Return every dA from one pass over x, the first alone, and the expected values."""
     seeds = [None if m.seed is None else int(m.seed) for m in members]
     rows = zip(us, seeds, members, strict=True)
     adapters = [Adapter(u, seed, m.scale, None, u.dtype) for u, seed, m in rows]
@@ -122,12 +124,24 @@ def _grads_of_a(x, members, us, keeps, dropout_p) -> list[tuple[str, Tensor, Ten
     return [("dA", da, right) for da, right in zip(das, exact + exact[:1], strict=True)]
 
 
+def _joined(x, members, us) -> list[tuple[str, Tensor, Tensor]]:
+    """Return outputs of three layers, and of two, from one launch, and the expected values."""
+    ys = [*outputs(x, members, us), *outputs(x, members[:2], us[:2])]
+    wide = x.cpu().double()
+    exact = [
+        wide @ m.weight.cpu().double().t()
+        + m.scale * u.cpu().double() @ m.lora_b.cpu().double().t()
+        for m, u in zip(members, us, strict=True)
+    ]
+    return [("y", y, right) for y, right in zip(ys, exact + exact[:2], strict=True)]
+
+
 def _needs(m: Member) -> Needs:
     return Needs(True, weight=False, lora_a=True, lora_b=True, gate=m.gate is not None, bias=False)
 
 
 def _keep(x: Tensor, m: Member, dropout_p: float) -> Tensor:
-    """The mask of a member, read off the t of x = 1 and A = 1."""
+    """Read the mask of a member off the t of x = 1 and A = 1."""
     if m.seed is None:
         return torch.ones(())
     one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
@@ -136,7 +150,7 @@ def _keep(x: Tensor, m: Member, dropout_p: float) -> Tensor:
 
 
 def _exact(x: Tensor, m: Member, dy: Tensor, keep: Tensor, dropout_p: float) -> dict[str, Tensor]:
-    """Every result of one member as it is defined."""
+    """Compute every result of one member by its definition."""
     # Not by autograd: inside an op, where a compiled graph gets here, it records nothing.
     gate = torch.ones(1) if m.gate is None else m.gate
     tensors = (x, dy, m.weight, m.lora_a, m.lora_b, gate)

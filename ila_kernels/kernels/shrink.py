@@ -19,14 +19,14 @@ from torch import Tensor
 
 from ila_kernels.config import ADAPTERS_PER_PASS, shrink_shares, shrink_tile
 from ila_kernels.device import target_of
-from ila_kernels.kernels.launch import TL_DTYPES, Launch, precision
+from ila_kernels.kernels.launch import TL_DTYPES, Launch, layout, precision, run_prepared
 from ila_kernels.kernels.partials import Sum, add_shares
-from ila_kernels.kernels.philox import keep_tile, threshold
+from ila_kernels.kernels.philox import keep_tile, numbered, threshold
 
 
-@triton.jit(do_not_specialize=["ranks", "M", "steps", "seeds", "threshold"])
+@triton.jit(do_not_specialize=["M", "steps", "seed0", "seed1", "seed2", "threshold"])
 def _shrink(
-    x_ptr, a_ptrs, t_ptrs, ranks, M, K, steps, factor, seeds, threshold,
+    x_ptr, a_ptrs, t_ptrs, ranks, M, K, steps, factor, seed0, seed1, seed2, threshold,
     x_m, x_k, a_r, a_k,
     DROPOUT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -36,6 +36,7 @@ def _shrink(
     share = tl.program_id(2)
     first = share * steps * BLOCK_K
     k = tl.arange(0, BLOCK_K)
+    seeds = (seed0, seed1, seed2)
     in_m, wide_r = (m < M)[:, None], r.to(tl.int64)[None, :]
     x = x_ptr + m[:, None] * x_m + (first + k).to(tl.int64)[None, :] * x_k
     sums = (tl.zeros((BLOCK_M, BLOCK_R), tl.float32),) * len(a_ptrs)
@@ -77,7 +78,7 @@ def launch(
     arguments = {
         "x_ptr": x, "a_ptrs": tuple(adapters), "t_ptrs": tuple(ts), "ranks": ranks, "M": m, "K": k,
         "steps": -(-k // (parts * tile.k)),
-        "factor": 1.0 / (1.0 - dropout_p), "seeds": tuple(seeds or (0,) * len(ranks)),
+        "factor": 1.0 / (1.0 - dropout_p), **numbered(seeds),
         "threshold": threshold(dropout_p), "x_m": x.stride(0), "x_k": x.stride(1),
         "a_r": tuple(a.stride(0) for a in adapters), "a_k": tuple(a.stride(1) for a in adapters),
         "DROPOUT": seeds is not None, "DTYPE": TL_DTYPES[x.dtype],
@@ -91,17 +92,24 @@ def launch(
 def _pass(
     x: Tensor, adapters: Sequence[Tensor], seeds: Sequence[int] | None, dropout_p: float
 ) -> list[Tensor]:
-    """Every t of up to three adapters, from one pass over x."""
+    """Compute every t of up to three adapters in one pass over x."""
     (m, k), ranks, target = x.shape, [a.shape[0] for a in adapters], target_of(x)
     parts = shrink_shares(m, k, max(ranks))
     if parts == 1:
-        ts = [torch.empty(m, r, dtype=x.dtype, device=x.device) for r in ranks]
-        launch(x, adapters, ts, seeds, dropout_p, target).run()
-        return ts
-    wide = {"dtype": torch.float32, "device": x.device}
-    shares = [torch.empty(parts, m, r, **wide) for r in ranks]
-    launch(x, adapters, shares, seeds, dropout_p, target).run()
-    return add_shares([Sum(share, x.dtype) for share in shares])[0]
+        outs = [torch.empty(m, r, dtype=x.dtype, device=x.device) for r in ranks]
+    else:
+        outs = [torch.empty(parts, m, r, dtype=torch.float32, device=x.device) for r in ranks]
+    key = (
+        "shrink", x.device, parts, precision(x.dtype, target), layout(x, *adapters),
+        None if seeds is None else tuple(seed < 2**31 for seed in seeds),
+    )  # fmt: skip
+    fresh = {
+        "x_ptr": x, "a_ptrs": tuple(adapters), "t_ptrs": tuple(outs),
+        "factor": 1.0 / (1.0 - dropout_p), **numbered(seeds),
+        "threshold": threshold(dropout_p),
+    }  # fmt: skip
+    run_prepared(key, fresh, lambda: launch(x, adapters, outs, seeds, dropout_p, target))
+    return outs if parts == 1 else add_shares([Sum(share, x.dtype) for share in outs])[0]
 
 
 def shrink(

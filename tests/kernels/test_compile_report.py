@@ -75,6 +75,17 @@ def test_fp32_compiles_where_pytorch_allows_tf32(target, monkeypatch):
     assert compile_report.compiled(shrink, gpu).metadata.target == gpu
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize(
+    ("kernel", "r"), [("shrink", 32), ("shrink+dropout", 16), ("shrink+2", 16), ("shrink+3", 8)]
+)
+def test_tiles_of_few_rows_spill_nothing_and_load_ahead(kernel, r, target, monkeypatch):
+    monkeypatch.setattr(compile_report, "M", 2048)
+    row = compile_report.report_row(kernel, "bf16", r, target)
+    assert compile_report.faults(row) == []
+    assert row.tile.startswith("32x" if (kernel, target) != ("shrink+3", "sm_120") else "64x")
+
+
 @pytest.mark.parametrize("target", ["sm_87", "sm_103", "sm_121"])
 def test_a_sister_of_a_target_takes_its_tiles_without_spills(target):
     forward = compile_report.make_launch("forward", torch.bfloat16, 16, target)
@@ -201,5 +212,6 @@ def test_the_main_loop_is_innermost_and_of_equals_the_first():
 
 def test_the_report_covers_every_kernel_dtype_rank_and_target():
     cases = list(compile_report.cases())
-    by_descriptor = 5 * 2 * 4 * 3  # persistent kernels, 16-bit dtypes, ranks, targets
-    assert len(cases) == len(set(cases)) == 19 * 3 * 4 * 5 + by_descriptor
+    by_descriptor = (5 + 2) * 4 * 3  # bf16 and fp16 of persistent kernels, ranks, targets
+    by_pointer = (21 * 2 + 4) * 4 * 5  # bf16 and fp32 of all, fp16 of the compared GEMMs
+    assert len(cases) == len(set(cases)) == by_pointer + by_descriptor

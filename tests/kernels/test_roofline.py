@@ -302,5 +302,7 @@ def test_the_table_of_traffic_covers_every_layer_and_ours_moves_least(dropout, t
     for i in range(0, len(rows), len(CONTESTANTS)):
         layer = rows[i : i + len(CONTESTANTS)]
         moved = {row["contestant"]: row["forward_bytes"] + row["backward_bytes"] for row in layer}
-        assert moved["frozen"] < moved["fused"] < moved["addmm"] < moved["peft"] or dropout
+        assert moved["frozen"] < moved["addmm"] < moved["peft"] or dropout
+        # The outputs of one launch read x once, where frozen linears read it one by one.
+        assert moved["frozen"] < moved["fused"] or layer[0]["layer"] in ("q k v", "gate up")
         assert moved["fused"] < min(moved["addmm"], moved["peft"])

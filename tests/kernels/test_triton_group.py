@@ -226,9 +226,57 @@ def launches(monkeypatch):
 def test_one_pass_over_x_serves_every_adapter(launches, dropout_p):
     group = Group(37, 48, OPEN_FIRST, dtype=BF16, adapter_dtype=FP32)
     group.run(dropout_p)
+    # The members differ in their gates and biases, so their outputs are launched one by one.
     assert [name for name, _ in launches] == ["shrink"] + ["lowrank_gemm"] * 3
     assert launches[0][1]["ranks"] == (4, 7, 1)
     assert len(set(launches[0][1]["seeds"])) == (3 if dropout_p else 1)
+
+
+QKV = [(136, 4, True, 0.6, True, 2.0), (72, 7, True, 0.0, True, 0.5), (80, 1, True, 2.0, True, 1.0)]
+SAME = [(n, r, True, None, False, scale) for n, r, _, _, _, scale in QKV]
+
+
+@pytest.mark.parametrize("rows", [QKV, SAME[:2], [*SAME, (68, 3, True, None, False, 1.0)]])
+# Not fp32: the emulator leaves those products to a library whose order of sums follows the layout.
+@pytest.mark.parametrize(("dtype", "m"), [(BF16, 150), (FP16, 20)])
+def test_outputs_of_one_launch_have_the_bits_of_a_launch_each(launches, rows, dtype, m):
+    from ila_kernels.group import Member
+    from ila_kernels.kernels import joined_gemm
+
+    inputs = Group(m, 72, rows, dtype=dtype, adapter_dtype=FP32, requires=()).members
+    x, ts = inputs[0].x, [torch.randn(m, row[1], device="cuda").to(dtype) for row in rows]
+    members = [
+        Member(i.weight, i.lora_a, i.lora_b, i.gate, i.bias, None, row[5])
+        for i, row in zip(inputs, rows, strict=True)
+    ]
+    ys = joined_gemm.outputs(x, members, ts)
+    joined = [len(z["c_ptrs"]) for name, z in launches if name == "joined_gemm"]
+    assert joined == [min(len(rows), 3)]
+    assert len(launches) == 1 + max(0, len(rows) - 3)
+    for y, z, t in zip(ys, members, ts, strict=True):
+        alone = (x, z.weight.t(), t, z.lora_b.t(), z.scale, z.gate, z.bias)
+        assert torch.equal(y, joined_gemm.lowrank_gemm(*alone))
+
+
+def test_what_cannot_share_a_launch_has_its_own(launches):
+    # Another tile (N fills half of one), W by columns, B by columns, a gate in one of the two.
+    narrow = [SAME[0], (40, *SAME[1][1:])]
+    for rows, change in (
+        (narrow, None),
+        (SAME[:2], "weight"),
+        (SAME[:2], "lora_b"),
+        (SAME[:2], "gate"),
+    ):
+        group = Group(150, 72, rows, dtype=BF16, adapter_dtype=FP32, requires=())
+        if change in ("weight", "lora_b"):
+            value = getattr(group.members[1], change)
+            group.members[1] = replace(group.members[1], **{change: value.t().contiguous().t()})
+        elif change:
+            gate = torch.tensor([0.5], device="cuda")
+            group.members[1] = replace(group.members[1], gate=gate)
+        launches.clear()
+        group.run()
+        assert [name for name, _ in launches] == ["shrink", "lowrank_gemm", "lowrank_gemm"], change
 
 
 def test_every_member_adds_to_the_same_dx(launches):

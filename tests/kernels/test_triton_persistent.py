@@ -170,7 +170,8 @@ def test_the_self_check_runs_the_form_that_is_preferred(persistent, forms, monke
     monkeypatch.setattr(selfcheck, "_passed", set())
     device = torch.device("cuda", 0)
     selfcheck.ensure(device)
-    assert forms.count("persistent") == 8  # y and dx of two members, with dropout and without
+    # y and dx of two members, with dropout and without; the outputs of three members and of two.
+    assert forms.count("persistent") == 8 + 2 * 5
     launched = len(forms)
     selfcheck.ensure(device)
     assert len(forms) == launched
