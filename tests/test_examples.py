@@ -135,8 +135,8 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
 ):
     monkeypatch.chdir(tmp_path)
     short = {
-        "learn": ["--stage1-steps", "2", "--stage2-steps", "2", "--batch-size", "2"],
-        "train": ["--steps", "2", "--batch-size", "2"],
+        "learn": ["--stage1-steps", "2", "--stage2-steps", "5", "--batch-size", "2"],
+        "train": ["--steps", "4", "--batch-size", "2"],
     }
     for words in ila_lines("README.md"):
         named = {"MODEL": str(tiny_model_folder), "rows.jsonl": str(data)}

@@ -32,7 +32,7 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
 
 def steps(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the rows of the step benchmark by contestant, {} where one is missing."""
-    rows = {row["contestant"]: row for row in results.get("model", {"rows": []})["rows"]}
+    rows = {row["contestant"]: row for row in results.get("headline", {"rows": []})["rows"]}
     wanted = [name + suffix for name in ROWS for suffix in ("", CHECKPOINTED)]
     return rows if all(name in rows for name in wanted) else {}
 
@@ -42,7 +42,7 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     rows = steps(results)
     if not rows:
         return []
-    document = results["model"]
+    document = results["headline"]
     cell = next(iter(document["cells"].values()))
     lines = [
         [title, *_cells(rows[name]), *_cells(rows[name + CHECKPOINTED])]

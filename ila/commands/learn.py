@@ -24,6 +24,7 @@ from ila.models.open_weights import OpenLayers, open_layers
 from ila.reports.figures import heatmap
 from ila.runs.checkpoints import LOGS, keep_logs
 from ila.runs.processes import owning, processes
+from ila.runs.records import COUNT, NUMBER, OBJECT, TEXT, check_record, or_null
 from ila.search.learn import SearchConfig, learn_mask
 from ila.search.weight_updates import WeightUpdates
 from ila.training.batches import padding_note
@@ -102,9 +103,8 @@ def _finished(out: Path, config: SearchConfig, full: bool) -> LayerMask | None:
     if not (out / "mask.json").is_file():
         return None
     mask = LayerMask.load(out)
+    _check_finished(mask, out)
     said = Provenance(mask.provenance)
-    if not said.config:
-        raise ValueError(f"{out / 'mask.json'} is damaged: it does not say how it was learned")
     mine = json.loads(json.dumps(config.as_dict()))
     return mask if thawed(said.config) == mine and said.full == full else None
 
@@ -113,3 +113,27 @@ def _held_out_loss(model: nn.Module, prepared: Prepared, config: SearchConfig) -
     if not prepared.held_out:
         return None
     return held_out_loss(model, prepared.held_out, prepared.collator, config.batch_size)
+
+
+_HELD_OUT = dict.fromkeys(("before", "after_stage1"), or_null(NUMBER))
+_STAGE1 = {
+    **dict.fromkeys(("first_window_loss", "last_window_loss"), NUMBER),
+    **{"steps": COUNT, "loss_window": COUNT, "stopped": TEXT},
+}
+
+
+def _check_finished(mask: LayerMask, out: Path) -> None:
+    """Refuse a mask without the record of the search that learned it."""
+    where = f"{out / 'mask.json'}, provenance"
+    check_record(mask.provenance, {"search": OBJECT, "held_out_loss": OBJECT}, where)
+    check_record(mask.provenance["held_out_loss"], _HELD_OUT, f"{where}.held_out_loss")
+    search = mask.provenance["search"]
+    parts = dict.fromkeys(("config", "stage1", "stage2", "spread"), OBJECT)
+    check_record(search, parts, f"{where}.search")
+    check_record(search["config"], {"method": TEXT}, f"{where}.search.config")
+    check_record(search["stage1"], {"steps": COUNT}, f"{where}.search.stage1")
+    if search["stage1"]["steps"]:
+        check_record(search["stage1"], _STAGE1, f"{where}.search.stage1")
+    check_record(search["stage2"], {"steps": COUNT}, f"{where}.search.stage2")
+    spread = dict.fromkeys(("min", "max", "std"), NUMBER)
+    check_record(search["spread"], spread, f"{where}.search.spread")

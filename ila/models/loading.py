@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -186,7 +187,8 @@ def check_runs(model: PreTrainedModel, source: Source, rows: Iterable[Row] = ())
         rows: Rows with ``input_ids`` for the model.
 
     Raises:
-        ValueError: The model cannot run, or its embedding has no row for a token.
+        ValueError: The model cannot run, its loss is not finite, or its embedding has no row for a
+            token.
     """
     longest: Sequence[int] = [0, 0]
     most = 0
@@ -205,9 +207,14 @@ def check_runs(model: PreTrainedModel, source: Source, rows: Iterable[Row] = ())
     devices = [device] if device.type == "cuda" else []
     try:
         with reading(source.name, "model"), torch.no_grad(), torch.random.fork_rng(devices):
-            model.train()(input_ids=tokens, use_cache=False)
+            loss = float(model.train()(input_ids=tokens, labels=tokens, use_cache=False).loss)
     finally:
         model.train(was_training)
+    if len(longest) > 1 and not math.isfinite(loss):
+        raise ValueError(
+            f"model {source.name!r} must have a finite loss, got {loss} for a row of "
+            f"{len(longest)} tokens; are its weights or its configuration damaged?"
+        )
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:

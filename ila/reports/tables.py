@@ -129,19 +129,18 @@ def _runs_cells(runs: Sequence[Metrics]) -> tuple[list[str], list[list[Cell]], s
 
 def _table(title: str, header: list[str], body: list[list[Cell]], caption: str) -> "Table":
     """Lay out cells with one part a line, so that 80 columns break no word and no number."""
+    from rich.box import SIMPLE_HEAD  # lines between columns would cost names their width
     from rich.table import Table
     from rich.text import Text  # rich reads plain strings as markup: "[p10]", "[bold]"
 
-    table = Table(title=title, caption=Text(caption), caption_justify="left")
+    table = Table(title=title, caption=Text(caption), caption_justify="left", box=SIMPLE_HEAD)
     names = [[line for part in first for line in wrap(part, NAME_WIDTH)] for first, *_ in body]
-    for index, name in enumerate(header):
-        words = max(map(len, name.split() if index else [name, *chain.from_iterable(names)]))
-        justify = "right" if index else "left"
-        table.add_column(Text(name), justify=justify, min_width=words, overflow="fold")
-    for lines, (_, *rest) in zip(names, body, strict=True):
-        table.add_row(
-            Text("\n".join(lines)), *(Text("\n".join(parts), no_wrap=True) for parts in rest)
-        )
+    columns = [names, *(list(cells) for cells in zip(*(rest for _, *rest in body), strict=True))]
+    for index, (name, cells) in enumerate(zip(header, columns, strict=True)):
+        width = max(map(len, [*name.split(), *chain.from_iterable(cells)]))
+        table.add_column(Text(name), justify="right" if index else "left", width=width)
+    for row in zip(*columns, strict=True):
+        table.add_row(*(Text("\n".join(parts), no_wrap=True) for parts in row))
     return table
 
 

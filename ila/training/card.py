@@ -51,7 +51,8 @@ def _training(metrics: Metrics) -> str:
         f"{config['batch_size']} rows a device, at a learning rate of {config['learning_rate']:g}, "
         f"seed {config['seed']}."
     )
-    before, after = metrics["held_out_loss_before"], metrics["held_out_loss"]
-    if after is None:
+    losses = (metrics["held_out_loss_before"], metrics["held_out_loss"])
+    if losses[1] is None:
         return f"{text} No loss was measured on held-out rows."
-    return f"{text} Loss on held-out rows: {before:.3f} → {after:.3f} nats per answer token."
+    before, after = ("–" if loss is None else f"{loss:.3f}" for loss in losses)
+    return f"{text} Loss on held-out rows: {before} → {after} nats per answer token."

@@ -276,11 +276,11 @@ def test_the_front_page_shows_the_learned_mask_beside_peft_on_it(tmp_path):
         rows += [step("PEFT", 100.0, checkpoints=on), step("ours", 80.0, checkpoints=on)]
         rows += [step("PEFT", 70.0, 0.3, "learned", checkpoints=on)]
         rows += [step("ours", 60.0, 0.3, "learned", checkpoints=on)]
-    text = "\n".join(headline.summary({"model": document({}, rows)}))
+    text = "\n".join(headline.summary({"headline": document({}, rows)}))
     assert "| PEFT, the learned 30 % | 0.70" in text
     assert "| this library, the learned 30 % | 0.60" in text
-    assert_drawn(headline.figures({"model": document({}, rows)}), ["headline.png"], tmp_path)
-    assert headline.summary({"model": document({}, rows[:-1])}) == []
+    assert_drawn(headline.figures({"headline": document({}, rows)}), ["headline.png"], tmp_path)
+    assert headline.summary({"headline": document({}, rows[:-1])}) == []
     assert headline.summary({}) == [] and headline.figures({}) == {}
 
 

@@ -61,7 +61,27 @@ def test_what_is_added_is_there_before_the_marker(tmp_path):
 
     path = write(tmp_path, 3, also=also)
     marker = json.loads((path / MARKER).read_text())
-    assert marker == {"step": 3, "files": {"a.bin": 7, "nested/b.bin": 7, "sums.json": 2}}
+    sizes = {"a.bin": 7, "nested/b.bin": 7, "sums.json": 2}
+    assert marker.keys() == {"step", "files", "crc32"} and marker["step"] == 3
+    assert marker["files"] == sizes and marker["crc32"].keys() == sizes.keys()
+
+
+@pytest.mark.parametrize("name", ["a.bin", "nested/b.bin"])
+def test_a_file_of_the_same_size_with_another_content_is_damage(tmp_path, name):
+    path = write(tmp_path, 3)
+    assert last_complete(tmp_path) == path
+    content = bytearray((path / name).read_bytes())
+    content[3] ^= 1
+    (path / name).write_bytes(content)
+    assert last_complete(tmp_path) is None
+
+
+def test_a_marker_of_before_without_checksums_still_marks(tmp_path):
+    path = write(tmp_path, 3)
+    marker = json.loads((path / MARKER).read_text())
+    del marker["crc32"]
+    (path / MARKER).write_text(json.dumps(marker))
+    assert last_complete(tmp_path) == path
 
 
 def flushed(path):
