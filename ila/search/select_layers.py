@@ -57,7 +57,7 @@ class SelectLayers(TrainerCallback, ExportableState):
 
     Raises:
         ValueError: If an argument is out of range. When training begins: if the model has no layer
-            to score, several processes train it (``ila train --select-at`` does that), or the
+            to score, several processes train it (``ila train --select-at`` does that under DDP), or the
             checkpoint is of another selection.
     """
 
@@ -170,5 +170,6 @@ def _check_alone(args: TrainingArguments, model: object) -> None:
     if args.world_size > 1 or sharded or getattr(args, "deepspeed", None):
         raise ValueError(
             "SelectLayers closes layers of one process: DDP, FSDP and DeepSpeed have made their "
-            "buckets and shards by then; use `ila train --select-at`, which starts them again"
+            "buckets and shards by then; under DDP use `ila train --select-at`, which starts it "
+            "again for the open layers"
         )
