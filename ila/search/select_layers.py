@@ -57,8 +57,8 @@ class SelectLayers(TrainerCallback, ExportableState):
 
     Raises:
         ValueError: If an argument is out of range. When training begins: if the model has no layer
-            to score, several processes train it (``ila train --select-at`` does that under DDP), or the
-            checkpoint is of another selection.
+            to score, several processes train it (under DDP, ``ila train --select-at`` does), or
+            the checkpoint is of another selection.
     """
 
     def __init__(
