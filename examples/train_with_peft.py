@@ -1,4 +1,4 @@
-"""Train every linear layer with peft and transformers alone: what this library is compared with.
+"""Train every linear layer with peft and transformers alone, for comparison with this library.
 
 Run: python examples/train_with_peft.py --model MODEL --rows ROWS.json --out adapter
 ROWS.json holds tokens: {"train": [{"input_ids", "labels"}, …], "held_out": […], "pad": 0}.

@@ -62,7 +62,7 @@ def run_demo(out: Path, *, steps: int, fresh: bool, screen: Console) -> None:
 def _command(
     kind: str, out: Path, folder: Path, model: Path, steps: int, seed: int
 ) -> Sequence[str]:
-    """The command of one run."""
+    """Return the command of one run."""
     common = ["--model", str(model), "--out", str(folder), "--steps", str(steps)]
     common += ["--batch-size", str(ROWS), "--learning-rate", str(RATE), "--seed", str(seed)]
     if kind == "peft":
@@ -79,7 +79,7 @@ def _command(
 
 
 def _rows(model: Path, seed: int) -> dict[str, object]:
-    """The tokens that ``ila train`` trains on and holds out, for the other contestant."""
+    """Return the tokens that ``ila train`` trains on and holds out, for the other contestant."""
     from transformers import AutoTokenizer
 
     from ila.data.encoding import encode, pad_token_id

@@ -1,4 +1,4 @@
-"""One run with a selection beside PEFT on all layers: a table, and a sentence on what it says."""
+"""Compare one run with a selection and PEFT on all layers: a table and a verdict."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HEADER = ("", "Training time, s", "Held-out loss", "Peak memory, GiB", "Trained
 
 @dataclass(frozen=True)
 class Contestant:
-    """What one run took and reached.
+    """Cost and result of one run.
 
     Attributes:
         seconds: All of it: steps, scores, choice, cache.
@@ -36,7 +36,7 @@ class Contestant:
 
     @classmethod
     def of_peft(cls, metrics: Mapping[str, Any]) -> Contestant:
-        """Read what ``examples/train_with_peft.py`` measured."""
+        """Read the measurements of ``examples/train_with_peft.py``."""
         return cls(
             metrics["seconds"],
             metrics["held_out_loss_before"],
@@ -61,7 +61,7 @@ class Contestant:
 
     @classmethod
     def mean(cls, runs: Sequence[Contestant]) -> Contestant:
-        """The mean of runs with several seeds; the highest peak."""
+        """Return the mean of runs with several seeds, with the highest peak."""
         peaks = [run.peak_bytes for run in runs]
         return cls(
             fmean(run.seconds for run in runs),
@@ -74,7 +74,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Versus:
-    """The means of both, over ``rounds`` seeds each."""
+    """Means of both, over ``rounds`` seeds each."""
 
     peft: Contestant
     ours: Contestant
@@ -94,7 +94,7 @@ class Versus:
         ]
 
     def table(self) -> Table:
-        """The table for a terminal."""
+        """Return the table for a terminal."""
         from rich.table import Table
         from rich.text import Text
 
@@ -107,12 +107,12 @@ class Versus:
         return table
 
     def markdown(self) -> str:
-        """The table and the verdict as Markdown."""
+        """Return the table and the verdict as Markdown."""
         lines = [_HEADER, ("---", *["---:"] * (len(_HEADER) - 1)), *self._cells()]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{self.verdict()}\n"
 
     def verdict(self) -> str:
-        """Say who is faster and who is better; within ``TIE`` of PEFT's gain it is a tie."""
+        """Name the faster run and the better result; within ``TIE`` of PEFT's gain, a tie."""
         gain = self.peft.before - self.peft.after
         lost = (self.ours.after - self.peft.after) / gain if gain > 0 else 0.0
         time = self.ours.seconds / self.peft.seconds

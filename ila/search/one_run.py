@@ -185,13 +185,18 @@ def _first_part(both: OneRun, step: int) -> None:
     """Train all layers, choose, and write the checkpoint of the switch and the mask."""
     search = both.folder / SEARCH
     meter, trainer = _all_layers(both, step)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "a run with a selection needs one process or DDP: FSDP and DeepSpeed shard the "
+            "optimiser over all layers; use ila learn, ila select and ila train --mask --from"
+        )
     signal = trainer.signal
     _measure_before(both, trainer)
     start = resume_point(search, both.resume)
     if start is not None:
         signal.load(start)
         meter.load(start)
-    names = [] if trainer.is_fsdp_enabled else optimizer_names(trainer)
+    names = optimizer_names(trainer)
     meter.begin()
     run(trainer, start)
     began = time.perf_counter()
@@ -203,9 +208,7 @@ def _first_part(both: OneRun, step: int) -> None:
         **meter.measured(),
     }
     mask = mask.with_provenance(took=took)
-    before = {name for name, _ in both.updates.model.named_parameters()}
     apply_mask(both.updates.model, mask, closed=both.selection.closed)
-    dropped = before - {name for name, _ in both.updates.model.named_parameters()}
     state = both.updates.state()
     opened = {name for name, p in both.updates.model.named_parameters() if p.requires_grad}
 
@@ -215,7 +218,6 @@ def _first_part(both: OneRun, step: int) -> None:
             both.folder / CHECKPOINTS,
             names,
             opened,
-            dropped,
             lambda folder: both.updates.save(folder, state),
         )
         mask.save(both.folder / MASK)

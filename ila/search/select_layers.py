@@ -57,8 +57,8 @@ class SelectLayers(TrainerCallback, ExportableState):
 
     Raises:
         ValueError: If an argument is out of range. When training begins: if the model has no layer
-            to score, several processes train it (``ila train --select-at`` does that), or the
-            checkpoint is of another selection.
+            to score, several processes train it (under DDP, ``ila train --select-at`` does), or
+            the checkpoint is of another selection.
     """
 
     def __init__(
@@ -170,5 +170,6 @@ def _check_alone(args: TrainingArguments, model: object) -> None:
     if args.world_size > 1 or sharded or getattr(args, "deepspeed", None):
         raise ValueError(
             "SelectLayers closes layers of one process: DDP, FSDP and DeepSpeed have made their "
-            "buckets and shards by then; use `ila train --select-at`, which starts them again"
+            "buckets and shards by then; under DDP use `ila train --select-at`, which starts it "
+            "again for the open layers"
         )

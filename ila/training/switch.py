@@ -27,7 +27,6 @@ def write_switch(
     folder: Path,
     names: Sequence[Sequence[str]],
     opened: Collection[str],
-    dropped: Collection[str],
     save: Callable[[Path], None],
 ) -> Path:
     """Write the first checkpoint of the open layers into ``folder``, whole or not at all.
@@ -37,7 +36,6 @@ def write_switch(
         folder: Folder for ``checkpoint-N``.
         names: Names of the parameters in each group of that run's optimiser.
         opened: Names of the parameters that train from now on.
-        dropped: Names of the parameters that have left the model.
         save: Writes the adapter, with its mask applied, into a folder.
 
     Returns:
@@ -48,12 +46,8 @@ def write_switch(
     with write_folder_atomic(target, replace=True) as made:
         shutil.copytree(checkpoint, made, dirs_exist_ok=True)
         (made / MARKER).unlink()
-        if (made / _OPTIMIZER).is_file():  # FSDP writes a folder, by names of parameters
-            state = torch.load(made / _OPTIMIZER, map_location="cpu", weights_only=True)
-            torch.save(filtered(state, names, opened), made / _OPTIMIZER)
-        for file in made.glob("pytorch_model_fsdp*.bin"):  # FSDP's own form of the adapter
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-            torch.save({name: w for name, w in weights.items() if name not in dropped}, file)
+        state = torch.load(made / _OPTIMIZER, map_location="cpu", weights_only=True)
+        torch.save(filtered(state, names, opened), made / _OPTIMIZER)
         save(made)
         _go_on(made / _STATE)
         # Time and memory count the later steps only.

@@ -1,22 +1,16 @@
-"""One run with a selection on two processes, DDP and FSDP2: the masks and losses of one process."""
+"""One run with a selection on two processes (DDP): the masks and losses of one process."""
 
 import json
 import runpy
 from pathlib import Path
-
-import pytest
 
 TESTS = Path(__file__).parent
 JOB = TESTS / "select_ranks_job.py"
 KINDS = {"keep-gate_gradient": ("keep", "gate_gradient"), "drop-path": ("drop", "path")}
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_two_processes_select_as_one(run_ranks, tiny_model_folder, tmp_path, how):
-    fsdp = runpy.run_path(str(TESTS / "test_fsdp.py"))
-    options = {"ddp": {}, "fsdp": fsdp["FSDP"]}[how]
-    script = (fsdp["FSDP_ON_CPUS"] if how == "fsdp" else "") + JOB.read_text("utf-8")
-    run_ranks(script, TESTS, tiny_model_folder, tmp_path / "two", 2, json.dumps(options))
+def test_two_processes_select_as_one(run_ranks, tiny_model_folder, tmp_path):
+    run_ranks(JOB.read_text("utf-8"), TESTS, tiny_model_folder, tmp_path / "two", 2, "{}")
     two, other = (json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in range(2))
     assert two == other  # the same bits on both
     assert "SelectLayers closes layers of one process" in two["refused"]
@@ -34,7 +28,7 @@ def test_two_processes_select_as_one(run_ranks, tiny_model_folder, tmp_path, how
             tools["check_training"](found, expected)
         for again in (n for n in two if n.startswith("resumed-") and n.endswith(name)):
             assert two[again] == {k: v for k, v in found.items() if k != "synchronised"}
-        if how == "ddp":  # all layers before the switch, the open ones alone after it
-            adapters, open_only = 928, found["trainable_parameters"]
-            assert open_only < 0.4 * adapters
-            assert found["synchronised"] == [adapters] * 3 + [open_only] * 3
+        # All layers before the switch, the open ones alone after it.
+        adapters, open_only = 928, found["trainable_parameters"]
+        assert open_only < 0.4 * adapters
+        assert found["synchronised"] == [adapters] * 3 + [open_only] * 3
