@@ -59,7 +59,7 @@ def _title(explanation: Explanation) -> str:
 
 
 def _lines(explanation: Explanation) -> list[str]:
-    """Write what the letters mean, the bytes kept, and each reason with its count."""
+    """Write the meaning of the letters, the bytes kept, and each reason with its count."""
     seen = Counter(letter(row) for row in explanation)
     lines = [f"{mark}  {LETTERS[mark]}: {seen[mark]}" for mark in LETTERS if seen[mark]]
     unknown = any(row.saved_bytes is None for row in explanation)

@@ -185,11 +185,7 @@ def _first_part(both: OneRun, step: int) -> None:
     """Train all layers, choose, and write the checkpoint of the switch and the mask."""
     search = both.folder / SEARCH
     meter, trainer = _all_layers(both, step)
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ValueError(
-            "a run with a selection needs one process or DDP: FSDP and DeepSpeed shard the "
-            "optimiser over all layers; use ila learn, ila select and ila train --mask --from"
-        )
+    _refuse_sharded(trainer)
     signal = trainer.signal
     _measure_before(both, trainer)
     start = resume_point(search, both.resume)
@@ -223,6 +219,14 @@ def _first_part(both: OneRun, step: int) -> None:
         mask.save(both.folder / MASK)
 
     on_main_process(switch)
+
+
+def _refuse_sharded(trainer: Trainer) -> None:
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "a run with a selection needs one process or DDP: FSDP and DeepSpeed shard the "
+            "optimiser over all layers; use ila learn, ila select and ila train --mask --from"
+        )
 
 
 def _all_layers(both: OneRun, step: int) -> tuple[StepMeter, SignalTrainer]:
