@@ -16,9 +16,10 @@ from benchmarks.harness.session import Options, Session
 from benchmarks.harness.slopes import fitted
 from benchmarks.harness.timing import Watch, interleaved, ratio
 from benchmarks.layer.cell import LayerCell
-from benchmarks.model.contestants import PREFIX, mask_of, whole_blocks
+from benchmarks.model.contestants import mask_of, whole_blocks
 from benchmarks.report import Results, pictures_of
 from benchmarks.sections import headline, layer, model, scaling, search_cost
+from ila.masks.names import PEFT_PREFIX
 from ila_kernels import eager
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -210,7 +211,7 @@ def test_peak_is_the_most_that_lives_at_once():
 
 
 def test_positions_are_where_their_names_say():
-    names = [f"{PREFIX}model.layers.{i}.{n}_proj" for i in range(10) for n in ("q", "v")]
+    names = [f"{PEFT_PREFIX}model.layers.{i}.{n}_proj" for i in range(10) for n in ("q", "v")]
     top, bottom = mask_of(names, 0.3, "top"), mask_of(names, 0.3, "bottom")
     assert top.open == tuple(names[14:]) and bottom.open == tuple(names[:6])
     assert whole_blocks(top) == [7, 8, 9]

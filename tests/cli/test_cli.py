@@ -94,7 +94,7 @@ def test_the_main_path(ila, learn, train, tmp_path, tiny_model_folder):
     every, some = tmp_path / "every", tmp_path / "some"
     assert train(every).code == 0
     answer = train(some, "--mask", chosen)
-    assert answer.code == 0 and "4 of 14 (29%)" in answer.out
+    assert answer.code == 0 and "4 of 14" in answer.out
     assert load_run(some)["open_modules"] == 4 and load_run(every)["open_modules"] == 14
     assert load_run(some)["trainable_parameters"] < load_run(every)["trainable_parameters"]
 
@@ -418,7 +418,7 @@ def test_the_frozen_prefix_is_shown_and_cached(ila, learn, train, tmp_path, tiny
     LayerMask(mask.scores, gates).save(tmp_path / "top.json")
     options = ("--model", tiny_model_folder, "--mask", tmp_path / "top.json", "--rank", "2")
     answer = ila("explain", *options, "--tokens", "100", "--json", tmp_path / "layers.json")
-    assert answer.code == 0 and "14 layers: 7 bare, 7 eager" in answer.out
+    assert answer.code == 0 and "7 of 14 layers open, 7 in the frozen prefix" in answer.out
     found = json.loads((tmp_path / "layers.json").read_text())
     assert {row["module"] for row in found["layers"] if not row["in_prefix"]} == {
         name for name, is_open in gates.items() if is_open
@@ -647,7 +647,7 @@ def test_a_mask_of_equal_scores_is_compared_without_a_correlation(ila, tmp_path)
         *("compare", tmp_path / "flat.json", tmp_path / "steep.json"),
         *("--json", tmp_path / "c.json"),
     )
-    assert answer.code == 0 and "none, equal scores" in answer.out
+    assert answer.code == 0 and "none, equal" in answer.out
     (row,) = json.loads((tmp_path / "c.json").read_text())
     assert row["spearman"] is None
 
@@ -774,7 +774,7 @@ def test_fresh_does_not_remove_what_is_no_demo(ila, tmp_path):
         in ila("demo", "--fresh", "--out", tmp_path).error()
     )
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
-    assert "steps must be ≥ 5, got 0" in ila("demo", "--steps", "0", "--out", tmp_path).error()
+    assert "steps must be ≥ 8, got 0" in ila("demo", "--steps", "0", "--out", tmp_path).error()
 
 
 def test_learn_full_scores_the_weights_and_its_mask_trains_them(ila, source, tmp_path):
@@ -794,7 +794,7 @@ def test_learn_full_scores_the_weights_and_its_mask_trains_them(ila, source, tmp
     assert ila("select", found, "--top", "0.3").code == 0
     chosen = found / "mask-top-0.3.json"
     answer = ila("train", *plain, "--full", "--mask", chosen, "--steps", 2, "--out", run)
-    assert answer.code == 0 and "4 of 14 (29%)" in answer.out, answer.err
+    assert answer.code == 0 and "4 of 14" in answer.out, answer.err
     line = ila("learn", *source, *steps, "--full", "--out", tmp_path / "x").error()
     assert "--rank does nothing here: --full trains no adapter" in line
     lora = ("--learning-rate", 2e-5, "--out", found, "--resume")

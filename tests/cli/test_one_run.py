@@ -17,7 +17,7 @@ def test_one_command_leaves_mask_picture_log_and_adapter(train, tmp_path, tiny_m
     assert answer.code == 0, answer.err
     assert "all 14 layers, 3 steps:" in answer.out and "4 layers, 3 steps:" in answer.out
     assert "All layers for all 6 steps would have taken" in answer.out
-    assert "4 of 14 (29%), 10 kept" in answer.out
+    assert "4 of 14" in answer.out and "(29%), 10 kept" in answer.out
     mask = LayerMask.load(out)
     assert len(mask.open) == 4 and mask.provenance["model"]["config_fingerprint"]
     assert (out / "heatmap.png").stat().st_size > 1000
@@ -37,7 +37,7 @@ def test_blocks_are_dropped_and_the_cache_begins_with_the_selection(train, tmp_p
     answer = train(tmp_path / "kept", *options)
     assert answer.code == 0 and "cache of 1 blocks" in answer.out
     answer = train(tmp_path / "dropped", *options, "--closed", "drop")
-    assert "7 of 14 (50%)" in answer.out and "kept" not in answer.out.replace("kept/", "")
+    assert "7 of 14" in answer.out and "kept" not in answer.out.replace("kept/", "")
     config = json.loads((tmp_path / "dropped" / "adapter_config.json").read_text())
     assert all("layers.1." in name for name in config["target_modules"])
 

@@ -45,7 +45,7 @@ def test_two_processes_with_sharded_weights_are_one(run_ranks, tiny_model_folder
     # Six steps, and two of the three held-out batches before and after, on four open layers.
     assert two["train"]["paths"] == {"fused": (6 + 2 + 2) * 4}
     for method in METHODS:
-        assert two[method]["graded"] == [["A", "B"]] * 4 + [["score"]] * 5
+        assert two[method]["graded"] == [["A", "B"]] * 4 + [["S"]] * 5
     assert "closed before the model was sharded" in two["refused to open"]
     assert "more processes than some parameters have rows" in two["refused thin"]
 

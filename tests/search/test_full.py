@@ -229,7 +229,7 @@ def test_the_command_trains_reports_and_exports(tiny_model_folder, tmp_path, mon
     common += ("--steps", 4, "--batch-size", 2)
     full, lora = tmp_path / "full", tmp_path / "lora"
     code, said = run("train", *common, "--full", "--learning-rate", 0.01, "--out", full)
-    assert code == 0 and "Changed weights in" in said and "4 of 14 (29%)" in said, said
+    assert code == 0 and "Changed weights in" in said and "4 of 14" in said, said
     assert run("train", *common, "--out", lora)[0] == 0
     code, said = run("train", *common, "--out", full, "--resume")
     assert code == 2 and "holds a run that differs in full" in said
