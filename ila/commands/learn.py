@@ -71,7 +71,9 @@ def _learn_owned(
 ) -> tuple[LayerMask, str]:
     check_folder(out, inputs, resume, "learn")  # again: it may have had an owner until now
     prepared = prepare(inputs, progress=progress)
-    padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
+    padding = padding_note(
+        prepared.dataset, config.batch_size, config.training_args, config.packing
+    )
     note = f"{prepared.note}\n{padding}"
     model = open_layers(prepared.model) if full else prepared.model
     description = {**prepared.description, "full": True} if full else prepared.description

@@ -88,9 +88,9 @@ def _train_owned(
     written: Mapping[str, object] | None,
 ) -> tuple[Metrics, str]:
     mask_file, closed, start, full = layers
+    refuse_packed(full, inputs)
     check_folder(out, inputs, resume, "train")  # again: it may have had an owner until now
     mask = None if mask_file is None else LayerMask.load(mask_file)
-    refuse_packed(full, inputs)
     prepared = prepare(inputs, progress=progress)
     if mask is not None:
         _check_same_model(mask, mask_file, prepared.description["model"])
@@ -103,10 +103,12 @@ def _train_owned(
         "closed": None if closed == "drop" else closed,
         "from": None if start is None else str(start.absolute()),
     }
-    base = model.model if full else model
-    check_training(config, base, prepared.dataset, prepared.held_out)
+    check_training(config, model.model if full else model, prepared.dataset, prepared.held_out)
     claim_folder(out, description, resume, "train", written)
-    metrics = train(
+    padding = padding_note(
+        prepared.dataset, config.batch_size, config.training_args, config.packing
+    )
+    return train(
         model,
         prepared.dataset,
         config,
@@ -117,9 +119,7 @@ def _train_owned(
         progress=progress,
         name=out.name,
         tokenizer=None if full else prepared.tokenizer,
-    )
-    padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
-    return metrics, f"{prepared.note}\n{padding}"
+    ), f"{prepared.note}\n{padding}"
 
 
 def _opened(

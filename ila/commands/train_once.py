@@ -44,7 +44,9 @@ def train_once(
         if config.steps is not None:
             selection.step(config.steps)  # raises before a large model loads
         prepared = prepare(inputs, progress=progress)
-        padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
+        padding = padding_note(
+            prepared.dataset, config.batch_size, config.training_args, config.packing
+        )
         none = dict.fromkeys(("open", "closed", "from"))
         description = {**prepared.description, **none, "full": False}
         description["selection"] = selection.as_dict()

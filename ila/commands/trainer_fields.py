@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentError
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NoReturn, get_type_hints
+from typing import get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -36,6 +36,9 @@ def trainer_fields(given: Given, read: FileFields, steps: str) -> dict[str, obje
         InputError: If a name is unknown, is decided by an option or by the procedure, or stands
             twice; or if a value is not of its field's type.
     """
+    batches = given["gradient_accumulation"]
+    if batches is not None and batches < 1:
+        raise InputError(f"gradient_accumulation must be ≥ 1, got {batches}")
     fields = {}
     for name, value in read.values.items():
         fields[known_name(name)] = typed(name, value, f"config {read.file}: {name}", steps)
@@ -72,8 +75,10 @@ def typed(name: str, value: object, source: str, steps: str) -> object:
     if reason is not None:
         raise InputError(f"{source} cannot be set: {reason}")
     if isinstance(value, str | int | float):
-        with reading(source, "the value of"):
+        try:
             read = getattr(_parser().parse_args([f"--{name}={value}"]), name)
+        except ArgumentError as error:  # its text names a flag that is not ours
+            raise InputError(f"{source}: {error.message}") from error
         # `fsdp` is a text or a bool.
         return value if isinstance(value, bool) and isinstance(read, str) else read
     kind = "None" if value is None else type(value).__name__
@@ -82,16 +87,9 @@ def typed(name: str, value: object, source: str, steps: str) -> object:
     return value
 
 
-class _Parser(HfArgumentParser):
-    """A parser that raises where argparse prints and exits."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ArgumentError(None, message)
-
-
 @lru_cache
-def _parser() -> _Parser:
-    return _Parser(TrainingArguments, allow_abbrev=False)
+def _parser() -> HfArgumentParser:
+    return HfArgumentParser(TrainingArguments, allow_abbrev=False, exit_on_error=False)
 
 
 def _hint(name: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ila.boundary import reading
+from ila.boundary import InputError, reading
 from ila.runs.processes import processes
 
 # TrainingArguments that a field of our configurations decides -> the name of that field.
@@ -170,6 +171,12 @@ def check_usable(args: TrainingArguments, extra: Mapping[str, object], model: nn
             callback()
 
 
-def _reading(extra: Mapping[str, object]):
+@contextmanager
+def _reading(extra: Mapping[str, object]) -> Iterator[None]:
     """Blame the user's ``training_args`` for errors of transformers inside the ``with``."""
-    return reading(", ".join(f"{name}={value!r}" for name, value in extra.items()), "training_args")
+    text = ", ".join(f"{name}={value!r}" for name, value in extra.items())
+    try:
+        with reading(text, "training_args"):
+            yield
+    except ImportError as error:
+        raise InputError(f"training_args {text}: a package is missing: {error}") from error

@@ -112,11 +112,10 @@ def train(
         FloatingPointError: If the loss stops being finite.
     """
     check_dataset(dataset)
-    config = TrainConfig() if config is None else config
-    config = config.for_rows(len(dataset), processes().num_processes)
+    config = (config or TrainConfig()).for_rows(len(dataset), processes().num_processes)
     part: Trained = peft_model if isinstance(peft_model, OpenLayers) else Adapter(peft_model)
     counts = part.counts()
-    collator = default_collator(part.model) if collator is None else collator
+    collator = collator or default_collator(part.model)
     if output_dir is None and resume:
         raise ValueError("resume=True needs the output_dir of the run to go on with")
     kept = None if output_dir is None else Path(output_dir)
@@ -125,17 +124,16 @@ def train(
         owning(kept),
         tempfile.TemporaryDirectory() if kept is None else nullcontext(kept) as folder,
     ):
-        own = (dataset, config, held_out, collator, Path(folder), callbacks)
-        training = _Training(part, counts, *own)
+        data = dataset, config, held_out, collator, Path(folder), callbacks
+        training = _Training(part, counts, *data)
         if kept is None:
             return training.run(name, keep=False, resume=False, progress=progress).metrics
         training.claim(resume, () if begun is None else begun.files)
         if resume and on_main_process((kept / "metrics.json").exists):
             part.load(kept)
             return load_run(kept)
-        ended = training.run(name, keep=True, resume=resume, progress=progress)
+        ended, state = training.run(name, keep=True, resume=resume, progress=progress), part.state()
         metrics = ended.metrics if begun is None else begun.finish(*ended)
-        state = part.state()
         on_main_process(lambda: _save(part, state, kept, metrics, tokenizer))
     return metrics
 
