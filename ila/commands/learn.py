@@ -22,7 +22,7 @@ from ila.masks.checks import thawed
 from ila.masks.mask import LayerMask
 from ila.masks.provenance import Provenance
 from ila.models.open_weights import OpenLayers, open_layers
-from ila.reports.figures import heatmap
+from ila.reports.figures import can_draw, heatmap
 from ila.runs.checkpoints import LOGS, keep_logs
 from ila.runs.processes import owning, processes
 from ila.runs.records import COUNT, NUMBER, OBJECT, TEXT, check_record, or_null
@@ -105,7 +105,8 @@ def _learn_owned(
 def _write(mask: LayerMask, out: Path, inputs: Inputs, config: SearchConfig) -> None:
     """Write the mask and its picture, then keep the logs and remove the checkpoints."""
     title = f"{Path(inputs.model).name} on {Path(inputs.data).stem}: method {config.method}"
-    heatmap(mask, out / "heatmap.png", title=title)
+    if can_draw():
+        heatmap(mask, out / "heatmap.png", title=title)
     mask.save(out / "mask.json")
     for stage in ("stage1", "stage2"):
         keep_logs(out / stage, out / LOGS / stage)

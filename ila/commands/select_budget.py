@@ -19,6 +19,7 @@ from ila.price.budget import ADDITIVE, MEMORY, TIME, Budget, Spending
 from ila.price.knapsack import Point
 from ila.price.shapes import Shape, check_counted
 from ila.price.speed import Speed
+from ila.reports.figures import NOT_DRAWN, can_draw
 from ila.reports.pareto import pareto
 from ila.runs.records import NUMBER, SIZE, TEXT, Field, check_record, or_null
 
@@ -40,7 +41,7 @@ class Selected:
 
     mask: LayerMask
     path: Path
-    picture: Path
+    picture: Path | None
     spending: Spending
     point: Point
     plain: Point | None
@@ -70,7 +71,7 @@ class Selected:
                 f"The scores of method {method} are no shares of the loss, and their sum as "
                 "importance is a convention: `ila learn --method path` measures shares"
             )
-        return "\n".join([*lines, f"Importance against cost: {self.picture}"])
+        return "\n".join([*lines, f"Importance against cost: {self.picture or NOT_DRAWN}"])
 
     def _how(self) -> str:
         shape, speed = self.spending.shape, self.spending.speed
@@ -132,7 +133,8 @@ def select_within(
     selection = _provenance(budget, spending, point, plain, speed)
     cut = LayerMask(mask.scores, gates, {**mask.provenance, "selection": selection})
     cut.save(out)
-    picture = pareto(spending, point, plain, out.with_suffix(".png"))
+    drawn = out.with_suffix(".png")
+    picture = pareto(spending, point, plain, drawn) if can_draw() else None
     return Selected(cut, out, picture, spending, point, plain)
 
 

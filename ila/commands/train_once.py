@@ -9,7 +9,7 @@ from pathlib import Path
 from ila.commands.inputs import Inputs, check_folder, claim_folder, prepare
 from ila.masks.checks import thawed
 from ila.masks.mask import LayerMask
-from ila.reports.figures import heatmap
+from ila.reports.figures import can_draw, heatmap
 from ila.runs.metrics import Metrics
 from ila.runs.processes import on_main_process, owning
 from ila.search.one_run import MASK, train_and_select
@@ -78,4 +78,5 @@ def _describe(
     described = {**description, **provenance}
     LayerMask(mask.scores, mask.gates, described).save(out / MASK)
     title = f"{Path(inputs.model).name} on {Path(inputs.data).stem}: method {search['method']}"
-    heatmap(mask, out / "heatmap.png", title=title)
+    if can_draw():
+        heatmap(mask, out / "heatmap.png", title=title)
