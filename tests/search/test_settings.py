@@ -121,7 +121,7 @@ def test_a_wrong_field_is_refused_by_name(fields, said):
     [
         ({"eval_every": 1}, "eval_every=1 needs held-out rows to evaluate on, got none"),
         ({"training_args": {"optim": "adan"}}, "training_args optim='adan'"),
-        ({"training_args": {"lr_scheduler_type": "cosin"}}, "'cosin' is not a valid"),
+        ({"training_args": {"lr_scheduler_type": "cosin"}}, "cosin is not a valid SchedulerType"),
         ({"training_args": {"lr_scheduler_kwargs": {"x": 1}}}, "training_args lr_scheduler_kwargs"),
         ({"training_args": {"report_to": "nowhere"}}, "nowhere is not supported"),
     ],
@@ -145,14 +145,25 @@ def test_packing_knows_the_columns_of_a_row(make_llama, rows):
         more = [{**row, "token_type_ids": [0] * len(row["input_ids"])} for row in rows]
         train(model, more, config, progress=False)
     with pytest.raises(ValueError, match="attention_mask of row 0 hides one"):
-        hiding = [
-            {**row, "attention_mask": [0] + [1] * (len(row["input_ids"]) - 1)} for row in rows
-        ]
+        masks = [[0, *(1 for _ in row["input_ids"][1:])] for row in rows]
+        hiding = [{**row, "attention_mask": m} for row, m in zip(rows, masks, strict=True)]
         train(model, hiding, config, progress=False)
-    packed = ila.SearchConfig(stage1_steps=2, stage2_steps=5, batch_size=2, packing=True)
-    padded = ila.SearchConfig(stage1_steps=2, stage2_steps=5, batch_size=2)
+
+
+def test_a_search_on_packed_rows_scores_as_on_padded_ones(make_llama, rows):
+    uneven = [{key: row[key][: 4 + i % 4] for key in row} for i, row in enumerate(rows)]
+    assert len({len(row["labels"]) for row in uneven}) == 4
     one, other = (
-        ila.learn_mask(make_llama(), rows, config, progress=False) for config in (packed, padded)
+        ila.learn_mask(
+            make_llama(lora_dropout=0.0),
+            uneven,
+            ila.SearchConfig(
+                stage1_steps=4, stage2_steps=5, batch_size=3, learning_rate=1e-2, packing=packing
+            ),
+            progress=False,
+        )
+        for packing in (True, False)
     )
-    for name, score in one.scores.items():
-        assert other.scores[name] == pytest.approx(score, rel=1e-3, abs=1e-8)
+    largest = max(map(abs, one.scores.values()))
+    for name, score in one.scores.items():  # fp32: the same sums in another order
+        assert other.scores[name] == pytest.approx(score, abs=1e-5 * largest)
