@@ -24,7 +24,9 @@ from ila_kernels.roofline import Cost, Problem, group_backward_cost, group_forwa
 from ila_kernels.roofline import time_bound_ms as time_bound
 from ila_kernels.testing import Inputs, make_inputs
 
-COMPILED, BASE_DTYPE, TRITON = "PEFT, compiled", "PEFT, base dtype", "ours, Triton"
+COMPILED, BASE_DTYPE = "PEFT, compiled", "PEFT, base dtype"
+# On a GPU: name -> `impl` of the op, and its costs in `ila_kernels.roofline`.
+KERNELS = {"ours, hybrid": ("hybrid", "hybrid"), "ours, Triton": ("triton", "fused")}
 ONE_BY_ONE = "ours, one by one"
 ADAPTERS = torch.float32
 DROPOUT, SOFT = 0.05, 0.7
@@ -73,7 +75,7 @@ class LayerCell:
             names += [BASE_DTYPE, "addmm"] + [COMPILED] * (self.compiled and not several)
             names += available() if not several else []
         if cuda and not self.packed and self.gate != "closed":
-            names.append(TRITON)
+            names += KERNELS
         return names
 
     @property
@@ -128,9 +130,9 @@ class LayerCell:
             "addmm": lambda: c.addmm(zs),
             OURS: one_by_one if len(zs) == 1 else lambda: c.group(zs, "eager", "addmm"),
             ONE_BY_ONE: one_by_one,
-            TRITON: lambda: self._triton(zs, p),
             FROZEN: lambda: c.frozen(zs),
         }
+        builders |= {name: partial(self._by_kernels, zs, p, *how) for name, how in KERNELS.items()}
         return builders | c.installed_peers(zs)
 
     def _ours(self, zs, layers, draws) -> Contestant:
@@ -141,18 +143,18 @@ class LayerCell:
             ours[0].close("default")
         return c.of_modules(zs[0].x, ours, "frozen" if self.is_bare else "addmm", draws)
 
-    def _triton(self, zs: list[Inputs], p: float) -> Contestant:
+    def _by_kernels(self, zs: list[Inputs], p: float, impl: str, formula: str) -> Contestant:
         from ila_kernels import masked_lora_linear
 
         if len(zs) > 1:
-            return c.group(zs, "triton", "fused")
+            return c.group(zs, impl, formula)
         if self.gate is not None:
-            return c.gated(zs[0], self.gate, "triton", "fused")
+            return c.gated(zs[0], self.gate, impl, formula)
 
         def call(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-            return masked_lora_linear(x, weight, a, b, scale=scale, dropout_p=p, impl="triton")
+            return masked_lora_linear(x, weight, a, b, scale=scale, dropout_p=p, impl=impl)
 
-        made = c.of_function(zs, call, "fused")
+        made = c.of_function(zs, call, formula)
         keeps = partial(c.triton_keeps, zs[0], p) if p else None
         return Contestant(made.forward, made.leaves, made.formula, keeps)
 

@@ -23,13 +23,19 @@ from benchmarks.harness.gate import assert_gradients, assert_within_rounding
 from benchmarks.harness.memory import peak_tensor_bytes
 from benchmarks.harness.session import Options, Row
 from benchmarks.harness.timing import Run, interleaved, ratio, spread
-from benchmarks.model.contestants import BASE_DTYPE, Spec, build, layer_names, mask_of
+from benchmarks.model.contestants import (
+    BASE_DTYPE,
+    KERNELS,
+    Spec,
+    build,
+    layer_names,
+    mask_of,
+)
 from benchmarks.model.material import Material, base_model
 from ila.prefix.cache import PrefixCache
 from ila_kernels import prefer
 
 LEARNING_RATE = 1e-4
-TRITON = "ours, Triton"
 PHASES = ("forward", "backward", "update")
 Batches = Callable[[int], dict[str, Tensor]]
 
@@ -236,9 +242,8 @@ def training(model: nn.Module, batches: Batches) -> Run:
 
 @contextmanager
 def kernels_of(spec: Spec) -> Iterator[None]:
-    """Let ours run on the Triton kernels, where the contestant is to."""
-    if spec.kind == TRITON:
-        prefer(auto="triton")
+    """Let ours run on the implementation that the contestant stands for."""
+    prefer(auto=KERNELS.get(spec.kind))
     try:
         yield
     finally:

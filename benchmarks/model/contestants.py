@@ -28,6 +28,8 @@ B_STD = 0.01
 DROPOUT = 0.05
 BASE_DTYPE = "PEFT, base dtype"
 FUSED_LOSS = "PEFT, fused loss"  # by the code of ours, so that nothing but the layers differs
+# Ours -> what `impl="auto"` is to take on a GPU, whatever was tuned there.
+KERNELS = {"ours": "eager", "ours, hybrid": "hybrid", "ours, Triton": "triton"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Spec:
 
     Attributes:
         kind: ``"PEFT"``, ``"PEFT, base dtype"``, ``"PEFT, dropout"``, ``"PEFT, compiled"``,
-            ``"PEFT, fused loss"``, ``"addmm"``, ``"ours"``, ``"ours, Triton"`` or ``"frozen"``.
+            ``"PEFT, fused loss"``, ``"addmm"``, ``"ours"``, one of ``KERNELS`` or ``"frozen"``.
         share: Open share of the layers.
         position: ``"all"``, ``"top"``, ``"scattered"``, ``"bottom"`` or ``"learned"``.
         checkpoints: Gradient checkpointing, as transformers' Trainer turns it on.

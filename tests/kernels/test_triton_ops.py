@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from ila_kernels import masked_lora_linear, masked_lora_linear_group
 from ila_kernels.group_ops import absent
 from ila_kernels.testing import Inputs, assert_within_rounding, make_inputs, values_and_grads
 from tests.kernels import calls
