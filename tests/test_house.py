@@ -122,6 +122,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "batches",
             "config",
             "rates",
+            "verdicts",
             "callbacks",
             "loop",
             "trained",

@@ -3,7 +3,7 @@
 A section is a module here with
 
 - ``markdown(results) -> list[str]``: paragraphs and tables from the results (file stem -> content;
-  a ``.jsonl`` is a list), ``[]`` where its files are missing;
+  a ``.jsonl`` is a list), ``[]`` where its files are missing (what is computed has none);
 - ``figures(results) -> {file name: draw}``, optional: ``draw(path)`` saves a PNG or SVG there. Read
   every result before returning; a picture that ``markdown`` does not show comes after its text;
 - ``summary(results) -> list[str]``, optional: what of it the README shows;
