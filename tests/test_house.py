@@ -104,6 +104,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "mlp",
             "undo",
             "targets",
+            "untuned",
             "lean_loss",
             "lean_paths",
             "lean_families",

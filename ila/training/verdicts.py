@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ila.models.untuned import say_untuned
 from ila.runs.atomic import write_json_atomic
 from ila.runs.processes import on_main_process, processes
 from ila.runs.records import Field, read_record
@@ -35,8 +36,8 @@ def record() -> list[dict[str, object]]:
 def settle_verdicts(device: torch.device, folder: Path) -> None:
     """Let ``impl="auto"`` choose by the verdicts of a run; all processes call this.
 
-    The verdicts in the folder replace the verdicts in use. A new run keeps the verdicts in use, or
-    reads the verdicts of ``ila tune`` if there are none, and writes them into its folder.
+    The verdicts in the folder replace the verdicts in use. A new run writes the verdicts in use
+    into its folder; if there is no such verdict it reads the verdicts of ``ila tune`` before.
 
     Args:
         device: Device of the model.
@@ -51,8 +52,8 @@ def settle_verdicts(device: torch.device, folder: Path) -> None:
     if known is not None:
         _go_on_with(known["verdicts"], now, file)
         return
-    if not now and device.type == "cuda":
-        _say("This GPU was never measured, so library GEMMs compute; `ila tune` measures it")
+    if not now and device.type == "cuda" and processes().is_main_process:
+        say_untuned(device)
     if now or device.type == "cuda":
         on_main_process(lambda: write_json_atomic(file, {"verdicts": record()}))
 
@@ -62,8 +63,8 @@ def _go_on_with(recorded: list[dict[str, object]], now: Sequence[Verdict], file:
         then = use_verdicts(recorded)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    if _choices(now) != _choices(then):
-        _say(
+    if _choices(now) != _choices(then) and processes().is_main_process:
+        _LOG.warning(
             f"The run goes on with the {len(then)} measurements of kernels that it began with; "
             f"the {len(now)} that this machine has now are left alone"
         )
@@ -71,8 +72,3 @@ def _go_on_with(recorded: list[dict[str, object]], now: Sequence[Verdict], file:
 
 def _choices(verdicts: Sequence[Verdict]) -> set[tuple[object, ...]]:
     return {(v.machine.gpu, v.cell, v.pick(), v.pick("pointer")) for v in verdicts}
-
-
-def _say(text: str) -> None:
-    if processes().is_main_process:
-        _LOG.warning(text)

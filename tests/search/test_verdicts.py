@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import Trainer
 
+from ila.models import untuned
 from ila.price.choice import Choice
 from ila.runs.metrics import load_run
 from ila.search.one_run import train_and_select
@@ -92,10 +93,13 @@ def test_a_run_on_a_cpu_that_measured_nothing_writes_no_file(make_llama, rows, t
     assert not (tmp_path / "run" / FILE).exists() and not caplog.records
 
 
-def test_an_untuned_gpu_is_said_once_and_stays_untuned_for_the_run(tmp_path, caplog):
+def test_an_untuned_gpu_is_said_once_and_stays_untuned_for_the_run(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(untuned, "_said", set())
     settle_verdicts(GPU, tmp_path)
     assert [r.message for r in caplog.records] == [
-        "This GPU was never measured, so library GEMMs compute; `ila tune` measures it"
+        "Library GEMMs compute the layers: no measurement on a GPU yet; `ila tune --model MODEL` "
+        "takes one and keeps it"
     ]
     use_verdicts([FIRST])
     settle_verdicts(GPU, tmp_path)
