@@ -63,6 +63,7 @@ class Metrics(LayerCounts, Measured, total=False):
         prefix_cache: Size and cost of the prefix cache; None without one.
         device: Device, as torch writes it.
         dtype: Dtype of the base model, and its packing.
+        verdicts: Measurements by which ``impl="auto"`` chose, of ``ila tune``; may be empty.
         config: The configuration of the training.
     """
 
@@ -76,6 +77,7 @@ class Metrics(LayerCounts, Measured, total=False):
     prefix_cache: dict[str, object] | None
     device: str
     dtype: str
+    verdicts: list[dict[str, object]]
     config: dict[str, object]
 
 

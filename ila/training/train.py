@@ -48,6 +48,8 @@ from ila.training.loop import (
 )
 from ila.training.packing import packing_collator
 from ila.training.trained import Trained
+from ila.training.verdicts import FILE as VERDICTS
+from ila.training.verdicts import record
 
 _BEFORE = {"held_out_loss_before": or_null(NUMBER)}
 PREFIX_FOLDER, CHECKPOINTS = "prefix-cache", "checkpoints"
@@ -165,7 +167,7 @@ class _Training:
             "rows": len(self.dataset),
             "trained": [name for name, p in parameters if p.requires_grad],
         }
-        beside = (RUN_MARKER, *files)
+        beside = (RUN_MARKER, VERDICTS, *files)
         on_main_process(
             lambda: claim(self.folder, mine, marker="train.json", resume=resume, beside=beside)
         )
@@ -199,6 +201,7 @@ class _Training:
             "prefix_cache": None if cache is None else cache.as_dict(),
             "device": str(args.device),
             "dtype": _dtype_text(self.part.model),
+            "verdicts": record(),
             "config": self.config.as_dict(),
         }
         return _Ended(metrics, meter)
