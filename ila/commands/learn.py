@@ -29,7 +29,7 @@ from ila.runs.records import COUNT, NUMBER, OBJECT, TEXT, check_record, or_null
 from ila.search.learn import SearchConfig, learn_mask
 from ila.search.stage1 import check_search
 from ila.search.weight_updates import WeightUpdates
-from ila.training.batches import padding_note
+from ila.training.batches import padding_of
 from ila.training.loop import held_out_loss
 
 
@@ -71,9 +71,7 @@ def _learn_owned(
 ) -> tuple[LayerMask, str]:
     check_folder(out, inputs, resume, "learn")  # again: it may have had an owner until now
     prepared = prepare(inputs, progress=progress)
-    padding = padding_note(
-        prepared.dataset, config.batch_size, config.training_args, config.packing
-    )
+    padding = padding_of(prepared.dataset, config)
     note = f"{prepared.note}\n{padding}"
     model = open_layers(prepared.model) if full else prepared.model
     description = {**prepared.description, "full": True} if full else prepared.description

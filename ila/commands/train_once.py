@@ -14,7 +14,7 @@ from ila.runs.metrics import Metrics
 from ila.runs.processes import on_main_process, owning
 from ila.search.one_run import MASK, train_and_select
 from ila.search.selection import Selection
-from ila.training.batches import padding_note
+from ila.training.batches import padding_of
 from ila.training.config import TrainConfig
 from ila.training.train import check_training
 
@@ -44,9 +44,7 @@ def train_once(
         if config.steps is not None:
             selection.step(config.steps)  # raises before a large model loads
         prepared = prepare(inputs, progress=progress)
-        padding = padding_note(
-            prepared.dataset, config.batch_size, config.training_args, config.packing
-        )
+        padding = padding_of(prepared.dataset, config)
         none = dict.fromkeys(("open", "closed", "from"))
         description = {**prepared.description, **none, "full": False}
         description["selection"] = selection.as_dict()
