@@ -47,6 +47,8 @@ class ModelCell:
         rank: R.
         rounds: Interleaved rounds.
         model: Made from the base on first use, if not the base itself.
+        joined: Rows joined end to end, so that every token is a label.
+        left_out: Contestants that cannot run here, and why.
     """
 
     options: Options
@@ -58,6 +60,8 @@ class ModelCell:
     batches: int = 4
     rank: int = 8
     model: Callable[[], nn.Module] | None = None
+    joined: bool = False
+    left_out: Mapping[str, str] = field(default_factory=dict)
     masks: dict[tuple[float, str], ila.LayerMask] = field(default_factory=dict)
 
     @property
@@ -75,7 +79,7 @@ class ModelCell:
 
     @cached_property
     def material(self) -> Material:
-        return Material.read(self.options, self.batches, self.batch, self.width)
+        return Material.read(self.options, self.batches, self.batch, self.width, self.joined)
 
     @cached_property
     def names(self) -> list[str]:
@@ -100,9 +104,11 @@ class ModelCell:
             "rows": self.batch,
             "width": self.width,
             "tokens_per_step": self.material.tokens,
+            "labelled": self.material.labelled,
             "batches": self.batches,
             "rounds": self.rounds,
             "optimizer": "AdamW",
+            "left_out": self.left_out,
         }
 
     def built(self, spec: Spec, stack: ExitStack) -> tuple[nn.Module, Batches]:

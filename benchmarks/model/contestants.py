@@ -19,6 +19,7 @@ from torch import nn
 
 import ila
 from benchmarks.peers.addmm import addmm_lora
+from benchmarks.peers.fused_loss import LOSSES, fuse
 from ila.masks.names import PEFT_PREFIX
 from ila.models.blocks import find_blocks
 from ila.models.edit import masked_layers
@@ -27,7 +28,8 @@ from ila.models.edit import masked_layers
 B_STD = 0.01
 DROPOUT = 0.05
 BASE_DTYPE = "PEFT, base dtype"
-FUSED_LOSS = "PEFT, fused loss"  # by the code of ours, so that nothing but the layers differs
+LEAN_LOSS = "PEFT, our loss"  # so that nothing but the layers differs
+PLAIN_HEAD = "ours, PEFT's loss"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Spec:
 
     Attributes:
         kind: ``"PEFT"``, ``"PEFT, base dtype"``, ``"PEFT, dropout"``, ``"PEFT, compiled"``,
-            ``"PEFT, fused loss"``, ``"addmm"``, ``"ours"``, ``"ours, Triton"`` or ``"frozen"``.
+            ``"PEFT, torch's fused loss"``, ``"PEFT, Liger's fused loss"``, ``"PEFT, our loss"``,
+            ``"addmm"``, ``"ours"``, ``"ours, PEFT's loss"``, ``"ours, Triton"`` or ``"frozen"``.
         share: Open share of the layers.
         position: ``"all"``, ``"top"``, ``"scattered"``, ``"bottom"`` or ``"learned"``.
         checkpoints: Gradient checkpointing, as transformers' Trainer turns it on.
@@ -153,7 +156,9 @@ def build(spec: Spec, base: nn.Module, mask: ila.LayerMask, rank: int) -> nn.Mod
         wide = spec.kind != BASE_DTYPE  # PEFT's default is fp32 adapters over a bf16 base
         model = get_peft_model(model, config, autocast_adapter_dtype=wide)
     fill_adapters(model)
-    if spec.is_ours or spec.kind == FUSED_LOSS:
+    if spec.kind in LOSSES:
+        fuse(model, LOSSES[spec.kind])
+    if spec.kind == LEAN_LOSS or (spec.is_ours and spec.kind != PLAIN_HEAD):
         ila.lean_head(model)
     if spec.kind == "addmm":
         use_addmm(model)

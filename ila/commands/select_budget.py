@@ -188,6 +188,7 @@ def _shape(mask: LayerMask, step: StepSizes, rates: Speed | str | None, resource
         base_bytes=_bytes_of(said.dtype or str(config.dtype).removeprefix("torch.")),
         dropout=said.has_dropout,
         load_in=said.load_in,
+        answers=said.answers or 1.0,
     )
 
 
