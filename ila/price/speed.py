@@ -74,7 +74,7 @@ class Speed:
         """Take the head out of the fixed part.
 
         Args:
-            saved_ms: What a step took less with fewer labels; below 0 it was noise.
+            saved_ms: Time that fewer labels saved a step; below 0 it was noise.
             labels: How many the steps had that were fitted.
             fewer: How many the other had.
 
