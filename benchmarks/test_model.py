@@ -43,7 +43,10 @@ def losses() -> tuple[list[str], dict[str, str]]:
 
 
 def specs(options: Options) -> Iterator[Spec]:
-    """Every contestant where labels are answers."""
+    """Every contestant where labels are answers; those that matter most at another batch."""
+    if options.batch is not None and options.size != "full":
+        yield from main_specs(options)
+        return
     fused = losses()[0]
     yield from (Spec("PEFT"), Spec("PEFT, base dtype"), Spec("PEFT, dropout"), Spec("addmm"))
     yield from (Spec(kind) for kind in (*fused, LEAN_LOSS))
@@ -62,6 +65,15 @@ def specs(options: Options) -> Iterator[Spec]:
         yield from (Spec(kind, share, position, checkpoints=True) for kind in ("PEFT", "ours"))
         if position == "top" and options.size == "full":
             yield Spec("ours", share, position, checkpoints=True, cache=True)
+
+
+def main_specs(options: Options) -> Iterator[Spec]:
+    """PEFT, PEFT with a fused loss, ours and the floor: all layers and 30 % in two places."""
+    fused, kinds = losses()[0], (TRITON,) if options.device.type == "cuda" else ()
+    yield from (Spec(kind) for kind in ("PEFT", *fused, "ours", *kinds, "frozen"))
+    for position in ("top", "scattered"):
+        yield from (Spec(kind, 0.3, position) for kind in ("PEFT", *fused, "ours", *kinds))
+    yield Spec("ours", 0.3, "top", cache=True)
 
 
 def cells(options: Options) -> Iterator[ModelCell]:
