@@ -77,6 +77,7 @@ class Selected:
         shape, speed = self.spending.shape, self.spending.speed
         resource = self.spending.budget.resource
         step = f"a step of {shape.rows} rows of {shape.length} tokens"
+        labelled = f"{step}, {shape.answers:.0%} of them labels"
         if resource == MEMORY:
             return (
                 f"Counted for {step}: weights, adapters, gradients, AdamW and what autograd keeps, "
@@ -86,10 +87,13 @@ class Selected:
             return f"Counted at rank {shape.rank}"
         if isinstance(speed, Speed):
             return (
-                f"Time of {step}, by the rates measured on {speed.measured['device']} (the worst "
-                f"error of a step left out of the fit is {speed.worst_error:.1%})"
+                f"Time of {labelled}, by the rates measured on {speed.measured['device']} (the "
+                f"worst error of a step left out of the fit is {speed.worst_error:.1%})"
             )
-        return f"Time of {step} counted at the ceilings of {speed}, not measured: see `ila measure`"
+        return (
+            f"Time of {labelled}, counted at the ceilings of {speed}, not measured: see "
+            "`ila measure`"
+        )
 
 
 def select_within(
@@ -148,7 +152,7 @@ def _provenance(
         "chosen": spending.described(point),
         "plain_top": None if plain is None else spending.described(plain),
         "speed": speed if not isinstance(spending.speed, Speed) else Path(speed).name,
-        "step": {"rows": spending.shape.rows, "length": spending.shape.length},
+        "step": {name: getattr(spending.shape, name) for name in ("rows", "length", "answers")},
     }
 
 
@@ -190,6 +194,7 @@ def _shape(mask: LayerMask, step: StepSizes, rates: Speed | str | None, resource
         base_bytes=_bytes_of(said.dtype or str(config.dtype).removeprefix("torch.")),
         dropout=said.has_dropout,
         load_in=said.load_in,
+        answers=said.answers or 1.0,
     )
 
 
