@@ -11,6 +11,7 @@ from benchmarks.sections.common import placed, save, table
 from benchmarks.sections.pieces import (
     COLOURS,
     by_device,
+    left_out,
     machine,
     mebibytes,
     quietness,
@@ -37,6 +38,7 @@ def _sentence(document: Mapping[str, Any]) -> str:
         f"{cell['model']}, {cell['dtype']}, rank {cell['rank']}; {cell['rows']} rows of at most "
         f"{cell['width']} tokens from {document['options']['data']}; {machine(document)}; "
         f"{cell['rounds']} interleaved rounds ({COMMAND}). {quietness(document)}"
+        f"{left_out(document)}"
     )
 
 

@@ -16,6 +16,7 @@ from benchmarks.harness import session
 from benchmarks.harness.session import Options
 from benchmarks.layer.cell import LayerCell
 from benchmarks.report import Results, pictures_of
+from benchmarks.sections import layer as layer_section
 from benchmarks.sections import model as model_section
 from ila_kernels import Tuned
 from ila_kernels.choice import Call, gpu_impl
@@ -255,6 +256,8 @@ def test_a_kernel_that_is_wrong_is_left_out_by_name_and_fails_the_step(tmp_path,
     found = json.loads((tmp_path / f"layer{SUFFIX}.json").read_text())
     assert "needs a CUDA or ROCm GPU" in found["cells"][cell.name]["left_out"]["ours, Triton"]
     assert "ours" in {row["contestant"] for row in found["rows"]}
+    text = "\n".join(layer_section.markdown({"layer-gpu": found}))
+    assert f"Left out: ours, Triton ({cell.name}): RuntimeError: impl='triton'" in text
     strict = LayerCell(small, "SmolLM2-135M", "q", 16, 8)
     strict.contestants.append("ours, Triton")
     with pytest.raises(RuntimeError, match="needs a CUDA or ROCm GPU"):
