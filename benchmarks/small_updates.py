@@ -120,7 +120,7 @@ def seconds_ratio(model: str, layer: str, m: int, rounds: int, watch: Watch) -> 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args(arguments)
     cpu = torch.device("cpu")
