@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from benchmarks.gpu import models
@@ -55,35 +55,15 @@ def self_check(results: Path, device: torch.device) -> int:
 # --- tests
 
 
-class Recorder:
-    """A plugin of pytest that writes the outcomes known so far, at most once a second."""
-
-    def __init__(self, save: Callable[[dict[str, object]], None]):
-        self.save, self.outcomes, self.at = save, {}, 0.0
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" or report.outcome != "passed":
-            self.outcomes[report.nodeid] = report.outcome
-            if time.monotonic() - self.at > 1.0:
-                self.write(finished=False)
-
-    def pytest_sessionfinish(self) -> None:
-        self.write(finished=True)
-
-    def write(self, finished: bool) -> None:
-        self.at = time.monotonic()
-        wrong = [name for name, outcome in self.outcomes.items() if outcome == "failed"]
-        counts = Counter(self.outcomes.values())
-        self.save({"finished": finished, "counts": dict(counts), "failed": wrong})
-
-
 def run_tests(
-    results: Path, device: torch.device, paths: Sequence[str] = (str(ROOT / "tests/kernels"),)
+    results: Path, device: torch.device, paths: Sequence[str] = ("tests/kernels",)
 ) -> int:
-    """Run the tests marked ``gpu``, all of which are of the kernels."""
-    recorder = Recorder(lambda found: write(results, "tests", device, found))
-    arguments = ["-q", "-m", "gpu", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
-    return int(pytest.main([*arguments, *paths], plugins=[recorder]))
+    """Run the tests marked ``gpu``, all of which are of the kernels, in a process of their own."""
+    write(results, "tests", device, {})
+    file = (results / "tests-gpu.json").resolve()
+    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.recorder"]
+    command = [sys.executable, "-m", "pytest", *options, "--record", str(file), *paths]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
 # --- what wins

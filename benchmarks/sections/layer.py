@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sections.common import save, table
-from benchmarks.sections.pieces import COLOURS, by_device, machine, quietness, share, untitled
+from benchmarks.sections.pieces import (
+    COLOURS,
+    by_device,
+    left_out,
+    machine,
+    quietness,
+    share,
+    untitled,
+)
 
 TITLE = "One layer"
 COMMAND = "`pytest benchmarks/test_layer.py`"
@@ -30,7 +38,7 @@ def _one(document: Mapping[str, Any]) -> list[str]:
         f"mathematics allows ({best['bf16_tflops']:.2f} TFLOP/s, {best['memory_gb_s']:.0f} "
         f"GB/s, {best['source']}) over the time taken; what fits into a cache can exceed it. "
         f"{machine(document)}; {cell['rounds']} interleaved rounds ({COMMAND}). "
-        f"{quietness(document)}",
+        f"{quietness(document)}{left_out(document)}",
         _pivot(document["rows"]),
         _phases(document["rows"]),
     ]

@@ -11,6 +11,7 @@ from benchmarks.sections.common import placed, save, table
 from benchmarks.sections.pieces import (
     COLOURS,
     by_device,
+    left_out,
     machine,
     mebibytes,
     quietness,
@@ -33,13 +34,9 @@ def _sentence(document: Mapping[str, Any]) -> str:
     return (
         f"{cell['model']}, {cell['dtype']}, rank {cell['rank']}; {cell['rows']} rows of at most "
         f"{cell['width']} tokens from {document['options']['data']}{labels}; {machine(document)}; "
-        f"{cell['rounds']} interleaved rounds ({COMMAND}). {quietness(document)}" + _absent(cell)
+        f"{cell['rounds']} interleaved rounds ({COMMAND}). {quietness(document)}"
+        f"{left_out(document)}"
     )
-
-
-def _absent(cell: Mapping[str, Any]) -> str:
-    """Name the contestants that could not run, and why."""
-    return "".join(f" {name} did not run: {why}." for name, why in cell.get("left_out", {}).items())
 
 
 def _rows(document: Mapping[str, Any], at: int = 0) -> list[Mapping[str, Any]]:

@@ -29,6 +29,16 @@ def quietness(document: Mapping[str, Any]) -> str:
     return f"The machine was quiet (calibration spread {busy['spread']:.2f})."
 
 
+def left_out(document: Mapping[str, Any]) -> str:
+    """Name contestants of a run that did not run, or computed something else, and why."""
+    said = [
+        f"{name} ({cell}): {why.splitlines()[0]}"
+        for cell, conditions in document["cells"].items()
+        for name, why in conditions.get("left_out", {}).items()
+    ]
+    return f" Left out: {'; '.join(said)}." if said else ""
+
+
 def by_device(
     results: Mapping[str, Any], stem: str, one: Callable[[Mapping[str, Any]], list[str]]
 ) -> list[str]:

@@ -28,7 +28,7 @@ from ila_kernels.kernels.shrink import shrink
 def check_dtype(dtype: torch.dtype) -> None:
     """Raise unless the kernels compute in this dtype."""
     if dtype not in TL_DTYPES:
-        raise TypeError(f"impl='triton' computes in bfloat16, float16 or float32, got {dtype}")
+        raise TypeError(f"the kernels take x in bfloat16, float16 or float32, got {dtype}")
 
 
 def forward(

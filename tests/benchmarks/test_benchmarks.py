@@ -292,7 +292,7 @@ def test_a_cell_where_every_token_is_a_label_has_a_table_of_its_own(tmp_path):
     found["cells"]["every"] = found["cells"]["cell"]
     text = "\n".join(model.markdown({"model": found}))
     assert "from rows.jsonl, 40% of them labels" in text
-    assert "PEFT, a peer did not run: it needs a GPU." in text
+    assert "PEFT, a peer (cell): it needs a GPU" in text
     first, second = text.split("every token is a label")
     assert "| ours | 0.80" in first and "| ours | 0.72" in second and "0.72" not in first
     assert_drawn(model.figures({"model": found}), ["step-memory.png", "step-time.png"], tmp_path)

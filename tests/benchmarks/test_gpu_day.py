@@ -1,6 +1,7 @@
 """`make gpu-day` by a clock turned by hand, and on this CPU: order, limits, what is kept."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from benchmarks.harness import session
 from benchmarks.harness.session import Options
 from benchmarks.layer.cell import LayerCell
 from benchmarks.report import Results, pictures_of
+from benchmarks.sections import layer as layer_section
 from benchmarks.sections import model as model_section
 from ila_kernels import Tuned
 from ila_kernels.choice import Call, gpu_impl
@@ -200,25 +202,44 @@ def test_hangs():
 
 
 def test_outcomes_of_tests_survive_a_test_that_hangs(tmp_path):
-    (tmp_path / "test_it.py").write_text(TESTS)
+    """In the repository, whose options of pytest hold for the step as well."""
+    file = tmp_path / "tests-gpu.json"
+    steps.write(tmp_path, "tests", CPU, {})
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    (folder / "test_it.py").write_text(TESTS)
     code = (
         "import sys, torch\nfrom pathlib import Path\nfrom benchmarks.gpu.steps import run_tests\n"
-        "run_tests(Path(sys.argv[1]), torch.device('cpu'), [sys.argv[1]])"
+        "results, tests = sys.argv[1:]\n"
+        "run_tests(Path(results), torch.device('cpu'), ['-c', 'pyproject.toml', tests])"
     )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-    file, deadline = tmp_path / "tests-gpu.json", time.monotonic() + 100.0
+    command = [sys.executable, "-c", code, str(tmp_path), str(folder)]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 200.0
     try:
         while time.monotonic() < deadline:
-            if file.exists() and "failed" in json.loads(file.read_text())["counts"]:
+            if "failed" in json.loads(file.read_text()).get("counts", {}):
                 break
             time.sleep(0.1)
     finally:
-        process.kill()
+        day._end(process, signal.SIGKILL)
         process.wait()
     found = json.loads(file.read_text())
     assert found["counts"] == {"passed": 1, "failed": 1} and not found["finished"]
     assert [name.rpartition("::")[2] for name in found["failed"]] == ["test_wrong"]
+    assert found["environment"]["device"] == "cpu"
+
+
+def test_the_tests_of_the_kernels_can_be_run_and_recorded(tmp_path):
+    """On a machine without a GPU each is skipped; none is an error of collection or of options."""
+    found = ["tests/kernels/test_triton_tune.py", "tests/kernels/test_triton_tuning.py"]
+    assert steps.run_tests(tmp_path, CPU, found) == 0
+    document = json.loads((tmp_path / "tests-gpu.json").read_text())
+    assert document["finished"] and document["failed"] == []
+    if not torch.cuda.is_available():
+        assert document["counts"] == {"skipped": 7}
 
 
 class Broken(LayerCell):
@@ -255,6 +276,8 @@ def test_a_kernel_that_is_wrong_is_left_out_by_name_and_fails_the_step(tmp_path,
     found = json.loads((tmp_path / f"layer{SUFFIX}.json").read_text())
     assert "needs a CUDA or ROCm GPU" in found["cells"][cell.name]["left_out"]["ours, Triton"]
     assert "ours" in {row["contestant"] for row in found["rows"]}
+    text = "\n".join(layer_section.markdown({"layer-gpu": found}))
+    assert f"Left out: ours, Triton ({cell.name}): RuntimeError: impl='triton'" in text
     strict = LayerCell(small, "SmolLM2-135M", "q", 16, 8)
     strict.contestants.append("ours, Triton")
     with pytest.raises(RuntimeError, match="needs a CUDA or ROCm GPU"):

@@ -1,14 +1,21 @@
 """Sections of counted results and of real data, each from a result small enough to check by eye."""
 
+import json
+
+import torch
+
+from benchmarks import small_updates as measured
 from benchmarks.sections import (
     compile_report,
     memory,
     qlora,
     real_data,
     saved_bytes,
+    small_updates,
     time_budget,
 )
 from benchmarks.sections.memory_counts import PEFT_BF16
+from ila_kernels import eager
 
 GB = 10**9
 QUIET = {"busy": False, "spread": 1.02, "why": []}
@@ -151,3 +158,26 @@ def test_budgets_of_time_are_marked_as_modelled_and_say_what_would_show_them_wro
         under = [cell.partition("(")[2].strip(" )") for cell in table[-1].split("|")[2:-2]]
         found = [cell.strip() for cell in sums[f"{name}, 8192 tokens"]]
         assert [found[0], *found[3:]] == under
+
+
+def test_small_updates_are_measured_as_they_are_shown(monkeypatch, tmp_path):
+    monkeypatch.setattr(measured, "SIZES", (1e-3,))
+    monkeypatch.setattr(measured, "TIMED", (("SmolLM2-135M", "k", 80),))
+    file = tmp_path / "small-updates.json"
+    measured.main(["--json", str(file), "--rounds", "2"])
+    found = json.loads(file.read_text())
+    (row,) = found["rows"]
+    for of in ("y", "dx"):
+        assert abs(row[of]["ours"] - 1.0) < 0.01
+        assert max(row[of]["PEFT"], row[of]["base first"]) < 0.6
+    text = "\n".join(small_updates.markdown({"small-updates": found}))
+    cells = [f"{row[of][name]:.2f}" for of in ("y", "dx") for name in small_updates.NAMES]
+    assert f"| 0.001 | {' | '.join(cells)} |" in text
+    assert f"| SmolLM2-135M k, M 80 | {found['timed'][0]['median']:.2f} (" in text
+
+
+def test_the_two_orders_that_are_timed_differ_in_nothing_else():
+    before = eager.base_adds
+    with measured.base_first():
+        assert not eager.base_adds(torch.empty(4096, 8), torch.empty(8, 8))
+    assert eager.base_adds is before

@@ -204,6 +204,14 @@ def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch):
         tuned(timer=Clock())
 
 
+def test_nothing_is_measured_while_a_graph_is_compiled(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    clock = Clock()
+    with pytest.raises(RuntimeError, match=r"tune cannot run under torch\.compile"):
+        tuned(timer=clock)
+    assert clock.calls == [] and choice.verdicts_in_use().all == ()
+
+
 @pytest.mark.parametrize("wrong", [{"rounds": 6}, {"rank": 0}, {"rows": [0]}])
 def test_numbers_are_checked(wrong):
     with pytest.raises(ValueError, match=r"must be (at least 7|positive), got"):
