@@ -352,7 +352,7 @@ def test_a_step_of_a_model_with_random_weights_is_checked_measured_and_shown(
     document = json.loads((tmp_path / f"model{SUFFIX}.json").read_text())
     assert document["cells"][name]["model"] == f"{name}, 2 of {config.num_hidden_layers} blocks"
     kinds = {row["contestant"] for row in document["rows"]}
-    assert {"PEFT", "ours", "frozen", "PEFT, fused loss", "ours, 50% top"} <= kinds
+    assert {"PEFT", "ours", "frozen", "PEFT, our loss", "ours, 50% top"} <= kinds
     text = "\n".join(model_section.markdown({"model-gpu": document}))
     assert "random tokens" in text and "ours, last 50 %" in text
     for file, picture in pictures_of(model_section, Results({"model-gpu": document}, {})).items():
