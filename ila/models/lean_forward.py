@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ila.data.contracts import IGNORED
 from ila.models.lean_families import logit_map, output_class
@@ -32,6 +34,8 @@ _INPUTS = {"cache_position", "output_attentions", "output_hidden_states"}
 # Of padding-free batches, as transformers' collator and TRL name them.
 _INPUTS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 _LOSS = {"shift_labels", "num_items_in_batch"}
+# The field of the keys and values; transformers 5.24 renamed it.
+(_CACHE,) = {f.name for f in fields(CausalLMOutputWithPast)} & {"cache", "past_key_values"}
 _NEUTRAL = {"return_dict": True, "output_router_logits": False}
 
 
@@ -68,6 +72,7 @@ def _forward(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     past_key_values: Any = None,
+    cache: Any = None,
     inputs_embeds: Tensor | None = None,
     labels: Tensor | None = None,
     use_cache: bool | None = None,
@@ -78,9 +83,9 @@ def _forward(
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "position_ids": position_ids,
-        "past_key_values": past_key_values,
         "inputs_embeds": inputs_embeds,
         "use_cache": use_cache,
+        **_given(past_key_values=past_key_values, cache=cache),
     }
     wants_logits = labels is None or not _is_zero(logits_to_keep) or _asks_for_more(kwargs)
     if wants_logits or why_plain(self) is not None:
@@ -92,10 +97,15 @@ def _forward(
     loss = _loss(self, outputs.last_hidden_state, labels, kwargs.get("shift_labels"), count)
     return output_class(self)(
         loss=loss,
-        past_key_values=outputs.past_key_values,
+        **{_CACHE: outputs.get(_CACHE)},
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )
+
+
+def _given(**values: object) -> dict[str, object]:
+    """Return the values that are there; a model knows one of the names of the cache."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def why_plain(model: PreTrainedModel, gathered: bool = False) -> str | None:
