@@ -28,6 +28,7 @@ from ila.models.edit_report import MaskReport as MaskReport
 from ila.models.layer import MaskedLoraLayer, MaskedLoraLinear
 from ila.models.lean_head import plain_head
 from ila.models.mlp import make_lean, make_plain
+from ila.models.plain_blocks import plain_blocks, say_plain_blocks
 from ila.models.targets import (
     outside,
     restore_targets,
@@ -89,7 +90,8 @@ def attach(
             or int8 layer of bitsandbytes.
 
     Warns:
-        UserWarning: If some of ``target_modules`` match nothing.
+        UserWarning: If some of ``target_modules`` match nothing. The log has a line for each kind of
+            attention block and MLP that computes layer by layer (``explain`` repeats it).
     """
     _check_base(model)
     if not isinstance(lora_config, LoraConfig):
@@ -120,6 +122,7 @@ def attach(
     make_prefix_aware(peft_model)
     make_lean(peft_model)
     fuse_qkv(peft_model)
+    say_plain_blocks(peft_model)
     _keep_training_layout(peft_model)
     read_verdicts_of(model, list(_masked_layers(peft_model).values()))
     return peft_model
@@ -174,7 +177,7 @@ def convert(model: nn.Module) -> ConversionReport:
     _keep_training_layout(model)
     mlps, left_mlps = make_lean(model)
     attentions, left_attentions = fuse_qkv(model)
-    left = left | left_mlps | left_attentions
+    left = left | left_mlps | left_attentions | plain_blocks(model)
     return ConversionReport(tuple(swap), left, tuple(mlps), tuple(attentions))
 
 
