@@ -75,10 +75,10 @@ def masked_lora_linear(
             ``"reference"``: the definition. ``prefer`` sets the choice of auto on a GPU.
         seed: int64 CPU tensor of shape (1,) that fixes the dropout mask; drawn from torch's
             default generator if ``None``.
-        swiglu: (pre, up) of the shape of x, where x is ``swiglu_product(pre, up, activation)``: backward
-            recomputes x from them instead of keeping it, and its gradient goes to them directly.
-            ``"reference"``, and a CPU at few rows, keep x and go through it.
-        activation: That of ``swiglu``; without it, nothing reads this.
+        swiglu: (pre, up) of the shape of x, where x is ``swiglu_product(pre, up, activation)``:
+            backward recomputes x from them instead of keeping it, and its gradient goes to them
+            directly. ``"reference"``, and a CPU at few rows, keep x and go through it.
+        activation: That of ``swiglu``, as ``swiglu_product`` takes it; not read without.
 
     Returns:
         y, shape (..., N), dtype of x (of autocast where it is on and W is not packed), accumulated

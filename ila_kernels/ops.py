@@ -159,8 +159,8 @@ def masked_lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """x (M, K), W (N, K), A (R, K), B (N, R) -> y (M, N), t (M, R); t is not differentiable.
 
-    Where pre and up (M, K) are given, x = activation(pre) ⊙ up and is not differentiable here: backward
-    recomputes x instead of keeping it, and returns the gradients of pre and up.
+    Where pre and up (M, K) are given, x = activation(pre) ⊙ up and is not differentiable here:
+    backward recomputes x instead of keeping it, and returns the gradients of pre and up.
     """
     numbers = (scale, dropout_p, impl)
     arguments = (x, weight, lora_a, lora_b, gate, bias, seed, *numbers, pre, up, activation)

@@ -90,8 +90,8 @@ def attach(
             or int8 layer of bitsandbytes.
 
     Warns:
-        UserWarning: If some of ``target_modules`` match nothing. The log has a line for each kind of
-            attention block and MLP that computes layer by layer (``explain`` repeats it).
+        UserWarning: If some of ``target_modules`` match nothing. The log has a line, once, for each
+            kind of attention block and MLP that computes layer by layer; ``explain`` repeats it.
     """
     _check_base(model)
     if not isinstance(lora_config, LoraConfig):

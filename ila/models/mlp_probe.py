@@ -31,7 +31,7 @@ def same_numbers(plain: type[nn.Module], lean: type[nn.Module], act_fn: nn.Modul
         # The caller may build a model on fake tensors, on the meta device or in inference mode.
         with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
             theirs, ours = (_run(kind, act_fn) for kind in (plain, lean))
-        _known[key] = all(map(torch.equal, theirs, ours))
+            _known[key] = all(map(torch.equal, theirs, ours))
     return _known[key]
 
 
@@ -51,4 +51,6 @@ def _run(kind: type[nn.Module], act_fn: nn.Module) -> list[Tensor]:
 def _numbers(rows: int, columns: int) -> Tensor:
     """Numbers between −3 and 3 without a pattern, the same in every call."""
     count = torch.arange(1, rows * columns + 1, dtype=torch.float64, device="cpu")
-    return (count * 0.618033988749895).remainder(1).mul(6).sub(3).view(rows, columns).requires_grad_()
+    return (
+        (count * 0.618033988749895).remainder(1).mul(6).sub(3).view(rows, columns).requires_grad_()
+    )

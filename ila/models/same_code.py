@@ -1,4 +1,4 @@
-"""Read in the code of a class which computation its forward is, whatever the class is called.
+"""Read in the code of a class which computation its forward is; its name says nothing.
 
 Transformers generates one file for each family, so the same lines stand in many classes. Two
 questions are asked here: whether a forward is a known one, by its compiled code (``same_code``),
@@ -77,6 +77,8 @@ def _why_not_one_x(function: object, names: tuple[str, ...], label: str) -> str 
     if len(inputs) != 1 or None in inputs:
         return f"{label}.forward does not call {', '.join(names)} on one input"
     first, last = (at(node.lineno for node, _ in found) for at in (min, max))
+    if any(isinstance(node, ast.Return) and node.lineno < last for node in ast.walk(tree)):
+        return f"{label}.forward may return before it calls all of {', '.join(names)}"
     if any(first <= line < last for line in _assignments(tree, *inputs)):
         return f"{label}.forward changes the input between {names[0]} and {names[-1]}"
     return None
