@@ -1,1 +1,1 @@
-"""Families of causal language models: which parts of this library each takes, tried on tiny ones."""
+"""Families of causal language models: tiny ones are tried, and a page says what each takes."""

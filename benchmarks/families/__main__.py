@@ -58,35 +58,40 @@ def page(trials: Iterable[Trial], kept: Iterable[str]) -> str:
 Three savings depend on the code of a model: one op for q, k and v, the lean MLP, and the cache of
 the frozen prefix. The name of a class decides none of them.
 
-* **q, k, v together**: the forward of the attention calls q_proj, k_proj and v_proj on one x, once and in every run.
-  Its source says so. A result is used only for the very x that it was computed from.
-* **lean MLP**: the forward compiles to the code of `down_proj(act_fn(gate_proj(x)) * up_proj(x))`, and `act_fn` is torch's
-  silu or gelu. Each class is compared with its own forward once, in fp64, to the bit. Then its gate_proj and up_proj
-  compute together too.
-* **frozen prefix**: blocks below the lowest open layer, when layers of the last of {BLOCKS} blocks are open.
+* **q, k, v together**: the forward of the attention calls q_proj, k_proj and v_proj on one x, once
+  and in every run. Its source says so. A result is used only for the very x that it was computed
+  from.
+* **lean MLP**: the forward compiles to the code of `down_proj(act_fn(gate_proj(x)) * up_proj(x))`,
+  and `act_fn` is torch's silu or gelu. Each class is compared with its own forward once, in fp64,
+  to the bit. Its gate_proj and up_proj compute together too.
+* **frozen prefix**: blocks below the lowest open layer, when only layers of the last of {BLOCKS}
+  blocks are open.
 * **cache**: whether `--cache-prefix` gives the same loss and gradients, or is refused.
 
-A block that does not fit keeps its own forward. It trains all the same, layer by layer. `ila.attach` logs a line for each
-such kind of block, and `ila.explain` repeats it.
+A block that does not fit keeps its own forward. It trains all the same, layer by layer.
+`ila.attach` logs a line for each such kind of block, and `ila.explain` repeats it.
 
-Each row was tried on a random model of {BLOCKS} blocks in fp64, with LoRA on `all-linear`. Loss and all gradients are those
-of plain PEFT to 1e-10: with all layers open, with a random {OPEN:.0%} open, and with layers of the last block open. With
-gradient checkpointing they are the same again. transformers {transformers.__version__}.
+Each row was tried on a random model of {BLOCKS} blocks in fp64, with LoRA on `all-linear`. Loss
+and all gradients are those of plain PEFT to 1e-10: with all layers open, with a random {OPEN:.0%}
+open, and with layers of the last block open. With gradient checkpointing they are the same again.
+transformers {transformers.__version__}.
 
 {table(HEADER, map(row, trials))}
 
-A mixture of experts keeps its experts in tensors of their own. PEFT adapts them, no mask closes them, and so backward goes
-down to the first block that has some. `target_modules` without experts gives the prefix back.
+A mixture of experts keeps its experts in tensors of their own. PEFT adapts them, no mask closes
+them, and so backward goes down to the first block that has some. `target_modules` that names the
+layers of the attention alone gives the prefix back.
 
 ## Bytes that a block keeps for backward
 
-One block inside a model of true size, {ROWS} × {TOKENS} tokens, bf16, LoRA rank {RANK} on all linear layers, all open, counted
-on fake tensors. The second column has the layers of this library in blocks of transformers: that is the case of a
-block that is computed layer by layer.
+One block inside a model of true size, {ROWS} × {TOKENS} tokens, bf16, LoRA rank {RANK} on all
+linear layers, all open, counted on fake tensors. The second column has the layers of this library
+in blocks of transformers: a block that is computed layer by layer.
 
 {table(("model", *CONTESTANTS), kept)}
 
-`python -m benchmarks.families` tries every family, counts the bytes and writes this page. `--check` compares it.
+`python -m benchmarks.families` tries every family, counts the bytes and writes this page.
+`--check` compares it.
 """
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,7 +79,7 @@ def _notes(plain: dict[str, str], model: nn.Module) -> Iterable[str]:
 
 
 def _refusal(why: ValueError) -> str:
-    return str(why).rpartition("; ")[2]
+    return f"no plain nn.Linear; {str(why).rpartition('; ')[2]}"
 
 
 def _config() -> LoraConfig:

@@ -103,7 +103,9 @@ def attach(
     try:
         peft_model = get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
         if not _masked_layers(peft_model):
-            found = {type(m).__name__ for m in peft_model.modules() if isinstance(m, LoraLayer)}
+            layers = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
+            kinds = [(type(m).__name__, type(m.get_base_layer()).__name__) for m in layers]
+            found = {f"{peft} over {base}" if base != peft else peft for peft, base in kinds}
             raise ValueError(
                 f"lora_config.target_modules={lora_config.target_modules!r} must match at least "
                 f"one plain nn.Linear, or 4-bit or int8 layer of bitsandbytes; the layers it "
