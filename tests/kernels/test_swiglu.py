@@ -265,7 +265,7 @@ def test_product_says_what_does_not_fit(pre, up, error, message):
 
 def test_another_activation_is_refused():
     pre, up = pair(2, 3)
-    with pytest.raises(ValueError, match="activation must be one of .*, got 'relu'"):
+    with pytest.raises(ValueError, match=r"activation must be one of .*, got 'relu'"):
         swiglu_product(pre, up, "relu")
 
 
