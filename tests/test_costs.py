@@ -1,17 +1,27 @@
 """Counted costs against what autograd keeps, and what a mask must not name."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import ila
 from benchmarks.memory.kept import saved_bytes
 from benchmarks.memory.true_size import fake
-from ila.price.costs import ceiling_price, memory_table, parameter_table, time_table
+from ila.price.costs import (
+    ceiling_price,
+    fixed_work,
+    head_work,
+    memory_table,
+    parameter_table,
+    time_table,
+)
 from ila.price.shapes import COUNTED, SAME_LAYERS, Shape, check_counted
 from ila_kernels.roofline import CEILINGS
 
@@ -93,6 +103,36 @@ def test_parameters_are_those_of_the_open_layers():
     table = parameter_table(shape, names)
     assert table.cost({n for n in names if "k_" in n}) == trained
     assert table.cost(set()) == 0
+
+
+def flops_of(base: LlamaForCausalLM, labels: torch.Tensor) -> int:
+    ids = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        base(input_ids=ids, labels=labels, shift_labels=labels).loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("answers", [1.0, 0.5, 0.05])
+def test_the_head_of_a_step_is_counted_by_its_labels(answers):
+    """Products of the head alone: from a step, those of a step with one label are taken."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config()).bfloat16().requires_grad_(False).train()
+    base.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_())
+    ila.lean_head(base)
+    labels = torch.ones(ROWS, LENGTH, dtype=torch.long)
+    one, some = labels.clone().fill_(-100), labels.clone()
+    one[0, 0] = 1
+    some.view(-1)[round(answers * labels.numel()) :] = -100
+    shapes = [replace(shape_of(torch.bfloat16), answers=a) for a in (answers, 1 / labels.numel())]
+    more, least = (sum(work.flops for work in fixed_work(shape)) for shape in shapes)
+    assert more - least == flops_of(base, some) - flops_of(base, one)
+    assert head_work(shapes[1]).flops == 4 * SIZES["vocab_size"] * SIZES["hidden_size"]
+
+
+@pytest.mark.parametrize("answers", [0.0, -0.1, 1.1, float("nan")])
+def test_a_share_of_labels_is_above_0_and_at_most_1(answers):
+    with pytest.raises(ValueError, match=r"answers must be in \(0, 1\]"):
+        Shape.of(config().to_dict(), rank=1, rows=1, length=1, answers=answers)
 
 
 def test_time_grows_with_depth_and_with_every_layer_opened():

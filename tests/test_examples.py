@@ -5,11 +5,14 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,6 +22,8 @@ from typer.testing import CliRunner
 import ila
 from ila.cli import app
 from ila.data.encoding import encode
+from ila.training.arguments import arguments, check_usable
+from tests.search.test_fsdp import FSDP_ON_CPUS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -84,6 +89,129 @@ def test_loop_example_trains_what_the_mask_opens(
     assert "7 eager, 7 bare" in printed or "7 bare, 7 eager" in printed
     assert "step 4: loss" in printed
     assert_plain_adapter(out, tiny_model_folder, 7)
+
+
+# TRL asks transformers by names that transformers 5 is renaming.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_dpo_example_selects_in_the_middle(tiny_model_folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("trl")
+    rows = [
+        {"prompt": f"a b {letter}", "chosen": f" {letter} a", "rejected": " b b"}
+        for letter in "cdefghij"
+    ]
+    data, out = tmp_path / "pairs.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"model": tiny_model_folder, "data": data, "out": out, "steps": 8}
+    run_example("train_with_dpo.py", monkeypatch, **options)
+    assert "4 of 14 layers open" in capsys.readouterr().out
+    assert_plain_adapter(out, tiny_model_folder, 14)
+
+
+# ---- files for --config
+
+
+CONFIGS = sorted((REPOSITORY / "examples").glob("*.yaml"))
+
+
+class StopError(Exception):
+    """Ends a command where its settings are made."""
+
+
+def commands_of(file: Path) -> list[list[str]]:
+    """Return the commands in the first comment of a file, from `ila` on."""
+    lines = [line[1:] for line in file.read_text("utf-8").splitlines() if line.startswith("#  ")]
+    words = [shlex.split(line) for line in lines]
+    return [line[line.index("ila") :] for line in words]
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch) -> Path:
+    """Work in a folder with the examples, and with the masks that they name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
+    for place in ("MASK.json", "runs/search/top-0.3.json"):
+        file = tmp_path / place
+        file.parent.mkdir(parents=True, exist_ok=True)
+        ila.LayerMask({"a": 1.0, "b": 0.0}).top(0.5).save(file)
+    return tmp_path
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
+def test_a_file_for_config_makes_its_settings(file, clone, monkeypatch):
+    made = []
+
+    def caught(inputs, config, *args, **kwargs):
+        made.append(config)
+        raise StopError
+
+    for place in ("learn.learn", "train.train_selected", "train_once.train_once"):
+        monkeypatch.setattr(f"ila.commands.{place}", caught)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    commands = [command for command in commands_of(file) if command[1] != "select"]
+    for command in commands:
+        assert f"examples/{file.name}" in command
+        result = CliRunner().invoke(app, command[1:])
+        assert isinstance(result.exception, StopError), (result.output, result.exception)
+    assert len(made) == len(commands) > 0
+    content = yaml.safe_load(file.read_text("utf-8"))
+    for config in made:
+        assert config.batch_size == content["batch_size"]
+        steps = getattr(config, "stage1_steps", None) or config.for_rows(64, 2).steps
+        args = arguments(
+            clone, steps=steps, save_every=None, extra=config.training_args,
+            learning_rate=config.learning_rate,
+        )  # fmt: skip
+        check_usable(args, config.training_args, torch.nn.Linear(1, 1))
+        assert args.lr_scheduler_type == content["scheduler"]
+
+
+TINY = {
+    "one_run": {"train": ["--steps", "8", "--eval-every", "2"]},
+    "learn_select_train": {
+        "learn": ["--stage1-steps", "3", "--stage2-steps", "5"],
+        "train": ["--eval-every", "2"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_file_for_config_runs_on_a_tiny_model(name, clone, tiny_model_folder, data):
+    shutil.rmtree(clone / "runs")
+    for command in commands_of(REPOSITORY / "examples" / f"{name}.yaml"):
+        more = TINY[name].get(command[1], [])
+        if more:
+            more = [*more, "--model", str(tiny_model_folder), "--data", str(data)]
+            more += ["--report-to", "none"]
+        result = CliRunner().invoke(app, [*command[1:], *more])
+        assert result.exit_code == 0, (command, result.output, result.exception)
+    (metrics,) = (clone / "runs").rglob("metrics.json")
+    found = json.loads(metrics.read_text())
+    assert found["open_modules"] == 4 and len(found["evaluations"]) >= 2
+    assert found["held_out_loss"] < found["held_out_loss_before"]
+
+
+FSDP_JOB = """
+import sys
+from ila.cli import main
+
+sys.argv = ["ila", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as done:
+    assert not done.code, done.code
+"""
+
+
+@pytest.mark.slow
+def test_the_file_for_fsdp2_trains_on_two_processes(run_ranks, clone, tiny_model_folder, data):
+    (command,) = commands_of(REPOSITORY / "examples" / "fsdp2.yaml")
+    more = ["--model", tiny_model_folder, "--data", data, "--epochs", "2", "--eval-every", "1"]
+    more += ["--dtype", "float32", "--rank", "2", "--gradient-accumulation", "1"]
+    run_ranks(FSDP_ON_CPUS + FSDP_JOB, *command[1:], *more)
+    found = json.loads((clone / "runs/fsdp/metrics.json").read_text())
+    assert found["evaluations"][-1][1] == found["held_out_loss"] < found["held_out_loss_before"]
+    assert_plain_adapter(clone / "runs/fsdp", tiny_model_folder, 14)
 
 
 def snippets(page: str, language: str) -> list[str]:

@@ -11,7 +11,7 @@ from ila.masks.names import KINDS
 from ila.price.budget import TIME, Budget, Spending
 from ila.price.costs import Work
 from ila.price.shapes import Shape
-from ila.price.speed import Speed, fit, works
+from ila.price.speed import Speed, fit, step_table, works
 from ila.reports.pareto import pareto_figure
 
 SHAPE = Shape(
@@ -106,6 +106,25 @@ def test_a_fit_finds_the_rates_that_made_the_times(tmp_path):
     whole = replace(found, measured=where)
     whole.save(tmp_path / "speed.json")
     assert Speed.load(tmp_path / "speed.json") == whole
+
+
+def test_time_pays_for_the_labels_of_a_step_alone():
+    """Head and loss cost what fewer labels saved; a mask's layers cost what they did."""
+    speed = SPEED.with_head(1.2, labels=62, fewer=6)
+    whole = [set(NAMES), {NAMES[-1]}]
+    by_share = {}
+    for answers in (1.0, 0.25):
+        shape = replace(SHAPE, answers=answers)
+        table = step_table(shape, NAMES, speed)
+        by_share[answers] = [table.cost(opened) for opened in whole]
+    saved = 0.75 * SHAPE.tokens * 1.2 / 56 * 1e9
+    for full, less in zip(*by_share.values(), strict=True):
+        assert full - less == pytest.approx(saved, abs=2)
+    assert by_share[0.25][1] / by_share[0.25][0] < by_share[1.0][1] / by_share[1.0][0]
+    kept = SPEED.with_head(-0.3, labels=62, fewer=6)
+    assert kept == SPEED
+    everything = SPEED.with_head(1e6, labels=62, fewer=6)
+    assert everything.fixed_ms == pytest.approx(0.0) and everything.per_label_ms > 0
 
 
 def test_a_rate_is_never_negative_and_four_steps_are_too_few():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from benchmarks.harness.session import Options
 from benchmarks.model.cell import ModelCell
-from benchmarks.model.contestants import FUSED_LOSS, KERNELS, LIGER, Spec
+from benchmarks.model.contestants import KERNELS, LEAN_LOSS, LIGER, Spec
 from benchmarks.model.material import Material
 from benchmarks.peers import liger
 
@@ -36,7 +36,7 @@ LARGE_BYTES = 60e9
 
 def specs(device: torch.device) -> list[Spec]:
     """Every contestant, on all layers and on those of the last half of the blocks."""
-    peers = [Spec("PEFT"), Spec("PEFT, base dtype"), Spec(FUSED_LOSS)]
+    peers = [Spec("PEFT"), Spec("PEFT, base dtype"), Spec(LEAN_LOSS)]
     peers += [Spec(LIGER)] if liger.is_available() else []
     kinds = tuple(KERNELS) if device.type == "cuda" else ("ours",)
     everywhere = [*peers, *(Spec(kind) for kind in kinds), Spec("frozen")]

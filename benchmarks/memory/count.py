@@ -17,13 +17,15 @@ from benchmarks.memory.rows import fake
 from ila.models.lean_head import head_route
 
 
-def count(model: nn.Module, checkpointing: bool = False, tokens: int = TOKENS) -> dict[str, Any]:
+def count(
+    model: nn.Module, checkpointing: bool = False, tokens: int = TOKENS, by_token: bool = True
+) -> dict[str, Any]:
     """Count a step of a model on the meta device; see ``count_step``."""
     if checkpointing:
         checkpoint_blocks(model)
     with FakeTensorMode():
         stored = fake(model)
-        return count_step(model, stored, torch.zeros(1, tokens, dtype=torch.long))
+        return count_step(model, stored, torch.zeros(1, tokens, dtype=torch.long), by_token)
 
 
 def count_step(

@@ -61,6 +61,8 @@ class ModelCell:
         model: Made from the base on first use, if not the base itself.
         strict: Whether a contestant that computes something else fails the cell; else one that is
             not PEFT, ``"ours"`` or the frozen model is left out by name.
+        joined: Rows joined end to end, so that every token is a label.
+        left_out: Contestants that cannot run here, and why.
     """
 
     options: Options
@@ -73,6 +75,7 @@ class ModelCell:
     rank: int = 8
     model: Callable[[], nn.Module] | None = None
     strict: bool = True
+    joined: bool = False
     masks: dict[tuple[float, str], ila.LayerMask] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -91,7 +94,7 @@ class ModelCell:
 
     @cached_property
     def material(self) -> Material:
-        return Material.read(self.options, self.batches, self.batch, self.width)
+        return Material.read(self.options, self.batches, self.batch, self.width, self.joined)
 
     @cached_property
     def names(self) -> list[str]:
@@ -116,6 +119,7 @@ class ModelCell:
             "rows": self.batch,
             "width": self.width,
             "tokens_per_step": self.material.tokens,
+            "labelled": self.material.labelled,
             "batches": self.batches,
             "rounds": self.rounds,
             "optimizer": "AdamW",

@@ -20,6 +20,7 @@ from torch import nn
 import ila
 from benchmarks.peers import liger
 from benchmarks.peers.addmm import addmm_lora
+from benchmarks.peers.fused_loss import LOSSES, fuse
 from ila.masks.names import PEFT_PREFIX
 from ila.models.blocks import find_blocks
 from ila.models.edit import masked_layers
@@ -28,7 +29,8 @@ from ila.models.edit import masked_layers
 B_STD = 0.01
 DROPOUT = 0.05
 BASE_DTYPE = "PEFT, base dtype"
-FUSED_LOSS = "PEFT, fused loss"  # by the code of ours, so that nothing but the layers differs
+LEAN_LOSS = "PEFT, our loss"  # so that nothing but the layers differs
+PLAIN_HEAD = "ours, PEFT's loss"
 LIGER = "PEFT, Liger"
 # Ours -> what `impl="auto"` is to take on a GPU, whatever was tuned there.
 KERNELS = {"ours": "eager", "ours, hybrid": "hybrid", "ours, Triton": "triton"}
@@ -40,7 +42,8 @@ class Spec:
 
     Attributes:
         kind: ``"PEFT"``, ``"PEFT, base dtype"``, ``"PEFT, dropout"``, ``"PEFT, compiled"``,
-            ``"PEFT, fused loss"``, ``"PEFT, Liger"``, ``"addmm"``, one of ``KERNELS`` or
+            ``"PEFT, torch's fused loss"``, ``"PEFT, Liger's fused loss"``, ``"PEFT, our loss"``,
+            ``"PEFT, Liger"``, ``"addmm"``, one of ``KERNELS``, ``"ours, PEFT's loss"`` or
             ``"frozen"``.
         share: Open share of the layers.
         position: ``"all"``, ``"top"``, ``"scattered"``, ``"bottom"`` or ``"learned"``.
@@ -160,7 +163,9 @@ def build(spec: Spec, base: nn.Module, mask: ila.LayerMask, rank: int) -> nn.Mod
         wide = spec.kind != BASE_DTYPE  # PEFT's default is fp32 adapters over a bf16 base
         model = get_peft_model(model, config, autocast_adapter_dtype=wide)
     fill_adapters(model)
-    if spec.is_ours or spec.kind == FUSED_LOSS:
+    if spec.kind in LOSSES:
+        fuse(model, LOSSES[spec.kind])
+    if spec.kind == LEAN_LOSS or (spec.is_ours and spec.kind != PLAIN_HEAD):
         ila.lean_head(model)
     if spec.kind == "addmm":
         use_addmm(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 import torch
 from rich.console import Console
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness.session import Options
 from ila.commands.demo import unpack_model
+from ila.data.contracts import IGNORED
 from ila.data.encoding import Collator, encode
 from ila.data.rows import load_rows
 from ila.models.loading import find_source, load_model, load_tokenizer
@@ -40,7 +42,11 @@ def base_model(options: Options) -> nn.Module:
 
 @dataclass(frozen=True)
 class Material:
-    """Batches of rows × width from a file of instructions; the longest rows come first."""
+    """Batches of rows × width from a file of instructions.
+
+    The longest rows come first, with labels at answers; or rows are joined end to end and cut into
+    pieces of ``width`` tokens, where every token is a label.
+    """
 
     rows: list[dict[str, list[int]]]
     batch: int
@@ -48,14 +54,24 @@ class Material:
     device: torch.device
 
     @classmethod
-    def read(cls, options: Options, batches: int, batch: int, width: int) -> Material:
+    def read(
+        cls, options: Options, batches: int, batch: int, width: int, joined: bool = False
+    ) -> Material:
         """The longest rows of ``--data``, so that little is padding; cut at ``width`` tokens."""
         tokenizer = load_tokenizer(find_source(model_folder(options)))
         rows, _ = encode(load_rows(str(options.data)), tokenizer, max_length=width, progress=False)
+        if joined:
+            return cls(join(rows, batches * batch, width), batch, width, options.device)
         rows = sorted(rows, key=lambda row: -len(row["input_ids"]))[: batches * batch]
         if len(rows) < batches * batch:
             raise ValueError(f"data must have {batches * batch} rows, {options.data} has less")
         return cls(rows, batch, width, options.device)
+
+    @property
+    def labelled(self) -> float:
+        """The share of the tokens, padding left out, whose next token is a label."""
+        labels = [label for row in self.rows for label in row["labels"][1:]]
+        return sum(label != IGNORED for label in labels) / sum(len(r["labels"]) for r in self.rows)
 
     @property
     def collator(self) -> Collator:
@@ -74,3 +90,14 @@ class Material:
     def __call__(self, turn: int) -> dict[str, Tensor]:
         batch = self.collator([self.rows[i] for i in self.members(turn)])
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+
+def join(rows: list[dict[str, list[int]]], count: int, width: int) -> list[dict[str, list[int]]]:
+    """``count`` pieces of ``width`` tokens out of rows end to end, again from the first if need be.
+
+    >>> join([{"input_ids": [1, 2, 3]}, {"input_ids": [4]}], 2, 3)[1]["labels"]
+    [4, 1, 2]
+    """
+    stream = (token for row in cycle(rows) for token in row["input_ids"])
+    pieces = [list(islice(stream, width)) for _ in range(count)]
+    return [{"input_ids": p, "attention_mask": [1] * width, "labels": list(p)} for p in pieces]

@@ -85,7 +85,7 @@ def _at_true_size(results: Mapping[str, Any]) -> list[str]:
     plain, short = peaks[False], peaks[True]
     return [
         f"At the size of {NAMES[MODEL]} ({TOKENS} tokens, LoRA over bf16, counted): PEFT peaks at "
-        f"{plain[0]} GB, PEFT with torch's fused loss at {plain[1]}, this library at {plain[2]} "
+        f"{plain[0]} GB, PEFT with this library's loss at {plain[1]}, this library at {plain[2]} "
         f"with all layers open and at {plain[3]} with 30 % of them. With gradient checkpointing "
         f"they peak at {short[0]}, {short[1]}, {short[2]} and {short[3]} GB."
     ]

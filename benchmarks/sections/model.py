@@ -22,22 +22,30 @@ TITLE = "A training step of a model"
 COMMAND = "`pytest benchmarks/test_model.py`"
 OTHER_BATCH = re.compile(r"model-\d+x\d+(-gpu)?")
 PEERS = (
-    "PEFT, base dtype",
-    "PEFT, fused loss",
-    "PEFT, Liger",
-    "PEFT, dropout",
-    "PEFT, compiled",
-    "addmm",
+    *("PEFT, base dtype", "PEFT, torch's fused loss", "PEFT, Liger's fused loss", "PEFT, our loss"),
+    *("PEFT, Liger", "PEFT, dropout", "PEFT, compiled", "addmm"),
 )
 
 
 def _sentence(document: Mapping[str, Any]) -> str:
     cell = next(iter(document["cells"].values()))
+    labels = f", {cell['labelled']:.0%} of them labels" if "labelled" in cell else ""
     return (
         f"{cell['model']}, {cell['dtype']}, rank {cell['rank']}; {cell['rows']} rows of at most "
-        f"{cell['width']} tokens from {document['options']['data']}; {machine(document)}; "
-        f"{cell['rounds']} interleaved rounds ({COMMAND}). {quietness(document)}"
+        f"{cell['width']} tokens from {document['options']['data']}{labels}; {machine(document)}; "
+        f"{cell['rounds']} interleaved rounds ({COMMAND}). {quietness(document)}" + _absent(cell)
     )
+
+
+def _absent(cell: Mapping[str, Any]) -> str:
+    """Name the contestants that could not run, and why."""
+    return "".join(f" {name} did not run: {why}." for name, why in cell.get("left_out", {}).items())
+
+
+def _rows(document: Mapping[str, Any], at: int = 0) -> list[Mapping[str, Any]]:
+    """Return the rows of one of the cells, [] where there are not so many."""
+    names = list(document["cells"])[at : at + 1]
+    return [row for row in document["rows"] if row.get("cell", names[0]) in names] if names else []
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
@@ -61,15 +69,27 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
 
 def _one(document: Mapping[str, Any]) -> list[str]:
     columns = ["time / PEFT's", "time / PEFT's on the same layers", "ms", "tokens/s", "peak"]
-    return [
+    parts = [
         "Forward, backward and AdamW, all contestants in turn on the same batches. Losses and "
         "gradients were held to fp64 before. Ratios are medians over rounds of the time in the "
         "same round, with p10–p90; peak is what the step allocates beside the weights. "
         + _sentence(document),
         table(
-            ["", *columns], [[placed(row["contestant"]), *_cells(row)] for row in document["rows"]]
+            ["", *columns], [[placed(row["contestant"]), *_cells(row)] for row in _rows(document)]
         ),
     ]
+    every = _rows(document, 1)
+    if every:
+        cell = list(document["cells"].values())[1]
+        parts += [
+            f"With rows joined end to end and cut into {cell['width']} tokens, so that every token "
+            "is a label (*ours, PEFT's loss* has no lean head):",
+            table(
+                ["", columns[0], *columns[2:]],
+                [[r["contestant"], _cells(r)[0], *_cells(r)[2:]] for r in every],
+            ),
+        ]
+    return parts
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
@@ -95,7 +115,7 @@ LINES = (
 
 def _draw(document: Mapping[str, Any], quantity: str, path: Path) -> None:
     """One figure: lines by open share, the floor, peers at 100 %."""
-    plain = [row for row in document["rows"] if not row["checkpoints"]]
+    plain = [row for row in _rows(document) if not row["checkpoints"]]
     unit = (lambda row: 100 * row["ratio_to_peft"]) if quantity == "time" else _mib
     figure, axes = untitled(size=(8.5, 5.2))
     axis = axes[0, 0]

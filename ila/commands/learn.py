@@ -22,14 +22,14 @@ from ila.masks.checks import thawed
 from ila.masks.mask import LayerMask
 from ila.masks.provenance import Provenance
 from ila.models.open_weights import OpenLayers, open_layers
-from ila.reports.figures import heatmap
+from ila.reports.figures import can_draw, heatmap
 from ila.runs.checkpoints import LOGS, keep_logs
 from ila.runs.processes import owning, processes
 from ila.runs.records import COUNT, NUMBER, OBJECT, TEXT, check_record, or_null
 from ila.search.learn import SearchConfig, learn_mask
 from ila.search.stage1 import check_search
 from ila.search.weight_updates import WeightUpdates
-from ila.training.batches import padding_note
+from ila.training.batches import padding_of
 from ila.training.loop import held_out_loss
 
 
@@ -71,9 +71,7 @@ def _learn_owned(
 ) -> tuple[LayerMask, str]:
     check_folder(out, inputs, resume, "learn")  # again: it may have had an owner until now
     prepared = prepare(inputs, progress=progress)
-    padding = padding_note(
-        prepared.dataset, config.batch_size, config.training_args, config.packing
-    )
+    padding = padding_of(prepared.dataset, config)
     note = f"{prepared.note}\n{padding}"
     model = open_layers(prepared.model) if full else prepared.model
     description = {**prepared.description, "full": True} if full else prepared.description
@@ -105,7 +103,8 @@ def _learn_owned(
 def _write(mask: LayerMask, out: Path, inputs: Inputs, config: SearchConfig) -> None:
     """Write the mask and its picture, then keep the logs and remove the checkpoints."""
     title = f"{Path(inputs.model).name} on {Path(inputs.data).stem}: method {config.method}"
-    heatmap(mask, out / "heatmap.png", title=title)
+    if can_draw():
+        heatmap(mask, out / "heatmap.png", title=title)
     mask.save(out / "mask.json")
     for stage in ("stage1", "stage2"):
         keep_logs(out / stage, out / LOGS / stage)

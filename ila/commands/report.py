@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ila.reports.figures import runs_figure
+from ila.reports.figures import NOT_DRAWN, can_draw, runs_figure
 from ila.reports.tables import runs_markdown
 from ila.runs.atomic import write_text_atomic
 from ila.runs.metrics import Metrics, load_run
@@ -28,8 +28,10 @@ def report(runs: list[Path], out: Path) -> list[Metrics]:
             raise FileExistsError(f"{file} is not of `ila report` and was left alone; move it")
     out.mkdir(parents=True, exist_ok=True)
     # The page first: its mark allows a later report to replace the picture.
-    write_text_atomic(
-        page, f"{_REPORT_MARK}\n\n{runs_markdown(loaded)}\n\n![report]({picture.name})\n"
-    )
-    runs_figure(loaded, picture)
+    shown = f"![report]({picture.name})" if can_draw() else NOT_DRAWN
+    write_text_atomic(page, f"{_REPORT_MARK}\n\n{runs_markdown(loaded)}\n\n{shown}\n")
+    if can_draw():
+        runs_figure(loaded, picture)
+    else:
+        picture.unlink(missing_ok=True)  # of an older report
     return loaded

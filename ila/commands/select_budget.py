@@ -19,6 +19,7 @@ from ila.price.budget import ADDITIVE, MEMORY, TIME, Budget, Spending
 from ila.price.knapsack import Point
 from ila.price.shapes import Shape, check_counted
 from ila.price.speed import Speed
+from ila.reports.figures import NOT_DRAWN, can_draw
 from ila.reports.pareto import pareto
 from ila.runs.records import NUMBER, SIZE, TEXT, Field, check_record, or_null
 
@@ -40,7 +41,7 @@ class Selected:
 
     mask: LayerMask
     path: Path
-    picture: Path
+    picture: Path | None
     spending: Spending
     point: Point
     plain: Point | None
@@ -70,12 +71,13 @@ class Selected:
                 f"The scores of method {method} are no shares of the loss, and their sum as "
                 "importance is a convention: `ila learn --method path` measures shares"
             )
-        return "\n".join([*lines, f"Importance against cost: {self.picture}"])
+        return "\n".join([*lines, f"Importance against cost: {self.picture or NOT_DRAWN}"])
 
     def _how(self) -> str:
         shape, speed = self.spending.shape, self.spending.speed
         resource = self.spending.budget.resource
         step = f"a step of {shape.rows} rows of {shape.length} tokens"
+        labelled = f"{step}, {shape.answers:.0%} of them labels"
         if resource == MEMORY:
             return (
                 f"Counted for {step}: weights, adapters, gradients, AdamW and what autograd keeps, "
@@ -85,10 +87,13 @@ class Selected:
             return f"Counted at rank {shape.rank}"
         if isinstance(speed, Speed):
             return (
-                f"Time of {step}, by the rates measured on {speed.measured['device']} (the worst "
-                f"error of a step left out of the fit is {speed.worst_error:.1%})"
+                f"Time of {labelled}, by the rates measured on {speed.measured['device']} (the "
+                f"worst error of a step left out of the fit is {speed.worst_error:.1%})"
             )
-        return f"Time of {step} counted at the ceilings of {speed}, not measured: see `ila measure`"
+        return (
+            f"Time of {labelled}, counted at the ceilings of {speed}, not measured: see "
+            "`ila measure`"
+        )
 
 
 def select_within(
@@ -132,7 +137,8 @@ def select_within(
     selection = _provenance(budget, spending, point, plain, speed)
     cut = LayerMask(mask.scores, gates, {**mask.provenance, "selection": selection})
     cut.save(out)
-    picture = pareto(spending, point, plain, out.with_suffix(".png"))
+    drawn = out.with_suffix(".png")
+    picture = pareto(spending, point, plain, drawn) if can_draw() else None
     return Selected(cut, out, picture, spending, point, plain)
 
 
@@ -146,7 +152,7 @@ def _provenance(
         "chosen": spending.described(point),
         "plain_top": None if plain is None else spending.described(plain),
         "speed": speed if not isinstance(spending.speed, Speed) else Path(speed).name,
-        "step": {"rows": spending.shape.rows, "length": spending.shape.length},
+        "step": {name: getattr(spending.shape, name) for name in ("rows", "length", "answers")},
     }
 
 
@@ -188,6 +194,7 @@ def _shape(mask: LayerMask, step: StepSizes, rates: Speed | str | None, resource
         base_bytes=_bytes_of(said.dtype or str(config.dtype).removeprefix("torch.")),
         dropout=said.has_dropout,
         load_in=said.load_in,
+        answers=said.answers or 1.0,
     )
 
 

@@ -18,7 +18,7 @@ from ila.models.open_weights import OpenLayers, open_layers
 from ila.runs.metrics import Metrics
 from ila.runs.processes import owning
 from ila.training.adapter import load_adapter
-from ila.training.batches import padding_note
+from ila.training.batches import padding_of
 from ila.training.config import TrainConfig
 from ila.training.train import check_training, train
 
@@ -105,9 +105,7 @@ def _train_owned(
     }
     check_training(config, model.model if full else model, prepared.dataset, prepared.held_out)
     claim_folder(out, description, resume, "train", written)
-    padding = padding_note(
-        prepared.dataset, config.batch_size, config.training_args, config.packing
-    )
+    padding = padding_of(prepared.dataset, config)
     return train(
         model,
         prepared.dataset,

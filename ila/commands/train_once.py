@@ -9,12 +9,12 @@ from pathlib import Path
 from ila.commands.inputs import Inputs, check_folder, claim_folder, prepare
 from ila.masks.checks import thawed
 from ila.masks.mask import LayerMask
-from ila.reports.figures import heatmap
+from ila.reports.figures import can_draw, heatmap
 from ila.runs.metrics import Metrics
 from ila.runs.processes import on_main_process, owning
 from ila.search.one_run import MASK, train_and_select
 from ila.search.selection import Selection
-from ila.training.batches import padding_note
+from ila.training.batches import padding_of
 from ila.training.config import TrainConfig
 from ila.training.train import check_training
 
@@ -44,9 +44,7 @@ def train_once(
         if config.steps is not None:
             selection.step(config.steps)  # raises before a large model loads
         prepared = prepare(inputs, progress=progress)
-        padding = padding_note(
-            prepared.dataset, config.batch_size, config.training_args, config.packing
-        )
+        padding = padding_of(prepared.dataset, config)
         none = dict.fromkeys(("open", "closed", "from"))
         description = {**prepared.description, **none, "full": False}
         description["selection"] = selection.as_dict()
@@ -78,4 +76,5 @@ def _describe(
     described = {**description, **provenance}
     LayerMask(mask.scores, mask.gates, described).save(out / MASK)
     title = f"{Path(inputs.model).name} on {Path(inputs.data).stem}: method {search['method']}"
-    heatmap(mask, out / "heatmap.png", title=title)
+    if can_draw():
+        heatmap(mask, out / "heatmap.png", title=title)

@@ -89,6 +89,12 @@ class Provenance:
         return bool(self._at("inputs", "dropout"))
 
     @property
+    def answers(self) -> float | None:
+        """Share of the tokens of the data that are labels."""
+        tokens, labels = (self._read(int, "data", name) for name in ("tokens", "answer_tokens"))
+        return labels / tokens if labels and tokens and labels <= tokens else None
+
+    @property
     def load_in(self) -> str | None:
         """``"4bit"`` or ``"8bit"`` for a packed base."""
         return self._read(str, "inputs", "load_in")

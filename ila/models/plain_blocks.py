@@ -58,7 +58,7 @@ def _why(module: nn.Module) -> str:
     label = type(module).__name__
     for kind in (FusedQkv, LeanMLP):
         if has_parts(module, kind):
-            reason = why_plain(module, kind)
+            reason = why_plain(module, kind) or "its layers are PEFT's own; ila.convert changes both"
             return reason if reason.startswith(label) else f"{label}: {reason}"
     own = [n for n, m in module._modules.items() if isinstance(m, LoraLayer) or _is_linear(m)]
     return f"{label}: its layers are {', '.join(own)}"

@@ -3,6 +3,7 @@
 A step is forward, backward and AdamW's update of the open adapters. One model takes a step under
 each mask in turn, round after round. The time of a mask is the median, over rounds, of its ratio to
 the step with all layers open, times the median of that step: a slow round slows all masks alike.
+One step more has all layers open and an eighth of the labels: it tells the time of the head.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from ila.data.contracts import IGNORED
 from ila.masks.mask import LayerMask
 from ila.masks.names import DOWN, GATE_UP, QKV
 from ila.models.edit import apply_mask, masked_layers, single_adapter
@@ -26,6 +28,7 @@ from ila.price.speed import Speed, fit, works
 from ila.runs.progress import bar
 
 ALL = "all layers"
+FEW_LABELS = "all layers, an eighth of the labels"
 
 
 def designed(names: Sequence[str], seed: int = 0) -> dict[str, set[str]]:
@@ -51,11 +54,27 @@ def designed(names: Sequence[str], seed: int = 0) -> dict[str, set[str]]:
 
 
 def batch_of(model: nn.Module, rows: int, length: int) -> dict[str, torch.Tensor]:
-    """Draw random tokens; the time of a step does not depend on them."""
+    """Draw random tokens, all of them labels; the time of a step does not depend on which."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (rows, length), generator=generator)
     ids = ids.to(next(model.parameters()).device)
     return {"input_ids": ids, "labels": ids}
+
+
+def with_fewer_labels(
+    batch: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], int, int]:
+    """Leave an eighth of each row's labels, at its end; count those before and after.
+
+    >>> ids = torch.arange(1, 17).view(1, 16)
+    >>> batch, before, after = with_fewer_labels({"input_ids": ids, "labels": ids})
+    >>> batch["labels"][0, 13:].tolist(), before, after
+    ([-100, 15, 16], 15, 2)
+    """
+    labels, length = batch["labels"].clone(), batch["labels"].shape[1]
+    labels[:, : length - max(1, length // 8)] = IGNORED
+    before, after = ((each[:, 1:] != IGNORED).sum() for each in (batch["labels"], labels))
+    return {**batch, "labels": labels}, int(before), int(after)
 
 
 class StepTimer:
@@ -65,6 +84,7 @@ class StepTimer:
         model: A ``PeftModel``; its weights stay, because the learning rate is 0.
         sets: Name -> open layers.
         batch: Input of every step.
+        others: Name of a set -> its own input.
     """
 
     def __init__(
@@ -72,9 +92,10 @@ class StepTimer:
         model: PeftModel,
         sets: Mapping[str, set[str]],
         batch: Mapping[str, torch.Tensor],
+        others: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     ):
         names = _layer_names(model)
-        self.model, self.batch = model.train(), batch
+        self.model, self.batch, self.others = model.train(), batch, dict(others or {})
         self.masks = {
             name: LayerMask(dict.fromkeys(names, 0.0), {n: n in opened for n in names})
             for name, opened in sets.items()
@@ -89,7 +110,7 @@ class StepTimer:
             self.optimizers[name] = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
         self._wait()
         begin = time.perf_counter()
-        self.model(**self.batch).loss.backward()
+        self.model(**self.others.get(name, self.batch)).loss.backward()
         self.optimizers[name].step()
         self.optimizers[name].zero_grad()
         self._wait()
@@ -142,7 +163,10 @@ def calibrate(
     names = _layer_names(model)
     sets, others = designed(names), dict(unseen or {})
     amounts = works(shape, names, [*sets.values(), *others.values()])
-    timer = StepTimer(model, sets | others, batch_of(model, shape.rows, shape.length))
+    batch = batch_of(model, shape.rows, shape.length)
+    few, labels, fewer = with_fewer_labels(batch)
+    timed = sets | others | {FEW_LABELS: set(names)}
+    timer = StepTimer(model, timed, batch, {FEW_LABELS: few})
     with leaning(model):  # as training does
         times = timer.measured(rounds, progress=progress)
         timer.take(ALL)
@@ -156,7 +180,9 @@ def calibrate(
         }
         for (name, opened), work in zip((sets | others).items(), amounts, strict=True)
     }
-    return replace(speed, measured={**_where(model, shape), "rounds": rounds, "steps": rows})
+    speed = speed.with_head(times[ALL] - times[FEW_LABELS], labels, fewer)
+    found = {"rounds": rounds, "steps": rows, "few_labels_ms": times[FEW_LABELS]}
+    return replace(speed, measured={**_where(model, shape), **found})
 
 
 def _layer_names(model: PeftModel) -> list[str]:

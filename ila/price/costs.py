@@ -18,11 +18,13 @@ or rates fitted to measured steps (``ila.price.speed``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from ila.masks.names import DOWN, GATE_UP, GROUPS, KINDS, OUTPUT, QKV, parse_module_name
+from ila.models.lean_loss import CHUNK_BYTES
 from ila.price.knapsack import CostTable, Group
 from ila.price.shapes import Shape
 from ila_kernels.roofline import Ceiling, Cost, backward_cost, forward_cost, time_bound_ms
@@ -77,8 +79,8 @@ def memory_table(shape: Shape, names: Iterable[str]) -> CostTable:
     The sum holds the frozen weights, all adapters (also of closed layers, which ``apply_mask`` sets
     aside), gradient and both AdamW moments of the open adapters, and the tensors that autograd
     keeps for backward, with the gradient that a lean head makes in forward. It leaves out the
-    buffers of kernels, a chunk of logits (``ila.models.lean_loss.CHUNK_BYTES``, and half of it in
-    16 bits), and the short-lived memory of the allocator.
+    buffers of kernels, a chunk of logits (``ila.models.lean_loss.CHUNK_BYTES`` in fp32, half of it
+    in 16 bits), and the short-lived memory of the allocator.
     """
     names, m, e = list(names), shape.tokens, shape.base_bytes
     norm = 4 * m * (shape.hidden + 1)
@@ -107,14 +109,25 @@ def time_table(shape: Shape, names: Iterable[str], price: Price, fixed: int) -> 
 
 
 def fixed_work(shape: Shape) -> list[Work]:
-    """List the work of every step: all blocks forward, the head in both directions."""
+    """List the work of every step: all blocks forward, the lean head and its loss."""
     m, e, h = shape.tokens, shape.base_bytes, shape.hidden
     blocks = [_work(forward_cost("frozen", shape.linear(kind))) for kind in KINDS]
     blocks.append(Work(4 * m * shape.length * shape.attention, 4 * m * shape.attention * e))
     blocks.append(Work(0, m * (3 * shape.mlp * e + 2 * 10 * h * e)))
-    logits = m * shape.vocabulary
-    head = Work(4 * logits * h, (2 * e + 4 * 4) * logits + 2 * e * h * shape.vocabulary)
-    return blocks * shape.blocks + [head]
+    return blocks * shape.blocks + [head_work(shape)]
+
+
+def head_work(shape: Shape) -> Work:
+    """Return the work of a lean head: two products over the tokens that are labels.
+
+    A chunk reads W twice, and writes and reads its logits and their gradients once; the blocks of
+    softmax stay in a cache. h is read, dh is cleared and written.
+    """
+    e, logits = shape.base_bytes, shape.labels * shape.vocabulary
+    chunks = math.ceil(logits * 4 / CHUNK_BYTES)
+    weights = 2 * chunks * shape.hidden * shape.vocabulary
+    states = (shape.tokens + 4 * shape.labels) * shape.hidden
+    return Work(4 * logits * shape.hidden, e * (4 * logits + weights + states))
 
 
 def ceiling_price(ceiling: Ceiling) -> Price:

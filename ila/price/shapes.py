@@ -61,8 +61,9 @@ class Shape:
     """Sizes of a model, of its adapter, and of a step of rows × length tokens, with padding.
 
     ``base_bytes`` is the width of activations and of dense weights; adapters are fp32. ``load_in``
-    is ``"4bit"`` or ``"8bit"`` if the linear weights of the blocks are packed. ``biases`` is the
-    number of elements of a block's biases.
+    is ``"4bit"`` or ``"8bit"`` if the linear weights of the blocks are packed. ``answers`` is the
+    share of the tokens that are labels: a lean head computes logits of those alone. ``biases`` is
+    the number of elements of a block's biases.
     """
 
     blocks: int
@@ -79,6 +80,7 @@ class Shape:
     base_bytes: int = 2
     dropout: bool = False
     load_in: str | None = None
+    answers: float = 1.0
     biases: int = 0
 
     @classmethod
@@ -92,11 +94,12 @@ class Shape:
         base_bytes: int = 2,
         dropout: bool = False,
         load_in: str | None = None,
+        answers: float = 1.0,
     ) -> Shape:
         """Read the sizes of a model from its configuration; the options are the other fields.
 
         Raises:
-            ValueError: If the model has no Llama blocks, or an option is below 1.
+            ValueError: If the model has no Llama blocks, or an option is out of its range.
         """
         missing = [name for name in _NEEDED if not config.get(name)]
         if missing:
@@ -106,6 +109,8 @@ class Shape:
         for name, value in (("rank", rank), ("rows", rows), ("length", length)):
             if value < 1:
                 raise ValueError(f"{name} must be ≥ 1, got {value}")
+        if not 0 < answers <= 1:
+            raise ValueError(f"answers must be in (0, 1], a share of the tokens, got {answers}")
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         kv_heads, head_dim = _kv_heads(config), config.get("head_dim") or hidden // heads
         return cls(
@@ -123,6 +128,7 @@ class Shape:
             base_bytes=base_bytes,
             dropout=dropout,
             load_in=load_in,
+            answers=answers,
             biases=_biases(config, (heads + 2 * kv_heads) * head_dim),
         )
 
@@ -130,6 +136,11 @@ class Shape:
     def tokens(self) -> int:
         """Return M, the tokens of a step."""
         return self.rows * self.length
+
+    @property
+    def labels(self) -> int:
+        """Return the tokens that the head computes logits of; one at least."""
+        return max(1, round(self.tokens * self.answers))
 
     @property
     def attention(self) -> int:

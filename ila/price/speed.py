@@ -1,17 +1,19 @@
 """Turn counted work into milliseconds: by rates fitted to measured steps, or a GPU's ceilings.
 
-    time(step) = fixed + flops · a + bytes · b + open layers · c
+    time(step) = fixed + labels · d + flops · a + bytes · b + open layers · c
 
-``fixed`` is the part that no mask changes. ``fit`` takes the steps of a few masks, weighs each by
-its own time, and finds three rates ≥ 0. It also leaves each step out in turn, fits the others and
-predicts it: the worst error says how far to trust the rates. A file keeps rates and measurements.
+``fixed`` is the part that no mask changes, without the head. d is head and loss of one token that
+is a label: two steps that differ in their labels alone tell it. ``fit`` takes the steps of a few
+masks, weighs each by its own time, and finds three rates ≥ 0. It also leaves each step out in turn,
+fits the others and predicts it: the worst error says how far to trust the rates. A file keeps rates
+and measurements.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ _FIELDS = {
     "version": COUNT,
     "fixed_ms": RATE,
     **dict.fromkeys(_RATES, RATE),
+    "per_label_ms": RATE,
     "worst_error": RATE,
     "measured": OBJECT,
 }
@@ -44,6 +47,8 @@ class Speed:
     """Fitted rates: milliseconds of the fixed part, per FLOP, per byte, per open layer.
 
     Attributes:
+        per_label_ms: Milliseconds of head and loss per token that is a label; 0 where the fixed
+            part has them in it.
         worst_error: Largest relative error of a step that the fit had not seen.
         measured: Device, model, rows, length, rank and times of the measurement.
     """
@@ -52,6 +57,7 @@ class Speed:
     per_flop_ms: float
     per_byte_ms: float
     per_layer_ms: float
+    per_label_ms: float = 0.0
     worst_error: float = math.nan
     measured: Mapping[str, Any] = field(default_factory=dict)
 
@@ -59,6 +65,27 @@ class Speed:
         """Return the time of a step that does this work beside the fixed part."""
         flops, moved = self.per_flop_ms * work.flops, self.per_byte_ms * work.bytes
         return self.fixed_ms + (flops + moved + self.per_layer_ms * work.layers)
+
+    def fixed_of(self, shape: Shape) -> float:
+        """Return the milliseconds of a step that no mask changes, with its head and loss."""
+        return self.fixed_ms + self.per_label_ms * shape.labels
+
+    def with_head(self, saved_ms: float, labels: int, fewer: int) -> Speed:
+        """Take the head out of the fixed part.
+
+        Args:
+            saved_ms: Time that fewer labels saved a step; below 0 it was noise.
+            labels: How many the steps had that were fitted.
+            fewer: How many the other had.
+
+        >>> speed = Speed(10.0, 0.0, 0.0, 0.0).with_head(4.0, 100, 50)
+        >>> speed.fixed_ms, speed.per_label_ms
+        (2.0, 0.08)
+        """
+        if labels <= fewer or saved_ms <= 0:
+            return self
+        per_label = min(saved_ms / (labels - fewer), self.fixed_ms / labels)
+        return replace(self, fixed_ms=self.fixed_ms - per_label * labels, per_label_ms=per_label)
 
     def price(self, work: Work) -> int:
         """Return the picoseconds of a piece of work."""
@@ -112,7 +139,7 @@ def fit(works: Sequence[Work], times_ms: Sequence[float]) -> Speed:
         speed = _fit([works[i] for i in rest], [times_ms[i] for i in rest])
         errors.append(abs(speed.milliseconds(works[out]) / times_ms[out] - 1))
     best = _fit(works, times_ms)
-    return Speed(best.fixed_ms, best.per_flop_ms, best.per_byte_ms, best.per_layer_ms, max(errors))
+    return replace(best, worst_error=max(errors))
 
 
 def _fit(works: Sequence[Work], times_ms: Sequence[float]) -> Speed:
@@ -149,7 +176,7 @@ def step_table(shape: Shape, names: Sequence[str], speed: Speed | str) -> CostTa
         ValueError: If ``speed`` names a GPU without known ceilings.
     """
     if isinstance(speed, Speed):
-        return time_table(shape, names, speed.price, round(speed.fixed_ms * _PICOSECONDS))
+        return time_table(shape, names, speed.price, round(speed.fixed_of(shape) * _PICOSECONDS))
     if speed not in CEILINGS:
         raise ValueError(
             f"speed must be a file of `ila measure` or one of {list(CEILINGS)}, got {speed!r}"

@@ -1,12 +1,13 @@
 """Draw masks and training runs as pictures that explain themselves.
 
-The functions import matplotlib: training on a cluster does not need it.
+The functions import matplotlib, which is an extra: training on a cluster does not need it.
 """
 
 import io
 import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 _COLOURS = ("#2f6db3", "#d9822b", "#3a9a5b", "#b8434e", "#7b5ea7", "#7a5c43", "#c667a4", "#5f6b76")
+
+
+NOT_DRAWN = "no picture was drawn: matplotlib is not installed, which the extra `figures` brings"
+
+
+def can_draw() -> bool:
+    """Tell whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
 
 
 def heatmap_figure(mask: LayerMask, *, title: str | None = None) -> "Figure":

@@ -26,4 +26,4 @@ def check_every(config: object, names: Sequence[str]) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be None or an integer ≥ 1, got {value!r}")
+            raise ValueError(f"{name} must be None or ≥ 1, got {value!r}")

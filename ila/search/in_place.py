@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ila.data.contracts import Batch
+from ila.data.contracts import IGNORED, Batch
 from ila.masks.mask import LayerMask
 from ila.models.edit import apply_mask
 from ila.models.lean_head import leaning
@@ -119,4 +119,11 @@ def shape_of(updates: AdapterUpdates, batch: Batch) -> Shape:
             isinstance(layer.lora_dropout[updates.adapter], nn.Dropout) for layer in layers
         ),
         load_in=next((how for name, how in packing.items() if getattr(base, name, False)), None),
+        answers=_answers(batch),
     )
+
+
+def _answers(batch: Batch) -> float:
+    """Return the share of the tokens that are labels; all of them where a batch has none."""
+    counted = (batch["labels"][:, 1:] != IGNORED).sum().item() if "labels" in batch else 0
+    return counted / batch["input_ids"].numel() or 1.0

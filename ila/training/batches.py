@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from transformers import TrainingArguments
@@ -15,6 +16,14 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 # Older versions of transformers have the second name, newer ones the first.
 _OPTIONS = {"train_sampling_strategy": "group_by_length", "group_by_length": True}
+
+
+class Batches(Protocol):
+    """Fields of a configuration that decide how rows become batches."""
+
+    batch_size: int
+    training_args: Mapping[str, Any]
+    packing: bool
 
 
 def by_length() -> dict[str, str | bool]:
@@ -54,14 +63,18 @@ def padding_note(
     rows: Sequence[Mapping[str, Sequence[int]]],
     batch_size: int,
     training_args: Mapping[str, object],
-    packing: bool = False,
 ) -> str:
     """Write the share of padding, at random and with rows of like length."""
-    if packing:
-        return "Padding: none, the rows of a batch are packed into one."
     lengths = [len(row["input_ids"]) for row in rows]
     share = padding_share(lengths, batch_size)
     like = padding_share(lengths, batch_size, grouped=True)
     if is_by_length(training_args):
         return f"Padding: {like:.0%} of the positions of a batch; {share:.0%} if drawn at random."
     return f"Padding: {share:.0%} of the positions of a batch; {like:.0%} with --group-by-length."
+
+
+def padding_of(rows: Sequence[Mapping[str, Sequence[int]]], config: Batches) -> str:
+    """Write the share of padding in the batches of a configuration."""
+    if config.packing:
+        return "Padding: none, the rows of a batch are packed into one."
+    return padding_note(rows, config.batch_size, config.training_args)

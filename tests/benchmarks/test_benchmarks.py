@@ -285,6 +285,19 @@ def test_the_front_page_shows_the_learned_mask_beside_peft_on_it(tmp_path):
     assert headline.summary({}) == [] and headline.figures({}) == {}
 
 
+def test_a_cell_where_every_token_is_a_label_has_a_table_of_its_own(tmp_path):
+    rows = [step("PEFT", 100.0) | {"cell": "cell"}, step("ours", 80.0) | {"cell": "cell"}]
+    rows += [step("PEFT", 90.0) | {"cell": "every"}, step("ours", 72.0) | {"cell": "every"}]
+    found = document({"labelled": 0.4, "left_out": {"PEFT, a peer": "it needs a GPU"}}, rows)
+    found["cells"]["every"] = found["cells"]["cell"]
+    text = "\n".join(model.markdown({"model": found}))
+    assert "from rows.jsonl, 40% of them labels" in text
+    assert "PEFT, a peer did not run: it needs a GPU." in text
+    first, second = text.split("every token is a label")
+    assert "| ours | 0.80" in first and "| ours | 0.72" in second and "0.72" not in first
+    assert_drawn(model.figures({"model": found}), ["step-memory.png", "step-time.png"], tmp_path)
+
+
 def test_layers_are_rendered(tmp_path):
     ceiling = {"bf16_tflops": 1.0, "memory_gb_s": 20.0, "source": "measured"}
     rows = [

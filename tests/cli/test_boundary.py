@@ -204,7 +204,7 @@ def test_an_odd_provenance_is_one_clear_line(field, value, said, ila, learned):
 
 RATES = {
     "format": "ila.speed", "version": 1, "fixed_ms": 1.0, "per_flop_ms": 1e-9, "per_byte_ms": 1e-9,
-    "per_layer_ms": 0.1, "worst_error": 0.1,
+    "per_layer_ms": 0.1, "per_label_ms": 0.0, "worst_error": 0.1,
     "measured": {"device": "cpu", "rows": 2, "length": 16, "rank": 2},
 }  # fmt: skip
 NO_RATES = dict.fromkeys(("per_flop_ms", "per_byte_ms", "per_layer_ms"), 0.0)

@@ -24,11 +24,15 @@ def test_a_budget_selects_says_so_and_draws(ila, learned, tmp_path):
     assert answer.code == 0 and "a step left out of the fit" in answer.out
     rates = json.loads(speed.read_text())
     assert rates["measured"]["rows"] == 2 and len(rates["measured"]["steps"]) >= 8
+    assert rates["measured"]["few_labels_ms"] > 0
 
     answer = ila("select", learned, "--budget", "time=1", "--speed", speed)
     assert answer.code == 0 and "100.0% of the importance" in answer.out
-    assert "by the rates measured on cpu" in answer.out
     best = LayerMask.load(learned / "mask-time-1.json")
+    data = mask.provenance["data"]
+    share = data["answer_tokens"] / data["tokens"]
+    assert best.provenance["selection"]["step"] == {"rows": 2, "length": 24, "answers": share}
+    assert f"{share:.0%} of them labels, by the rates measured on cpu" in answer.out
     assert {best.scores[name] > 0 for name in best.open} == {True}
     assert (learned / "mask-time-1.png").read_bytes().startswith(b"\x89PNG")
 

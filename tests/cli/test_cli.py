@@ -786,7 +786,7 @@ def test_learn_full_scores_the_weights_and_its_mask_trains_them(ila, source, tmp
     names = {path.name for path in found.iterdir()}
     assert names == {
         "mask.json", "heatmap.png", "log.jsonl", "run.json", "search.json", "stage1.json",
-        "cost.json",
+        "cost.json", "config.yaml",
     }  # fmt: skip
     mask = LayerMask.load(found)
     assert mask.provenance["full"] and mask.provenance["search"]["config"]["learning_rate"] == 2e-5

@@ -338,7 +338,7 @@ def test_packing_is_refused_where_rows_look_at_each_other(train, tmp_path, monke
         ("save_only_model: true", "save_only_model cannot be set: a run resumes"),
         ("logging_steps: 3", "every step is logged"),
         ("epochs: 1\nsteps: 3", "give one of --steps and --epochs, got both"),
-        ("eval_every: 0", "eval_every must be None or an integer ≥ 1, got 0"),
+        ("eval_every: 0", "eval_every must be None or ≥ 1, got 0"),
         ("eval_every: 2\nheld_out: 0", "--held-out is 0"),
         ("packing: true\ncache_prefix: true", "packing and cache_prefix exclude each other"),
         ("optim: adam", "optim='adam'"),

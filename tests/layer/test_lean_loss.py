@@ -25,11 +25,12 @@ WITH_TORCH = hasattr(F, "linear_cross_entropy")
 
 @pytest.fixture(params=[TORCH, CHUNKS])
 def path(request, monkeypatch):
-    """Run on torch's own op where it has one, and on our chunks, of two rows each."""
+    """Run on torch's own op where it has one, and on our chunks of four rows, in blocks of two."""
     if request.param == TORCH and not WITH_TORCH:
         pytest.skip("this torch has no linear_cross_entropy")
     monkeypatch.setattr(lean_paths, "has_torch", lambda: request.param == TORCH)
-    monkeypatch.setattr(lean_loss, "CHUNK_BYTES", 2 * VOCABULARY * 8)
+    monkeypatch.setattr(lean_loss, "CHUNK_BYTES", 4 * VOCABULARY * 8)
+    monkeypatch.setattr(lean_loss, "BLOCK_BYTES", 2 * VOCABULARY * 8)
     return request.param
 
 
@@ -251,30 +252,35 @@ def test_rows_that_do_not_count_may_hold_anything():
 
 
 def test_nothing_of_tokens_by_vocabulary_is_kept_or_made(tiny):
-    """A chunk is an eighth of the tokens; no tensor is larger than its logits, or the head."""
+    """A chunk is an eighth of the tokens; no tensor is larger than its logits, or the head.
+
+    In fp32 there is never more than a block, an eighth of the chunk.
+    """
     vocabulary, tokens = 4096, 512
     model = adapted(tiny, tiny.base(vocab_size=vocabulary, max_position_embeddings=tokens)).to(BF16)
     lean_head(model)
     ids = torch.arange(tokens).remainder(vocabulary)[None]
-    kept, largest = [], []
+    kept, largest, wide = [], [], []
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
-            largest.extend(
-                t.numel()
-                for t in torch.utils._pytree.tree_leaves(result)
-                if isinstance(t, torch.Tensor)
-            )
+            tensors = [
+                t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)
+            ]
+            largest.extend(t.numel() for t in tensors)
+            wide.extend(t.numel() for t in tensors if t.dtype == FP32 and vocabulary in t.shape)
             return result
 
     own = {p.data_ptr() for p in model.parameters()}
     pack = lambda t: kept.append(0 if t.data_ptr() in own else t.numel()) or t  # noqa: E731
     with pytest.MonkeyPatch.context() as patch, saved_tensors_hooks(pack, lambda t: t), Sizes():
         patch.setattr(lean_loss, "CHUNK_BYTES", 64 * vocabulary * 4)
+        patch.setattr(lean_loss, "BLOCK_BYTES", 8 * vocabulary * 4)
         model(input_ids=ids, labels=ids).loss.backward()
     assert max(kept) < tokens * vocabulary // 16
     assert max(largest) <= max(64 * vocabulary, model.lm_head.weight.numel())
+    assert max(wide) == 8 * vocabulary
 
 
 def test_evaluation_makes_no_gradient(tiny, path):

@@ -7,9 +7,10 @@ from torch._subclasses import FakeTensorMode
 
 import ila.models.checkpointing
 from benchmarks.harness.memory import allocated
-from benchmarks.memory import capacity, check, count, rows
-from benchmarks.memory.live_bytes import Bytes, LiveBytes, bytes_of, split
+from benchmarks.memory import capacity, check, count, rows, true_size
+from benchmarks.memory.live_bytes import TOKENS, Bytes, LiveBytes, bytes_of, split
 from benchmarks.sections import memory_counts
+from ila.models.lean_loss import chunk_rows
 from ila_kernels.eager import SHORT_ROWS
 
 ROWS = check.contestants()
@@ -139,6 +140,12 @@ def test_the_longest_row_is_the_last_that_fits(tiny):
 def test_sizes_are_split_by_the_primes_that_they_hold():
     assert split(5 * 2017, 2017) == Bytes(0, 5) and split(5 * 2018, 2017) == Bytes(5, 5)
     assert split(4096 * 11008, 2017) == Bytes(4096 * 11008) and split(2017, None) == Bytes(2017)
+
+
+def test_the_step_that_is_counted_has_more_than_two_chunks_of_every_head():
+    assert all(TOKENS % n and (TOKENS + 1) // 2 % n for n in range(2, 65))
+    for _, _, shape in true_size.SHAPES.values():
+        assert 2 * chunk_rows(shape["vocab_size"], torch.bfloat16) < TOKENS
 
 
 def test_the_rows_of_the_tables_are_counted_and_named_alike():

@@ -84,7 +84,9 @@ def test_adapter_trained_with_a_mask_loads_in_plain_peft(tiny, tmp_path, family)
     read = torch.load(tmp_path / "out.pt")
     assert read["kinds"] == ["peft.tuners.lora.layer"]
     assert read["count"] == len(mask.open)
-    assert torch.allclose(read["logits"], logits, rtol=0, atol=1e-12 * logits.abs().max().item())
+    # Another process: its tensors lie elsewhere in memory, and a BLAS may round by alignment.
+    bound = {"rtol": 0, "atol": 1e-12 * logits.abs().max().item()}
+    assert torch.allclose(read["logits"], logits, **bound)
     assert (read["logits"] - read["without"]).abs().max() > 1e-2
-    assert torch.equal(read["without"], tiny.base(family)(ids).logits)
+    assert torch.allclose(read["without"], tiny.base(family)(ids).logits, **bound)
     assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 2 * len(mask.open)

@@ -392,10 +392,10 @@ def test_a_hook_for_all_modules_is_seen_by_each(tiny, family, groups, apart):
     model = tiny.attached(tiny.config(**ALL), tiny.base(family))
     expected = tiny.run(model, input_ids=tiny.tokens(ROWS))
 
-    def double_k(module, args):
-        return (args[0] * 2,) if module is model.get_submodule(f"{ATTENTION}.k_proj") else None
+    def add_to_k(module, args):
+        return (args[0] + 2,) if module is model.get_submodule(f"{ATTENTION}.k_proj") else None
 
-    handle = nn.modules.module.register_module_forward_pre_hook(double_k)
+    handle = nn.modules.module.register_module_forward_pre_hook(add_to_k)
     try:
         together = tiny.run(model, input_ids=tiny.tokens(ROWS))
         tiny.assert_close(together, apart(lambda: tiny.run(model, input_ids=tiny.tokens(ROWS))))

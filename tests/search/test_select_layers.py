@@ -18,7 +18,9 @@ from transformers import (
 import ila
 from ila.data.encoding import Collator
 from ila.models.edit import masked_layers
+from ila.search.adapter_updates import AdapterUpdates
 from ila.search.gate_gradients import GateGradient
+from ila.search.in_place import shape_of
 
 STEPS, SWITCH = 8, 3
 # TRL asks transformers by names that transformers 5 is renaming.
@@ -277,6 +279,18 @@ def test_budgets_count_the_steps_of_the_run(make, rows, tmp_path):
     assert 0 < trained <= 300
     mask = ila.select_layers(make(init_lora_weights=False), batches_of(rows), budget="memory=1MiB")
     assert mask.open
+
+
+@pytest.mark.parametrize(("labels", "answers"), [(4, 0.25), (12, 0.75), (0, 1.0), (None, 1.0)])
+def test_the_step_of_a_budget_has_the_labels_of_its_batch(make, labels, answers):
+    """Two rows of eight tokens; a batch without labels has its loss from elsewhere."""
+    batch = {"input_ids": torch.zeros(2, 8, dtype=torch.long)}
+    if labels is not None:
+        batch["labels"] = torch.full((2, 8), -100)
+        batch["labels"][:, 1 : 1 + labels // 2] = 1
+        batch["labels"][:, 0] = 1  # no token comes before it
+    shape = shape_of(AdapterUpdates(make()), batch)
+    assert (shape.rows, shape.length, shape.answers) == (2, 8, answers)
 
 
 @pytest.mark.parametrize(
