@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from ila.models.attention import FusedQkv
+from ila.models.blocks import find_blocks
 from ila.models.class_swap import Swapped, has_parts, why_plain
 from ila.models.mlp import LeanMLP
 
@@ -20,13 +21,15 @@ _said: set[str] = set()
 def plain_blocks(model: nn.Module) -> dict[str, str]:
     """Return name -> reason for every attention block and MLP that computes layer by layer.
 
-    That is a module with two linear layers or more of its own, one of them with an adapter. The
-    reason names its class.
+    That is a module in the repeated blocks of the model with two linear layers or more of its own,
+    one of them with an adapter. The reason names its class.
     """
+    blocks = find_blocks(model)
+    inside = set() if blocks is None else set(blocks.layers.modules())
     return {
         name: _why(module)
         for name, module in model.named_modules()
-        if not isinstance(module, (Swapped, LoraLayer)) and _is_block(module)
+        if module in inside and not isinstance(module, (Swapped, LoraLayer)) and _has_layers(module)
     }
 
 
@@ -43,7 +46,7 @@ def say_plain_blocks(model: nn.Module) -> None:
         _LOG.warning(f"Computed layer by layer: {line}")
 
 
-def _is_block(module: nn.Module) -> bool:
+def _has_layers(module: nn.Module) -> bool:
     children = module._modules.values()
     linears = sum(isinstance(m, LoraLayer) or _is_linear(m) for m in children)
     return linears > 1 and any(isinstance(m, LoraLayer) for m in children)
@@ -58,7 +61,7 @@ def _why(module: nn.Module) -> str:
     label = type(module).__name__
     for kind in (FusedQkv, LeanMLP):
         if has_parts(module, kind):
-            reason = why_plain(module, kind) or "its layers are PEFT's own; ila.convert changes both"
+            reason = why_plain(module, kind) or "its class is not converted (ila.convert)"
             return reason if reason.startswith(label) else f"{label}: {reason}"
     own = [n for n, m in module._modules.items() if isinstance(m, LoraLayer) or _is_linear(m)]
     return f"{label}: its layers are {', '.join(own)}"
