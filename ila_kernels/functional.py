@@ -41,6 +41,7 @@ def masked_lora_linear(
     impl: str = "auto",
     seed: Tensor | None = None,
     swiglu: tuple[Tensor, Tensor] | None = None,
+    activation: str = "silu",
 ) -> Tensor:
     """Apply a linear layer with a gated low-rank update.
 
@@ -74,9 +75,10 @@ def masked_lora_linear(
             ``"reference"``: the definition. ``prefer`` sets the choice of auto on a GPU.
         seed: int64 CPU tensor of shape (1,) that fixes the dropout mask; drawn from torch's
             default generator if ``None``.
-        swiglu: (pre, up) of the shape of x, where x is ``swiglu_product(pre, up)``: backward
-            recomputes x from them instead of keeping it, and its gradient goes to them directly.
-            ``"reference"``, and a CPU at few rows, keep x and go through it.
+        swiglu: (pre, up) of the shape of x, where x is ``swiglu_product(pre, up, activation)``:
+            backward recomputes x from them instead of keeping it, and its gradient goes to them
+            directly. ``"reference"``, and a CPU at few rows, keep x and go through it.
+        activation: That of ``swiglu``, as ``swiglu_product`` takes it; not read without.
 
     Returns:
         y, shape (..., N), dtype of x (of autocast where it is on and W is not packed), accumulated
@@ -103,23 +105,23 @@ def masked_lora_linear(
     dtype = autocast_dtype(x)
     if dtype is not None and isinstance(weight, PackedWeight):
         options = {"bias": bias, "scale": scale, "dropout_p": dropout_p, "impl": impl, "seed": seed}
+        options |= {"swiglu": swiglu, "activation": activation}
 
         def apart(inner: Tensor) -> Tensor:
-            adapter = (lora_a, lora_b, gate)
-            return masked_lora_linear(inner, weight, *adapter, **options, swiglu=swiglu)
+            return masked_lora_linear(inner, weight, lora_a, lora_b, gate, **options)
 
         return outside_autocast(x, dtype, [weight], apart)
     if dtype is not None:
         x, weight, bias = (rounded(t, dtype) for t in (x, weight, bias))
     check_linear(x, weight, lora_a, lora_b, gate, bias, scale)
     if swiglu is not None:
-        check_swiglu(*swiglu, x)
+        check_swiglu(*swiglu, activation, x)
     x2d = _flat(x)
     chosen = _chosen(impl, x2d, [weight], [lora_a], dropout_p)
     seed = _seeds(dropout_p, seed, 1)
     pre, up = (None, None) if swiglu is None else map(_flat, swiglu)
     numbers = float(scale), float(dropout_p)
-    arguments = (weight, lora_a, lora_b, gate, bias, seed, *numbers, chosen, pre, up)
+    arguments = (weight, lora_a, lora_b, gate, bias, seed, *numbers, chosen, pre, up, activation)
     return _shaped(run_linear(LinearCall(x2d, *arguments)), x)
 
 

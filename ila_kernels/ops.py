@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ila_kernels import eager, paths, swiglu, traced
 from ila_kernels.eager import Grads, Needs
@@ -40,11 +39,12 @@ class LinearCall(NamedTuple):
     impl: str = "eager"
     pre: Tensor | None = None
     up: Tensor | None = None
+    activation: str = "silu"
 
 
 NO_GRADS = (None,) * len(LinearCall._fields)
-# `ctx.needs_input_grad` has a flag for each argument; pre and up are the last two.
-_BEFORE_SWIGLU = LinearCall._fields.index("pre")
+# `ctx.needs_input_grad` has a flag for each argument; pre and up are neighbours.
+_PRE = LinearCall._fields.index("pre")
 
 
 class Saved(NamedTuple):
@@ -71,10 +71,11 @@ def _forward(c: LinearCall) -> tuple[Tensor, Tensor]:
 def _save(ctx, c: LinearCall, t: Tensor) -> None:
     # A custom op leaves out the flags of pre and up if they were not given, and adds one at the end
     # for an argument of the dispatcher's own, which wants nothing.
-    wants_x, *parameters, _seed, _scale, _p, _impl = ctx.needs_input_grad[:_BEFORE_SWIGLU]
-    ctx.swiglu_needs = ctx.needs_input_grad[_BEFORE_SWIGLU : len(LinearCall._fields)]
+    wants_x, *parameters, _seed, _scale, _p, _impl = ctx.needs_input_grad[:_PRE]
+    ctx.swiglu_needs = ctx.needs_input_grad[_PRE : _PRE + 2]
     needs = Needs(wants_x or any(ctx.swiglu_needs), *parameters)
     ctx.needs, ctx.scale, ctx.dropout_p, ctx.impl = needs, c.scale, c.dropout_p, c.impl
+    ctx.activation = c.activation
     ctx.set_materialize_grads(False)
     # The packed bytes are the model's own; backward unpacks them again.
     ctx.packed = c.weight if isinstance(c.weight, PackedWeight) and needs.x else None
@@ -106,21 +107,21 @@ def _backward(ctx, dy: Tensor | None, run: Callable[..., Grads]) -> tuple[Tensor
     refuse_create_graph()
     if dy is None:
         return NO_GRADS
-    s, silu, dpre, dup = Saved(*ctx.saved_tensors), None, None, None
+    s, acted, dpre, dup = Saved(*ctx.saved_tensors), None, None, None
     x, weight = s.x, ctx.packed or s.weight
     if s.pre is not None:
-        silu = F.silu(s.pre)
+        acted = swiglu.activated(s.pre, ctx.activation)
         # In the dtype of dy: under autocast the x of forward was rounded to it.
-        x = (silu * s.up).to(dy.dtype) if ctx.needs.saves_x else None
+        x = (acted * s.up).to(dy.dtype) if ctx.needs.saves_x else None
     options = {"scale": ctx.scale, "dropout_p": ctx.dropout_p, "needs": ctx.needs}
     with own_dtypes(dy, ctx.packed is not None):
         grads = run(dy, x, weight, s.lora_a, s.lora_b, s.gate, s.t, s.seed, **options)
-    if silu is not None and grads.x is not None:
+    if acted is not None and grads.x is not None:
         dx = grads.x.to(s.pre.dtype)
-        dpre, dup = swiglu.input_grads(dx, silu, s.pre, s.up, *ctx.swiglu_needs)
+        dpre, dup = swiglu.input_grads(dx, acted, s.pre, s.up, *ctx.swiglu_needs, ctx.activation)
         grads = grads._replace(x=None)
-    no_seed = no_scale = no_dropout_p = no_impl = None
-    return (*grads, no_seed, no_scale, no_dropout_p, no_impl, dpre, dup)
+    no_seed = no_scale = no_dropout_p = no_impl = no_activation = None
+    return (*grads, no_seed, no_scale, no_dropout_p, no_impl, dpre, dup, no_activation)
 
 
 class MaskedLoraLinearFunction(torch.autograd.Function):
@@ -154,20 +155,23 @@ def masked_lora_linear(
     impl: str = "eager",
     pre: Tensor | None = None,
     up: Tensor | None = None,
+    activation: str = "silu",
 ) -> tuple[Tensor, Tensor]:
     """x (M, K), W (N, K), A (R, K), B (N, R) -> y (M, N), t (M, R); t is not differentiable.
 
-    Where pre and up (M, K) are given, x = silu(pre) ⊙ up and is not differentiable here: backward
-    recomputes x instead of keeping it, and returns the gradients of pre and up.
+    Where pre and up (M, K) are given, x = activation(pre) ⊙ up and is not differentiable here:
+    backward recomputes x instead of keeping it, and returns the gradients of pre and up.
     """
-    arguments = (x, weight, lora_a, lora_b, gate, bias, seed, scale, dropout_p, impl, pre, up)
+    numbers = (scale, dropout_p, impl)
+    arguments = (x, weight, lora_a, lora_b, gate, bias, seed, *numbers, pre, up, activation)
     return _forward(LinearCall(*arguments))
 
 
 @masked_lora_linear.register_fake
 def _(
-    x, weight, lora_a, lora_b, gate, bias, seed, scale, dropout_p, impl="eager", pre=None, up=None
-):
+    x, weight, lora_a, lora_b, gate, bias, seed, scale, dropout_p, impl="eager", pre=None, up=None,
+    activation="silu",
+):  # fmt: skip
     t = x.new_empty(x.shape[0], lora_a.shape[0], dtype=eager.thin_dtype(x))
     return x.new_empty(x.shape[0], weight.shape[0]), t
 

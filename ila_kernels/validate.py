@@ -130,8 +130,13 @@ def check_group(
             check_linear(x, weight, a, b, gate, bias, scale, f" of member {i}")
 
 
-def check_swiglu(pre: Tensor, up: Tensor, x: Tensor | None = None) -> None:
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
+def check_swiglu(pre: Tensor, up: Tensor, activation: str, x: Tensor | None = None) -> None:
     """Raise unless both are floating tensors of one dtype and of the shape of x."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     for name, tensor in (("pre", pre), ("up", up)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")

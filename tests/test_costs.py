@@ -173,9 +173,9 @@ def test_another_architecture_or_no_tokens_are_refused(change, said):
         Shape.of(found, **{name: change.get(name, value) for name, value in given_.items()})
 
 
-def family(kind: str) -> torch.nn.Module:
+def family(kind: str, **changes: bool) -> torch.nn.Module:
     """A tiny model of another family on the meta device, as large as the Llama here."""
-    made = AutoConfig.for_model(kind, **SIZES, pad_token_id=0)
+    made = AutoConfig.for_model(kind, **SIZES, pad_token_id=0, **changes)
     made._attn_implementation = "eager" if kind == "gemma2" else "sdpa"
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(made)
@@ -192,9 +192,12 @@ def test_parameters_of_families_whose_layers_are_llamas(kind):
     assert len(names) == 7 * BLOCKS and parameter_table(shape, names).cost(set(names)) == trained
 
 
-@pytest.mark.parametrize("kind", COUNTED)
-def test_memory_of_every_counted_family(kind):
-    base = family(kind)
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [*((kind, {}) for kind in COUNTED), ("llama", {"attention_bias": True, "mlp_bias": True})],
+)
+def test_memory_of_every_counted_family(kind, changes):
+    base = family(kind, **changes)
     check_counted(base.config.to_dict(), "memory")
     options = {"rank": RANK, "rows": ROWS, "length": LENGTH, "base_bytes": 2}
     shape, model = Shape.of(base.config.to_dict(), **options), adapted(torch.bfloat16, base)

@@ -28,6 +28,7 @@ from ila.models.edit_report import MaskReport as MaskReport
 from ila.models.layer import MaskedLoraLayer, MaskedLoraLinear
 from ila.models.lean_head import plain_head
 from ila.models.mlp import make_lean, make_plain
+from ila.models.plain_blocks import plain_blocks, say_plain_blocks
 from ila.models.targets import (
     outside,
     restore_targets,
@@ -89,7 +90,8 @@ def attach(
             or int8 layer of bitsandbytes.
 
     Warns:
-        UserWarning: If some of ``target_modules`` match nothing.
+        UserWarning: If some of ``target_modules`` match nothing. The log has a line, once, for each
+            kind of attention block and MLP that computes layer by layer; ``explain`` repeats it.
     """
     _check_base(model)
     if not isinstance(lora_config, LoraConfig):
@@ -101,7 +103,9 @@ def attach(
     try:
         peft_model = get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
         if not _masked_layers(peft_model):
-            found = {type(m).__name__ for m in peft_model.modules() if isinstance(m, LoraLayer)}
+            layers = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
+            kinds = [(type(m).__name__, type(m.get_base_layer()).__name__) for m in layers]
+            found = {f"{peft} over {base}" if base != peft else peft for peft, base in kinds}
             raise ValueError(
                 f"lora_config.target_modules={lora_config.target_modules!r} must match at least "
                 f"one plain nn.Linear, or 4-bit or int8 layer of bitsandbytes; the layers it "
@@ -120,6 +124,7 @@ def attach(
     make_prefix_aware(peft_model)
     make_lean(peft_model)
     fuse_qkv(peft_model)
+    say_plain_blocks(peft_model)
     _keep_training_layout(peft_model)
     read_verdicts_of(model, list(_masked_layers(peft_model).values()))
     return peft_model
@@ -174,7 +179,7 @@ def convert(model: nn.Module) -> ConversionReport:
     _keep_training_layout(model)
     mlps, left_mlps = make_lean(model)
     attentions, left_attentions = fuse_qkv(model)
-    left = left | left_mlps | left_attentions
+    left = left | left_mlps | left_attentions | plain_blocks(model)
     return ConversionReport(tuple(swap), left, tuple(mlps), tuple(attentions))
 
 

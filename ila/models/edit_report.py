@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ from ila.models.targets import NOTHING_OUTSIDE, Outside
 class ConversionReport:
     """Changes of ``convert`` or ``restore``: swapped modules, and name -> reason for the others.
 
-    ``mlps`` names the SwiGLU blocks that became lean, or plain again. ``attentions`` names the
+    ``mlps`` names the gated MLPs that became lean, or plain again. ``attentions`` names the
     blocks whose q, k and v now share their x (two of them must have adapters), or no longer do.
     ``left`` also holds unchanged blocks. ``head`` tells whether a lean head was undone.
     """
@@ -24,11 +25,17 @@ class ConversionReport:
     head: bool = False
 
     def __str__(self) -> str:
-        blocks = f", {len(self.mlps)} SwiGLU blocks" if self.mlps else ""
+        blocks = f", {len(self.mlps)} gated MLPs" if self.mlps else ""
         blocks += f", {len(self.attentions)} attention blocks" if self.attentions else ""
         blocks += ", the head" if self.head else ""
         lines = [f"{len(self.swapped)} layers swapped{blocks}, {len(self.left)} left"]
-        lines += [f"  left {name}: {reason}" for name, reason in self.left.items()]
+        first: dict[str, str] = {}
+        for name, reason in self.left.items():
+            first.setdefault(reason, name)
+        counts = Counter(self.left.values())
+        for reason, count in counts.items():
+            others = f" and {count - 1} more" if count > 1 else ""
+            lines.append(f"  left {first[reason]}{others}: {reason}")
         return "\n".join(lines)
 
 

@@ -25,6 +25,7 @@ from ila.models.class_swap import swapped
 from ila.models.layer import BARE, PEFT, SHARDED, MaskedLoraLayer
 from ila.models.lean_head import HeadRoute, head_route
 from ila.models.mlp import LEAN, LeanMLP, MlpRoute, lean_mlps
+from ila.models.plain_blocks import by_kind, plain_blocks
 from ila.models.shared_input import partners, sharers
 from ila_kernels.config import resolve_impl
 from ila_kernels.device import call_of
@@ -60,10 +61,11 @@ class LayerRow:
 class Explanation:
     """The rows of ``explain`` for a number of tokens; printing it shows the table.
 
-    ``mlps`` describes the tensors that each SwiGLU block keeps for backward. ``together`` describes
+    ``mlps`` describes the tensors that each gated MLP keeps for backward. ``together`` describes
     the layers of each block that compute as one op, because they read one x
     (``ila.models.shared_input``). ``head`` describes the code that computes the loss of a model
-    with a lean head; None without one.
+    with a lean head; None without one. ``plain`` gives the reason for each attention block and MLP
+    that computes layer by layer.
     """
 
     rows: tuple[LayerRow, ...]
@@ -71,6 +73,7 @@ class Explanation:
     mlps: Mapping[str, MlpRoute] = field(default_factory=dict)
     together: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     head: HeadRoute | None = None
+    plain: Mapping[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[LayerRow]:
         return iter(self.rows)
@@ -122,11 +125,12 @@ class Explanation:
         if self.mlps:
             counts = Counter(f"{path} ({reason})" for path, reason in self.mlps.values())
             kept = ", ".join(f"{count} {route}" for route, count in counts.items())
-            lines.append(f"{len(self.mlps)} SwiGLU blocks keep for backward: {kept}")
+            lines.append(f"{len(self.mlps)} gated MLPs keep for backward: {kept}")
         if self.together:
             counts = Counter(", ".join(names) for names in self.together.values())
             ops = "; ".join(f"{names} in {count} blocks" for names, count in counts.items())
             lines.append(f"One op for each x: {ops}")
+        lines += [f"Computed layer by layer: {line}" for line in by_kind(self.plain)]
         if self.head is not None:
             lines.append(f"Head and loss: {self.head.path} ({self.head.reason})")
         return lines
@@ -187,7 +191,8 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
             kept_x.add(group)
         rows.append(LayerRow(name, is_open, path, why, not needs, saved))
     head = head_route(model, gathered=isinstance(model, FSDPModule))
-    return Explanation(tuple(rows), tokens, mlps, _together(model, flows, tokens), head)
+    together = _together(model, flows, tokens)
+    return Explanation(tuple(rows), tokens, mlps, together, head, plain_blocks(model))
 
 
 def _together(

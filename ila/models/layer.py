@@ -56,11 +56,12 @@ class Operands(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """Operands of ``swiglu_product(pre, up)``, which makes the x of down_proj again."""
+    """Operands of ``swiglu_product``, which makes the x of down_proj again."""
 
     made: Seen
     pre: torch.Tensor
     up: torch.Tensor
+    activation: str
 
 
 class Shared(Protocol):
@@ -396,15 +397,15 @@ class MaskedLoraLayer:
         route, parts = self._resolve()
         if parts is not None and not args and not kwargs:
             weight, a, b, gate, bias, scale, dropout_p = self._operands(x, route.adapter, parts)
-            recipe = None
+            recipe = {}
             if swiglu is not None and swiglu.made.is_now(x, self):
-                recipe = swiglu.pre, swiglu.up
+                recipe = {"swiglu": (swiglu.pre, swiglu.up), "activation": swiglu.activation}
             return masked_lora_linear(
                 *(x, weight, a, b, gate),
                 bias=bias,
                 scale=scale,
                 dropout_p=dropout_p,
-                swiglu=recipe,
+                **recipe,
             )
         if route.path == BARE and not kwargs:
             return self.base_layer(x, *args)

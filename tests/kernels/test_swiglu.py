@@ -1,5 +1,7 @@
 """The SwiGLU product and the linear that recomputes it: the bits of plain autograd."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from ila_kernels.testing import assert_within_rounding, make_inputs
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 BOTH = (True, True)
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 
 def pair(*shape: int, dtype: torch.dtype = FP64, requires=BOTH, seed: int = 0) -> list[Tensor]:
@@ -38,10 +42,11 @@ def kept_by(compute) -> tuple[Tensor, set[int]]:
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, torch.float16])
 @pytest.mark.parametrize("requires", [BOTH, (True, False), (False, True)])
 @pytest.mark.parametrize("shape", [(37, 48), (1,), (0, 8), (2, 3, 65)])
-def test_product_and_gradients_are_the_bits_of_plain_autograd(shape, requires, dtype):
+@every_activation
+def test_product_and_gradients_are_the_bits_of_plain_autograd(shape, requires, dtype, activation):
     pre, up = pair(*shape, dtype=dtype, requires=requires)
     dy = torch.randn(shape).to(dtype)
-    y, plain = swiglu_product(pre, up), F.silu(pre) * up
+    y, plain = swiglu_product(pre, up, activation), ACTIVATIONS[activation](pre) * up
     assert y.dtype == dtype
     assert torch.equal(y, plain)
     for mine, theirs in zip(
@@ -58,20 +63,23 @@ def test_product_takes_strided_inputs_and_an_expanded_gradient():
     assert all(map(torch.equal, mine, theirs))
 
 
-def test_product_has_first_and_second_derivatives():
+@every_activation
+def test_product_has_first_and_second_derivatives(activation):
     inputs = pair(3, 4)
-    assert torch.autograd.gradcheck(swiglu_product, inputs)
-    assert torch.autograd.gradgradcheck(swiglu_product, inputs)
+    function = partial(swiglu_product, activation=activation)
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
 
 
 @pytest.mark.parametrize(
     ("requires", "kept"),
     [(BOTH, "pre up"), ((True, False), "pre up"), ((False, True), "pre"), ((False, False), "")],
 )
-def test_product_keeps_its_inputs_only(requires, kept):
+@every_activation
+def test_product_keeps_its_inputs_only(requires, kept, activation):
     pre, up = pair(3, 4, requires=requires)
     named = {"pre": pre.data_ptr(), "up": up.data_ptr()}
-    _, addresses = kept_by(lambda: swiglu_product(pre, up))
+    _, addresses = kept_by(lambda: swiglu_product(pre, up, activation))
     assert addresses == {named[name] for name in kept.split()}
     with torch.no_grad():
         assert swiglu_product(pre, up).grad_fn is None
@@ -89,12 +97,12 @@ def test_changing_an_input_in_place_is_noticed():
 # --- the linear that recomputes x = h
 
 
-def linear(pre, up, i, swiglu: bool, dropout_p=0.0, **options) -> Tensor:
-    h = swiglu_product(pre, up)
+def linear(pre, up, i, swiglu: bool, dropout_p=0.0, activation="silu", **options) -> Tensor:
+    h = swiglu_product(pre, up, activation)
     seed = torch.tensor([3]) if dropout_p else None
     return masked_lora_linear(
         h, i.weight, i.lora_a, i.lora_b, i.gate, bias=i.bias, scale=1.7, dropout_p=dropout_p,
-        seed=seed, swiglu=(pre, up) if swiglu else None, **options,
+        seed=seed, swiglu=(pre, up) if swiglu else None, activation=activation, **options,
     )  # fmt: skip
 
 
@@ -126,9 +134,10 @@ def case(m, dtype, gate=None, requires=("lora_a", "lora_b"), bias=False, pair_re
         (0, None, ("lora_a", "lora_b"), BOTH),
     ],
 )
-def test_recomputing_changes_no_bit(m, gate, requires, pair_requires, dtype, dropout_p):
+@every_activation
+def test_recomputing_changes_no_bit(m, gate, requires, pair_requires, dtype, dropout_p, activation):
     pre, up, i, leaves = case(m, dtype, gate, requires, "bias" in requires, pair_requires)
-    y, plain = (linear(pre, up, i, swiglu, dropout_p) for swiglu in (True, False))
+    y, plain = (linear(pre, up, i, swiglu, dropout_p, activation) for swiglu in (True, False))
     assert torch.equal(y, plain)
     dy = torch.randn(y.shape).to(dtype)
     mine, theirs = (torch.autograd.grad(result, leaves, dy) for result in (y, plain))
@@ -137,17 +146,19 @@ def test_recomputing_changes_no_bit(m, gate, requires, pair_requires, dtype, dro
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_recomputing_linear_passes_gradcheck(dropout_p):
+@every_activation
+def test_recomputing_linear_passes_gradcheck(dropout_p, activation):
     pre, up, i, leaves = case(4, FP64, 0.5, ("lora_a", "lora_b", "gate"))
     assert len(leaves) == 5
 
     def function(*_):
-        return linear(pre, up, i, True, dropout_p)
+        return linear(pre, up, i, True, dropout_p, activation)
 
     assert torch.autograd.gradcheck(function, leaves)
 
 
-def test_bf16_gradients_are_within_rounding_of_fp64():
+@every_activation
+def test_bf16_gradients_are_within_rounding_of_fp64(activation):
     pre, up, i, leaves = case(130, BF16)
     dy = torch.randn(130, 10).to(BF16)
     results = []
@@ -157,7 +168,7 @@ def test_bf16_gradients_are_within_rounding_of_fp64():
             casts = [t.detach().to(dtype).requires_grad_() for t in (pre, up)] + [i.cast(dtype)]
         leaves = [*casts[:2], casts[2].lora_a, casts[2].lora_b]
         options = {} if dtype is None else {"impl": "reference"}
-        y = linear(*casts, dtype is None, **options)
+        y = linear(*casts, dtype is None, activation=activation, **options)
         results.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
     for name, mine, exact, eager in zip(("y", "dpre", "dup", "dA", "dB"), *results, strict=True):
         assert_within_rounding(mine, exact, eager, name)
@@ -208,22 +219,25 @@ def test_recomputing_linear_has_first_derivatives_only():
 
 
 @pytest.mark.parametrize(("requires", "dropout_p"), [(("lora_a", "lora_b"), 0.4), (("gate",), 0.0)])
-def test_op_keeps_its_contract_when_it_recomputes(requires, dropout_p):
+@every_activation
+def test_op_keeps_its_contract_when_it_recomputes(requires, dropout_p, activation):
     pre, up, i, _ = case(5, FP64, 0.5, requires)
     seed = torch.tensor([5]) if dropout_p else None
-    x = swiglu_product(pre, up).detach()
+    x = swiglu_product(pre, up, activation).detach()
     arguments = (x, i.weight, i.lora_a, i.lora_b, i.gate, None, seed, 1.7, dropout_p, "eager")
-    found = opcheck(torch.ops.ila.masked_lora_linear.default, (*arguments, pre, up))
+    found = opcheck(torch.ops.ila.masked_lora_linear.default, (*arguments, pre, up, activation))
     assert set(found.values()) == {"SUCCESS"}
     assert len(found) == 4
 
 
-def test_compiled_in_one_graph_it_computes_the_same():
+@every_activation
+def test_compiled_in_one_graph_it_computes_the_same(activation):
     torch._dynamo.reset()
     compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend="aot_eager")
     for m in (70, 90):
         pre, up, i, leaves = case(m, FP64)
-        y, plain = compiled(pre, up, i, True), linear(pre, up, i, False)
+        y = compiled(pre, up, i, True, activation=activation)
+        plain = linear(pre, up, i, False, activation=activation)
         dy = torch.randn(y.shape, dtype=FP64)
         results = [[r, *torch.autograd.grad(r, leaves, dy)] for r in (y, plain)]
         for mine, theirs in zip(*results, strict=True):
@@ -247,6 +261,12 @@ def test_compiled_in_one_graph_it_computes_the_same():
 def test_product_says_what_does_not_fit(pre, up, error, message):
     with pytest.raises(error, match=message):
         swiglu_product(pre, up)
+
+
+def test_another_activation_is_refused():
+    pre, up = pair(2, 3)
+    with pytest.raises(ValueError, match=r"activation must be one of .*, got 'relu'"):
+        swiglu_product(pre, up, "relu")
 
 
 def test_linear_says_what_of_its_recipe_does_not_fit():

@@ -5,22 +5,28 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import ila
 
+# Transformers' prefix and, beside the sizes below, the options of a family.
 FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {}),
+    "qwen3": ("Qwen3", {"head_dim": 8}),  # norms on q and k
+    "olmo2": ("Olmo2", {"pad_token_id": None, "eos_token_id": None}),  # norms behind the layers
+    "gemma2": ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}),  # GeGLU, capped scores
 }
 VOCABULARY = 64
 
 
 def make_base(family: str = "llama", dtype: torch.dtype = torch.float64, **changes) -> nn.Module:
     """Two blocks of width 32; the weights are large enough that attention is not uniform."""
-    config, model = FAMILIES[family]
+    prefix, own = FAMILIES[family]
+    config = getattr(transformers, f"{prefix}Config")
+    model = getattr(transformers, f"{prefix}ForCausalLM")
     options = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -34,7 +40,7 @@ def make_base(family: str = "llama", dtype: torch.dtype = torch.float64, **chang
     }
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return model(config(**options | changes)).to(dtype)
+        return model(config(**options | own | changes)).to(dtype)
 
 
 def make_config(**changes) -> LoraConfig:

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import ila
+from benchmarks.families import models as families
+from ila.models import plain_blocks
 from ila.models.blocks import find_blocks
 
 LENGTH, ROWS = 30, 3  # more tokens than eager.SHORT_ROWS
@@ -141,3 +143,29 @@ def test_what_peft_decides_is_not_guessed(tiny):
 def test_tokens_out_of_range_are_refused(tiny):
     with pytest.raises(ValueError, match="tokens must be ≥ 1, got 0"):
         ila.explain(tiny.attached(tiny.config()), 0)
+
+
+def test_attach_logs_each_kind_of_block_that_computes_layer_by_layer_once(
+    tiny, caplog, monkeypatch
+):
+    monkeypatch.setattr(plain_blocks, "_said", set())
+    config = tiny.config(target_modules="all-linear")
+    for _ in range(2):
+        model = tiny.attached(config, families.build("Phi-3"))
+    attention = "3 × Phi3Attention: its layers are o_proj, qkv_proj"
+    mlp = "3 × Phi3MLP: its layers are gate_up_proj, down_proj"
+    assert caplog.messages == [f"Computed layer by layer: {kind}" for kind in (attention, mlp)]
+    found = ila.explain(model)
+    assert set(caplog.messages) <= set(found.notes()) and len(found.plain) == 6
+    tiny.attached(config)
+    assert len(caplog.messages) == 2
+
+
+def test_explain_says_of_plain_peft_that_its_blocks_are_not_converted(tiny):
+    model = tiny.plain(tiny.config(target_modules="all-linear"))
+    assert set(ila.explain(model).plain.values()) == {
+        f"{kind}: its class is not converted (ila.convert)"
+        for kind in ("LlamaAttention", "LlamaMLP")
+    }
+    ila.convert(model)
+    assert ila.explain(model).plain == {}

@@ -1,4 +1,4 @@
-"""The lean SwiGLU block: the plain block's bits, half of what it keeps, and always a way back."""
+"""The lean gated MLP: the plain block's bits, half of what it keeps, and always a way back."""
 
 import contextlib
 import copy
@@ -8,23 +8,20 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
-from transformers.models.mistral.modeling_mistral import MistralMLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 import ila
 from ila.models import shared_input
-from ila.models.mlp import KEEPS_H, LEAN, PLAIN, LeanLlamaMLP, LeanMistralMLP, lean_mlps, make_plain
+from ila.models.mlp import KEEPS_H, LEAN, PLAIN, lean_mlps, make_plain
 
 BF16, FP64 = torch.bfloat16, torch.float64
 MLP0 = "base_model.model.model.layers.0.mlp"
 MLP1 = "base_model.model.model.layers.1.mlp"
 ALL = {"target_modules": "all-linear"}
+FAMILIES = ["llama", "mistral", "qwen3", "olmo2", "gemma2"]
+THREE = ["llama", "qwen3", "gemma2"]
 
 
 @pytest.fixture(autouse=True)
@@ -67,19 +64,20 @@ def routes(model: nn.Module) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("dtype", [FP64, BF16])
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_are_bit_for_bit_the_plain_ones(pair, tiny, family, dtype):
-    _, ours = pair(tiny.config(**ALL), family=family, dtype=dtype)
-    expected = {"llama": LeanLlamaMLP, "mistral": LeanMistralMLP}[family]
-    assert [type(m) for m in lean_mlps(ours).values()] == [expected] * 2
+    plain, ours = pair(tiny.config(**ALL), family=family, dtype=dtype)
+    expected = [type(plain.get_submodule(name)) for name in (MLP0, MLP1)]
+    assert [m.plain_class for m in lean_mlps(ours).values()] == expected
     assert routes(ours) == {(LEAN, "gate and up")}
     result = assert_same_bits(tiny, ours)
     assert len(result) == 1 + 2 * 14
 
 
 @pytest.mark.parametrize("rows", [1, 12])
-def test_against_plain_peft_gradients_agree_to_rounding(pair, tiny, rows):
-    plain, ours = pair(tiny.config(**ALL))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_against_plain_peft_gradients_agree_to_rounding(pair, tiny, family, rows):
+    plain, ours = pair(tiny.config(**ALL), family=family)
     ids = tiny.tokens(rows)
     tiny.assert_close(tiny.run(ours, input_ids=ids), tiny.run(plain, input_ids=ids))
 
@@ -93,8 +91,9 @@ def test_against_plain_peft_gradients_agree_to_rounding(pair, tiny, rows):
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"],
     ],
 )
-def test_any_part_may_be_closed_and_open_again(tiny, closed):
-    model = tiny.attached(tiny.config(**ALL))
+@pytest.mark.parametrize("family", THREE)
+def test_any_part_may_be_closed_and_open_again(tiny, family, closed):
+    model = tiny.attached(tiny.config(**ALL), tiny.base(family))
     before = assert_same_bits(tiny, model)
     close(tiny, model, *closed)
     masked = assert_same_bits(tiny, model)
@@ -119,15 +118,17 @@ def test_scores_get_the_same_gradients(tiny):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(tiny, use_reentrant):
-    model = tiny.attached(tiny.config(**ALL, lora_dropout=0.3)).train()
+@pytest.mark.parametrize("family", THREE)
+def test_gradient_checkpointing(tiny, family, use_reentrant):
+    model = tiny.attached(tiny.config(**ALL, lora_dropout=0.3), tiny.base(family)).train()
     model.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     assert len(assert_same_bits(tiny, model)) == 1 + 2 * 14
 
 
-def test_autocast(tiny):
-    model = tiny.attached(tiny.config(**ALL), tiny.base(dtype=torch.float32))
+@pytest.mark.parametrize("family", THREE)
+def test_autocast(tiny, family):
+    model = tiny.attached(tiny.config(**ALL), tiny.base(family, dtype=torch.float32))
     autocast = assert_same_bits(tiny, model, context=lambda: torch.autocast("cpu", dtype=BF16))
     assert tiny.differs(autocast, tiny.run(model, input_ids=tiny.tokens(12)))
 
@@ -162,22 +163,22 @@ def dora(tiny, model):
     model.set_adapter("second")
 
 
-def hook_that_doubles_h(tiny, model):
+def hook_that_changes_h(tiny, model):
     for name in (MLP0, MLP1):
         # In place: h itself changes, and what is recomputed would not.
-        down(model, name).register_forward_pre_hook(lambda m, args: (args[0].mul_(2),))
+        down(model, name).register_forward_pre_hook(lambda m, args: (args[0].add_(2),))
 
 
 def hook_on_the_activation(tiny, model):
     for name in (MLP0, MLP1):
         act = copy.deepcopy(model.get_submodule(name).act_fn)
-        act.register_forward_hook(lambda m, args, out: out * 2)
+        act.register_forward_hook(lambda m, args, out: out + 2)
         model.get_submodule(name).act_fn = act
 
 
 def another_activation(tiny, model):
     for name in (MLP0, MLP1):
-        model.get_submodule(name).act_fn = nn.GELU()
+        model.get_submodule(name).act_fn = nn.Hardswish()
 
 
 @pytest.mark.parametrize(
@@ -186,13 +187,14 @@ def another_activation(tiny, model):
         (merge, KEEPS_H, "an adapter is merged"),
         (two_adapters, KEEPS_H, "several adapters are active"),
         (dora, KEEPS_H, "LoRA variant Dora"),
-        (hook_that_doubles_h, KEEPS_H, "down_proj has hooks"),
+        (hook_that_changes_h, KEEPS_H, "down_proj has hooks"),
         (hook_on_the_activation, PLAIN, "its act_fn has hooks"),
-        (another_activation, PLAIN, "its act_fn is GELU, not SiLU"),
+        (another_activation, PLAIN, "its act_fn is Hardswish, neither"),
     ],
 )
-def test_what_needs_the_plain_way_takes_it_and_is_told(tiny, change, path, why):
-    model = tiny.attached(tiny.config(**ALL))
+@pytest.mark.parametrize("family", THREE)
+def test_what_needs_the_plain_way_takes_it_and_is_told(tiny, family, change, path, why):
+    model = tiny.attached(tiny.config(**ALL), tiny.base(family))
     before = tiny.run(model, input_ids=tiny.tokens(12))
     change(tiny, model)
     ((found, reason),) = routes(model)
@@ -253,8 +255,9 @@ def widths_kept(model: nn.Module, name: str, x: torch.Tensor) -> int:
     ],
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_block_keeps_gate_and_up_only(tiny, closed, plain, lean, dropout):
-    model = tiny.attached(tiny.config(**ALL, lora_dropout=dropout)).train()
+@pytest.mark.parametrize("family", THREE)
+def test_a_block_keeps_gate_and_up_only(tiny, family, closed, plain, lean, dropout):
+    model = tiny.attached(tiny.config(**ALL, lora_dropout=dropout), tiny.base(family)).train()
     close(tiny, model, *closed)
     x = torch.randn(90, 32, dtype=FP64, requires_grad=True)
     assert widths_kept(model, MLP0, x) == lean
@@ -283,7 +286,7 @@ def test_report_names_the_blocks_and_restore_undoes_them(tiny):
     model = tiny.plain(tiny.config(target_modules=["q_proj"]))
     report = ila.convert(model)
     assert report.mlps == (MLP0, MLP1)
-    assert "2 SwiGLU blocks" in str(report)
+    assert "2 gated MLPs" in str(report)
     assert len(report.swapped) == 2
     assert ila.restore(model).mlps == report.mlps
     assert {type(model.get_submodule(name)) for name in report.mlps} == {LlamaMLP}
@@ -292,18 +295,23 @@ def test_report_names_the_blocks_and_restore_undoes_them(tiny):
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_is_lean_too(tiny, way):
-    model = tiny.attached(tiny.config(**ALL), tiny.base("mistral"))
+    model = tiny.attached(tiny.config(**ALL), tiny.base("qwen3"))
     twin = way(model)
     assert list(lean_mlps(twin)) == [MLP0, MLP1]
+    assert type(twin.get_submodule(MLP0)) is type(model.get_submodule(MLP0))
     tiny.assert_equal(tiny.run(twin), tiny.run(model))
     ila.restore(twin)
-    assert type(twin.get_submodule(MLP0)) is MistralMLP
-    assert type(model.get_submodule(MLP0)) is LeanMistralMLP
+    assert type(twin.get_submodule(MLP0)) is Qwen3MLP
+    assert list(lean_mlps(model)) == [MLP0, MLP1]
 
 
 def test_blocks_of_other_kinds_are_left_with_the_reason(tiny):
-    gelu = tiny.plain(tiny.config(), tiny.base(hidden_act="gelu"))
-    assert ila.convert(gelu).left[MLP0] == "its act_fn is GELUActivation, not SiLU"
+    for act, kind in (("relu2", "ReLUSquaredActivation"), ("gelu_python", "GELUActivation")):
+        other = tiny.plain(tiny.config(), tiny.base(hidden_act=act))
+        report = ila.convert(other)
+        assert f"its act_fn is {kind}, neither" in report.left[MLP0] and report.mlps == ()
+        said = [line for line in str(report).splitlines() if kind in line]
+        assert len(said) == 1 and "and 1 more" in said[0]
 
     replaced = tiny.plain(tiny.config())
     block = replaced.get_submodule(MLP0)
@@ -312,22 +320,18 @@ def test_blocks_of_other_kinds_are_left_with_the_reason(tiny):
     assert "forward was replaced" in report.left[MLP0]
     assert report.mlps == (MLP1,)
 
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
-    qwen = tiny.plain(tiny.config(), Qwen2ForCausalLM(Qwen2Config(**sizes, **heads)))
-    assert "Qwen2MLP is no SwiGLU block" in ila.convert(qwen).left[MLP0]
-
 
 def test_a_class_put_in_the_place_of_transformers_is_left(tiny):
     """What Liger does to a model: a forward bound to each block, and the class replaced."""
 
     class LigerSwiGLUMLP(LlamaMLP):
-        pass
+        def forward(self, x):
+            return self.down_proj(torch.sigmoid(self.gate_proj(x)) * self.up_proj(x))
 
     model = tiny.plain(tiny.config())
     model.get_submodule(MLP0).__class__ = LigerSwiGLUMLP
     report = ila.convert(model)
-    assert "LigerSwiGLUMLP is no SwiGLU block" in report.left[MLP0]
+    assert "LigerSwiGLUMLP.forward is not down_proj(" in report.left[MLP0]
     assert report.mlps == (MLP1,)
     assert len(tiny.run(model)) > 1
 
