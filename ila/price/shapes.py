@@ -56,6 +56,19 @@ def check_counted(config: Mapping[str, Any], resource: str) -> None:
         )
 
 
+def _check_sizes(config: Mapping[str, Any], answers: float, **counts: int) -> None:
+    missing = [name for name in _NEEDED if not config.get(name)]
+    if missing:
+        raise ValueError(
+            f"a budget counts models of Llama blocks; the configuration has no {missing[0]}"
+        )
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be ≥ 1, got {value}")
+    if not 0 < answers <= 1:
+        raise ValueError(f"answers must be in (0, 1], a share of the tokens, got {answers}")
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a model, of its adapter, and of a step of rows × length tokens, with padding.
@@ -101,16 +114,7 @@ class Shape:
         Raises:
             ValueError: If the model has no Llama blocks, or an option is out of its range.
         """
-        missing = [name for name in _NEEDED if not config.get(name)]
-        if missing:
-            raise ValueError(
-                f"a budget counts models of Llama blocks; the configuration has no {missing[0]}"
-            )
-        for name, value in (("rank", rank), ("rows", rows), ("length", length)):
-            if value < 1:
-                raise ValueError(f"{name} must be ≥ 1, got {value}")
-        if not 0 < answers <= 1:
-            raise ValueError(f"answers must be in (0, 1], a share of the tokens, got {answers}")
+        _check_sizes(config, answers, rank=rank, rows=rows, length=length)
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         kv_heads, head_dim = _kv_heads(config), config.get("head_dim") or hidden // heads
         return cls(

@@ -33,7 +33,12 @@ HEADS = [
 
 
 def by_transformers(tiny, base):
-    base.add_adapter(tiny.config())
+    try:
+        base.add_adapter(tiny.config())
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(f"transformers refuses this peft: {error}")
     return base
 
 
