@@ -25,6 +25,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 
 from ila.models.recomputation import Seen, has_hooks
+from ila.models.transforms import under_transform
 from ila_kernels import masked_lora_linear
 from ila_kernels.quant import PackedWeight
 
@@ -78,6 +79,7 @@ _LORA_BIAS = Route(PEFT, "lora_bias=True")
 _BASE_TYPE = Route(PEFT, "the base layer is not a plain nn.Linear")
 _HOOKS = Route(PEFT, "the base layer or an adapter module has hooks or a forward of its own")
 _ADAPTER_TYPE = Route(PEFT, "an adapter module is not a plain nn.Linear or dropout")
+_TRANSFORM = Route(PEFT, "a transform of torch.func runs here")
 # Outside of forward only, with FSDP2: it gathers weights before a block runs.
 SHARDED = Route(PEFT, "a weight is sharded here (DTensor)")
 
@@ -376,6 +378,8 @@ class MaskedLoraLayer:
             return _ADAPTER_TYPE, None
         if has_hooks(base, a, b, dropout):
             return _HOOKS, None
+        if under_transform():
+            return _TRANSFORM, None
         weight, lora_a = _weight(base), _weight(a)
         if _is_sharded(weight) or _is_sharded(lora_a):
             return SHARDED, None

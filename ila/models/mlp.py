@@ -29,6 +29,7 @@ from ila.models.class_swap import Swapped, has_own_forward, swap, swap_back, swa
 from ila.models.layer import PEFT, MaskedLoraLayer, Recipe
 from ila.models.recomputation import Seen, has_hooks
 from ila.models.shared_input import sharing
+from ila.models.transforms import under_transform
 from ila_kernels import swiglu_product
 
 LEAN, KEEPS_H, PLAIN = "lean", "keeps h", "plain"
@@ -71,7 +72,7 @@ class LeanMLP(Swapped):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the computation of the plain class."""
-        if _why_not_silu(self) is not None:
+        if _why_not_silu(self) is not None or under_transform():
             return super().forward(x)
         with sharing(self, GATE_UP):
             pre, up = self.gate_proj(x), self.up_proj(x)
