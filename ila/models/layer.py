@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from ila.models.recomputation import Seen, has_hooks
@@ -283,6 +284,31 @@ class MaskedLoraLayer:
                 if probe.device.type != "meta":
                     parameter.data = parameter.data.to(probe.device, probe.dtype)
         return super()._apply(fn, recurse)
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        """Return the state; a closed head has the names of a head that was never adapted.
+
+        PEFT saves a head beside an adapter whose vocabulary grew, and finds it again by its name.
+        """
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        if self._is_bare_embedding(prefix):
+            for name in [name for name in state if name.startswith(f"{prefix}base_layer.")]:
+                state[prefix + name.removeprefix(f"{prefix}base_layer.")] = state.pop(name)
+        return state
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self._is_bare_embedding(prefix):
+            for name in self.get_base_layer().state_dict():
+                if prefix + name in state_dict:
+                    state_dict[f"{prefix}base_layer.{name}"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _is_bare_embedding(self, prefix: str) -> bool:
+        """Tell whether all adapters of an embedding or a head are set aside."""
+        name = prefix.removesuffix(".").rpartition(".")[2]
+        return name in EMBEDDING_LAYER_NAMES and bool(self._closed) and not self.lora_A
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set a scale, as PEFT does, of an adapter that is set aside too."""
