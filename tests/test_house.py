@@ -94,6 +94,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "sizes",
             "loading",
             "recomputation",
+            "transforms",
             "layer",
             "quantized",
             "blocks",

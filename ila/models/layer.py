@@ -22,9 +22,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from ila.models.recomputation import Seen, has_hooks
+from ila.models.transforms import under_transform
 from ila_kernels import masked_lora_linear
 from ila_kernels.quant import PackedWeight
 
@@ -79,6 +81,7 @@ _LORA_BIAS = Route(PEFT, "lora_bias=True")
 _BASE_TYPE = Route(PEFT, "the base layer is not a plain nn.Linear")
 _HOOKS = Route(PEFT, "the base layer or an adapter module has hooks or a forward of its own")
 _ADAPTER_TYPE = Route(PEFT, "an adapter module is not a plain nn.Linear or dropout")
+_TRANSFORM = Route(PEFT, "a transform of torch.func runs here")
 # Outside of forward only, with FSDP2: it gathers weights before a block runs.
 SHARDED = Route(PEFT, "a weight is sharded here (DTensor)")
 
@@ -283,6 +286,31 @@ class MaskedLoraLayer:
                     parameter.data = parameter.data.to(probe.device, probe.dtype)
         return super()._apply(fn, recurse)
 
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        """Return the state; a closed head has the names of a head that was never adapted.
+
+        PEFT saves a head beside an adapter whose vocabulary grew, and finds it again by its name.
+        """
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        if self._is_bare_embedding(prefix):
+            for name in [name for name in state if name.startswith(f"{prefix}base_layer.")]:
+                state[prefix + name.removeprefix(f"{prefix}base_layer.")] = state.pop(name)
+        return state
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self._is_bare_embedding(prefix):
+            for name in self.get_base_layer().state_dict():
+                if prefix + name in state_dict:
+                    state_dict[f"{prefix}base_layer.{name}"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _is_bare_embedding(self, prefix: str) -> bool:
+        """Tell whether all adapters of an embedding or a head are set aside."""
+        name = prefix.removesuffix(".").rpartition(".")[2]
+        return name in EMBEDDING_LAYER_NAMES and bool(self._closed) and not self.lora_A
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set a scale, as PEFT does, of an adapter that is set aside too."""
         with self._whole():
@@ -377,6 +405,8 @@ class MaskedLoraLayer:
             return _ADAPTER_TYPE, None
         if has_hooks(base, a, b, dropout):
             return _HOOKS, None
+        if under_transform():
+            return _TRANSFORM, None
         weight, lora_a = _weight(base), _weight(a)
         if _is_sharded(weight) or _is_sharded(lora_a):
             return SHARDED, None

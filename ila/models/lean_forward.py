@@ -25,6 +25,7 @@ from ila.data.contracts import IGNORED
 from ila.models.lean_families import logit_map, output_class
 from ila.models.lean_paths import cross_entropy_sum
 from ila.models.recomputation import has_hooks
+from ila.models.transforms import under_transform
 
 # The method by which DataParallel copies a module for each of its devices. Lean models have one of
 # their own, and are known by it.
@@ -117,6 +118,8 @@ def why_plain(model: PreTrainedModel, gathered: bool = False) -> str | None:
     """
     if not is_lean(model):
         return "the lean head was undone"
+    if under_transform():
+        return "a transform of torch.func runs here"
     if getattr(model.config, "return_dict", True) is False:
         return "its configuration asks for tuples"
     if model.loss_function is not ForCausalLMLoss:

@@ -35,6 +35,7 @@ from ila.models.mlp_probe import same_numbers
 from ila.models.recomputation import Seen, has_hooks
 from ila.models.same_code import same_code
 from ila.models.shared_input import sharing
+from ila.models.transforms import under_transform
 from ila_kernels import swiglu_product
 
 LEAN, KEEPS_H, PLAIN = "lean", "keeps h", "plain"
@@ -75,7 +76,9 @@ class LeanMLP(Swapped):
         def forward(self: nn.Module, x: Tensor) -> Tensor:
             """Run the computation of the plain class."""
             activation = activation_of(self)
-            return plain.forward(self, x) if activation is None else _lean(self, x, activation)
+            if activation is None or under_transform():
+                return plain.forward(self, x)
+            return _lean(self, x, activation)
 
         return forward
 

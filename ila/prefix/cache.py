@@ -10,8 +10,9 @@ remaining blocks on them, so that forward skips the prefix as backward does:
 The cache is exact to the rounding of the states' dtype: batches hold rows of like length, and a
 GEMM rounds by the shape of its batch, as it does between two shuffles of the same data. The states
 of a row do not depend on the other rows of its batch, the order of the data or the seed.
-``PrefixCache.prepare`` refuses a model for which the cache would not be exact. It also checks that
-the remaining blocks need the states alone: on the first rows the logits must be the same bits.
+``PrefixCache.prepare`` refuses a model for which the cache would not be exact, and rows that are
+more than their tokens (``position_ids``, hidden tokens). It also checks that the remaining blocks
+need the states alone: on the first rows the logits must be the same bits.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 from ila.data.contracts import Collate, Dataset
 from ila.models.blocks import AFTER_BLOCKS, Blocks, find_blocks
-from ila.prefix.batches import CachedCollator, NumberedRows
+from ila.prefix.batches import CachedCollator, NumberedRows, whole_batch
 from ila.prefix.frozen_prefix import Prefix, Whole, skipping
 from ila.prefix.state_file import CacheError, States, open_states, write_states
 from ila.runs.processes import on_main_process
@@ -94,11 +95,11 @@ class PrefixCache:
                 the prefix computes at random (dropout, NEFTune) or looks at the other rows of a
                 batch (LLM.int8() on a GPU), or the blocks need more than hidden states. If the
                 model is sharded already. If the states would exceed the limit or the disk. If a
-                row is empty.
+                row is empty, or a batch of first rows holds more than tokens, mask and labels.
         """
         begin = time.perf_counter()
         builder = _Builder(model, autocast, folder / "states", batch_size, limit_bytes, progress)
-        source = on_main_process(lambda: builder.ensure(dataset))
+        source = on_main_process(lambda: builder.ensure(dataset, collator))
         states = builder.opened
         if states is None:
             states = open_states(builder.place, source)
@@ -147,10 +148,13 @@ class _Builder:
     opened: States | None = None
     built: str | None = None
 
-    def ensure(self, dataset: Dataset) -> dict[str, Any]:
+    def ensure(self, dataset: Dataset, collator: Collate) -> dict[str, Any]:
         """Make the folder hold the states; return their source."""
         prefix = Prefix.of(self.model, self.autocast)
-        rows = _tokens(dataset)
+        rows, kinds = _read(dataset)
+        with torch.random.fork_rng([]):
+            for numbers in (range(min(self.batch_size, len(rows))), *([kind] for kind in kinds)):
+                whole_batch(collator, [dataset[i] for i in numbers], numbers)
         width, dtype = prefix.check_exact(_tried(rows))
         source = _source(prefix.blocks, prefix.depth, rows, dtype, self.batch_size)
         try:
@@ -164,12 +168,18 @@ class _Builder:
         return source
 
 
-def _tokens(dataset: Dataset) -> list[Tensor]:
-    rows = [torch.as_tensor(dataset[i]["input_ids"]) for i in range(len(dataset))]
-    empty = next((i for i, ids in enumerate(rows) if len(ids) == 0), None)
-    if empty is not None:
-        raise ValueError(f"dataset rows must hold at least one token, row {empty} has none")
-    return rows
+def _read(dataset: Dataset) -> tuple[list[Tensor], list[int]]:
+    """Return the tokens of all rows, and the first row of each kind: its columns, hidden tokens."""
+    tokens, kinds = [], {}
+    for number in range(len(dataset)):
+        row = dataset[number]
+        ids = torch.as_tensor(row["input_ids"])
+        if len(ids) == 0:
+            raise ValueError(f"dataset rows must hold at least one token, row {number} has none")
+        tokens.append(ids)
+        hides = "attention_mask" in row and not torch.as_tensor(row["attention_mask"]).all()
+        kinds.setdefault((frozenset(row), hides), number)
+    return tokens, list(kinds.values())
 
 
 def _tried(rows: Sequence[Tensor]) -> list[Tensor]:

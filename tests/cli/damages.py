@@ -79,7 +79,9 @@ def _changed(text: str, kind: str, choice: int, odd: Any) -> str:
         inside[f"{key}x"] = inside.pop(key)
     else:
         inside[key] = [inside[key]]
-    return json.dumps(root[0]) if root else ""
+    changed = json.dumps(root[0]) if root else ""
+    # Another layout of the same values is no damage.
+    return text if changed == json.dumps(json.loads(text)) else changed
 
 
 def _places(value: Any) -> Any:

@@ -1,8 +1,9 @@
 """Damaged files of every kind: exit 0 or 2, at most three lines on stderr, nothing lost.
 
-`pytest --hypothesis-profile thorough` damages more than 2,000.
+`pytest --hypothesis-profile thorough` damages more than 2,000. The last test counts them.
 """
 
+import hashlib
 import resource
 import shutil
 import tempfile
@@ -10,15 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, assume, given, settings
 
 from tests.cli.damages import byte_damages, json_damages
 from tests.cli.whole_files import LEARN, TRAIN, make_all
 
-# 2 for each file in an ordinary run; 30, other ones each time, in a thorough one.
+# 2 for each file in an ordinary run; 32, other ones each time, in a thorough one.
 # Each is a whole command, so that to look for a smaller damage would take minutes.
+THOROUGH = settings.default.max_examples > 100
 EXAMPLES = settings(
-    max_examples=30 if settings.default.max_examples > 100 else 2,
+    max_examples=32 if THOROUGH else 2,
     phases=(Phase.explicit, Phase.generate),
 )
 
@@ -91,18 +93,26 @@ READERS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+# (reader, digest) of every damaged file that a command has read.
+READ: set[tuple[str, bytes]] = set()
+
+
 def files_of(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 def check(ila, whole: Path, reader: str, damage) -> None:
     file = reader.strip()
+    content = (whole / file).read_bytes()
+    damaged = damage(content)
+    assume(damaged != content)
     with tempfile.TemporaryDirectory() as folder:
         here = Path(shutil.copytree(whole, Path(folder) / "here"))
-        (here / file).write_bytes(damage((whole / file).read_bytes()))
-        before, begin = files_of(here), time.monotonic()
+        (here / file).write_bytes(damaged)
+        before, begin = files_of(here), time.process_time()
         answer = ila(*(text.format(here=here, there=whole) for text in READERS[reader]))
-        assert time.monotonic() - begin < 30
+        READ.add((reader, hashlib.sha256(damaged).digest()))
+        assert time.process_time() - begin < 30  # of this process: a busy machine is no failure
         # A bar that is drawn over itself is one line.
         lines = [line.rpartition("\r")[2] for line in answer.err.split("\n") if line.strip()]
         assert answer.code in (0, 2) and "Traceback" not in answer.err, answer.err[-4000:]
@@ -125,7 +135,10 @@ def test_damaged_bytes(reader, ila, whole):
     damaged()
 
 
-@pytest.mark.parametrize("reader", [name for name in READERS if ".json" in name])
+DOCUMENTS = [name for name in READERS if ".json" in name]
+
+
+@pytest.mark.parametrize("reader", DOCUMENTS)
 def test_damaged_values(reader, ila, whole):
     @EXAMPLES
     @given(json_damages())
@@ -133,3 +146,16 @@ def test_damaged_values(reader, ila, whole):
         check(ila, whole, reader, damage)
 
     damaged()
+
+
+def test_every_reader_had_its_share_of_different_damages(request, capsys):
+    ran = {item.name for item in request.session.items}
+    bytewise = [name for name in READERS if f"test_damaged_bytes[{name}]" in ran]
+    documents = [name for name in DOCUMENTS if f"test_damaged_values[{name}]" in ran]
+    tests = len(bytewise) + len(documents)
+    with capsys.disabled():
+        print(f"\n{len(READ)} different damaged files in {tests} tests")
+    assert {reader for reader, _ in READ} == {*bytewise, *documents}
+    # Hypothesis may draw one damage twice, of a short file above all.
+    if THOROUGH and tests == len(READERS) + len(DOCUMENTS):
+        assert len(READ) > 2000

@@ -246,3 +246,31 @@ def test_a_row_of_two_hundred_turns_takes_no_time(build):
         encode([row], tokenizer, max_length=1024, progress=False)
         seconds.append(time.perf_counter() - begin)
     assert min(seconds) < 0.3
+
+
+# ---- what the guide says of templates
+
+
+NO_END = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def test_a_template_without_an_end_of_turn_trains_no_end(build, trained_on):
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    assert [text.strip() for text in trained_on(row, build(NO_END))] == ["b", "d"]
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Rome"}, '{"city": "Rome"}'])
+def test_arguments_as_json_text_are_encoded_once(arguments, build, trained_on):
+    call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+    row = {
+        "messages": [
+            {"role": "user", "content": "where?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+    }
+    (text,) = trained_on(row, build("chatml"))
+    assert '<tool_call>look {"city": "Rome"}</tool_call>' in text

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import ila
@@ -93,3 +94,68 @@ def test_an_embedding_that_changed_is_saved_beside_its_adapter(tiny, tmp_path, t
         embedding = model.get_base_model().model.embed_tokens.weight
         plain.get_base_model().model.embed_tokens.weight.data.copy_(embedding)
     torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-10, atol=1e-10)
+
+
+# --- a vocabulary that grew
+
+
+def grown(folder, rows=None):
+    """The base of a folder with six more tokens, whose rows are drawn, or all alike."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    base.resize_token_embeddings(70, mean_resizing=False)
+    with torch.no_grad():
+        for at, layer in enumerate((base.get_input_embeddings(), base.get_output_embeddings())):
+            torch.manual_seed(at)
+            layer.weight[64:] = torch.randn(6, 32).double() if rows is None else rows
+    return base
+
+
+def saved_by_peft(tiny, base, targets, folder):
+    """What PEFT saves of an adapter of these layers alone, without its own tensors."""
+    tiny.plain(tiny.config(target_modules=targets), base).save_pretrained(folder)
+    return {name for name in load_file(folder / "adapter_model.safetensors") if "lora_" not in name}
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("closed", ["lm_head", "up_proj"])
+def test_a_head_beside_an_adapter_whose_vocabulary_grew(tiny, tmp_path, tied, closed):
+    """Closed, it is saved under the name of a head without an adapter, as PEFT finds it."""
+    tiny.base(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    targets = ["q_proj", "up_proj", "lm_head"]
+    model = tiny.attached(tiny.config(target_modules=targets), grown(tmp_path / "base")).eval()
+    ila.apply_mask(model, tiny.mask(model, lambda at, name: name.endswith(closed)))
+    ids = 60 + tiny.tokens() % 10
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path / "ours")
+    weights = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    beside = {name for name in weights if "lora_" not in name}
+    left = [name for name in targets if name != closed]
+    assert beside == saved_by_peft(tiny, grown(tmp_path / "base"), left, tmp_path / "peft")
+    # The embedding comes back where PEFT saves it too: beside a head that has no adapter.
+    other = grown(tmp_path / "base", rows=0.0 if closed == "lm_head" else None)
+    again = tiny.loaded(other, tmp_path / "ours")
+    torch.testing.assert_close(again(ids).logits, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_the_state_of_a_head_is_loaded_under_either_name(tiny, closed):
+    base = tiny.base()
+    model = tiny.attached(tiny.config(target_modules=["q_proj", "lm_head"]), base)
+    if closed:
+        ila.apply_mask(model, tiny.mask(model, lambda at, name: name.endswith("lm_head")))
+    head = "base_model.model.lm_head"
+    for name in (f"{head}.weight", f"{head}.base_layer.weight"):
+        state = {n: torch.zeros_like(t) for n, t in model.state_dict().items()}
+        state.pop(f"{head}.weight" if closed else f"{head}.base_layer.weight")
+        state[name] = torch.full_like(base.lm_head.weight, 2.0)
+        if not closed and name == f"{head}.weight":
+            with pytest.raises(RuntimeError, match="Unexpected key"):
+                model.load_state_dict(state)
+            continue
+        model.load_state_dict(state)
+        assert (model.get_submodule(head).base_layer.weight == 2.0).all()
+        assert (f"{head}.weight" in model.state_dict()) == closed
+        with torch.no_grad():
+            model.get_submodule(head).base_layer.weight.zero_()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification
 
 import ila
 
@@ -145,3 +146,76 @@ def test_closed_layers_stay_closed_and_open_ones_learn(build, method, tmp_path):
     changed = {n for n, value in before.items() if not model.get_parameter(n).equal(value)}
     assert changed == {n for n in before if "lora_" in n}
     assert {n.split(".lora_")[0] for n in changed} == set(mask.open)
+
+
+def reward(model, tokenizer, folder, peft_config=None, convert=False) -> list[float]:
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    rows = [{"chosen": words(i, 8), "rejected": words(i, 3)} for i in range(8)]
+    trainer = RewardTrainer(
+        model,
+        args=RewardConfig(**options(folder), max_length=32),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    return losses(trainer, convert)
+
+
+def reward_base(folder):
+    torch.manual_seed(2)
+    return LlamaForSequenceClassification.from_pretrained(folder, num_labels=1)
+
+
+# TRL trains the head too: it names it in modules_to_save, or wants the user to.
+REWARD = {"r": 4, "lora_alpha": 8, "task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+
+
+@pytest.mark.parametrize("make", [attached, converted])
+def test_a_reward_model_learns_as_with_pefts_layers(make, tiny_model_folder, tmp_path):
+    found, saved = [], []
+    for one in (get_peft_model, make):
+        base, tokenizer = (
+            reward_base(tiny_model_folder),
+            AutoTokenizer.from_pretrained(tiny_model_folder),
+        )
+        torch.manual_seed(3)
+        model = one(base, LoraConfig(**REWARD, target_modules="all-linear"))
+        found.append(reward(model, tokenizer, tmp_path / one.__name__))
+        model.save_pretrained(tmp_path / one.__name__)
+        saved.append(load_file(tmp_path / one.__name__ / "adapter_model.safetensors"))
+    assert set(ila.explain(model).paths()) == {"eager"}
+    expected, actual = found
+    assert len(actual) == STEPS and expected[-1] < expected[0] - 0.05
+    assert actual == pytest.approx(expected, rel=1e-5, abs=0)
+    assert set(saved[0]) == set(saved[1]) and any("score" in name for name in saved[0])
+    for name, value in saved[0].items():
+        torch.testing.assert_close(saved[1][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_reward_adapter_that_trl_makes_is_converted_before_training(tiny_model_folder, tmp_path):
+    found = []
+    for convert in (False, True):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+        config = LoraConfig(**REWARD, target_modules="all-linear")
+        torch.manual_seed(4)
+        base = reward_base(tiny_model_folder)
+        found.append(reward(base, tokenizer, tmp_path, config, convert))
+    expected, actual = found
+    assert len(actual) == STEPS and expected[-1] < expected[0] - 0.05
+    assert actual == pytest.approx(expected, rel=1e-5, abs=0)
+
+
+def test_a_reward_model_with_closed_layers(tiny_model_folder, tmp_path):
+    torch.manual_seed(3)
+    model = ila.attach(
+        reward_base(tiny_model_folder), LoraConfig(**REWARD, target_modules="all-linear")
+    )
+    names = [row.module for row in ila.explain(model)]
+    ila.apply_mask(model, ila.LayerMask({name: float(i) for i, name in enumerate(names)}).top(0.3))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    reward(model, AutoTokenizer.from_pretrained(tiny_model_folder), tmp_path)
+    changed = {n for n, value in before.items() if not model.get_parameter(n).equal(value)}
+    trained = {n for n in before if "lora_" in n or "modules_to_save" in n}
+    assert changed == trained and any("score" in name for name in changed)

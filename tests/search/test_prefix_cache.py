@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from ila.models.edit import masked_layers
 from ila.prefix.cache import PrefixCache
 from ila.prefix.state_file import CacheError, open_states, write_states
 from ila.training.config import TrainConfig
+from ila.training.loop import default_collator
 from ila.training.train import train
 
 
@@ -348,10 +350,53 @@ def loud(rows):
     ],
 )
 def test_a_collator_that_does_more_than_pad_is_refused(collator, match, make_llama, tmp_path):
-    rows = ragged()
-    cache = prepare(opened(make_llama()), rows, tmp_path, collator)
+    model = opened(make_llama())
     with pytest.raises(ValueError, match=match):
-        cache.collator([cache.dataset[i] for i in range(4)])
+        prepare(model, ragged(), tmp_path, collator)
+    assert not list(tmp_path.iterdir())
+    # One that does so later is refused when its batch comes up.
+    cache = prepare(model, ragged(), tmp_path)
+    late = replace(cache.collator, inner=collator)
+    with pytest.raises(ValueError, match=match):
+        late([cache.dataset[i] for i in range(4)])
+
+
+def with_positions(row):
+    return {**row, "position_ids": [*range(len(row["input_ids"]))]}
+
+
+def with_hidden_tokens(row):
+    mask = [0] + [1] * (len(row["input_ids"]) - 1)
+    return {**row, "attention_mask": mask, "labels": [-100, *row["labels"][1:]]}
+
+
+def packed(row):
+    half = len(row["input_ids"]) // 2
+    rest = len(row["input_ids"]) - half
+    return {**row, "position_ids": [*range(half), *range(rest)]}
+
+
+@pytest.mark.parametrize("place", [0, 5, -1])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (with_positions, r"does not know what \['position_ids'\]"),
+        (packed, r"does not know what \['position_ids'\]"),
+        (with_hidden_tokens, r"changed row \d+, or attention_mask holds 0 in that row"),
+    ],
+)
+def test_rows_that_are_more_than_tokens_are_refused_before_a_state(
+    change, match, place, make_llama, tmp_path
+):
+    """All rows if the place is the first; else one row, also beyond the first batch."""
+    rows = ragged()
+    assert len(rows) > 8
+    rows = [change(row) if place == 0 or row is rows[place] else row for row in rows]
+    model = opened(make_llama())
+    runs = Runs(model)
+    with pytest.raises(ValueError, match=match):
+        prepare(model, rows, tmp_path, default_collator(model))
+    assert runs.counts == [0, 0] and not list(tmp_path.iterdir())
 
 
 def test_data_that_changes_is_refused_when_it_comes_up(make_llama, tmp_path):
