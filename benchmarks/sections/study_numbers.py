@@ -48,6 +48,7 @@ class Study:
     Attributes:
         name: Name of the model.
         layers: Module names in the model's order.
+        sizes: Adapter parameters of each layer.
         masks: (data, seed, method) -> scores and folds, at the options that came first.
         losses: (data, seed) -> held-out loss before any training.
         trained: (data, seed, method, cut, share) -> result; ``ALL`` has cut "" and share 1.
@@ -62,6 +63,7 @@ class Study:
         self.key = by["mask"][0][0]
         self.name = self.key["model"]
         self.layers = by["layers"][0][1]["names"]
+        self.sizes = by["layers"][0][1]["parameters"]
         self.agreements = by["agreement"]
         self.losses = {_place(key): result["held_out_loss"] for key, result in by["base"]}
         self.stage1 = {_place(key): result for key, result in by["stage1"]}
