@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PINS := $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-emulated report check bench clean
+.PHONY: help demo test test-emulated report check bench gpu-day clean
 .DELETE_ON_ERROR:
 
 help: ## list the verbs
@@ -48,6 +48,10 @@ check: $(VENV)/.check ## lint, formatting, import order: nothing that needs torc
 
 bench: $(VENV)/.test ## run the benchmarks
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+# A GPU of somebody else for ten minutes: every step has its limit, and the whole of it a deadline.
+gpu-day: $(VENV)/.test ## measure all that needs a GPU, in nine minutes: make gpu-day ARGS="--minutes 5"
+	$(BIN)/python -m benchmarks.gpu_day $(ARGS)
 
 clean: ## remove everything the other verbs built; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache

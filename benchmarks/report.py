@@ -26,7 +26,11 @@ from ila.runs.atomic import write_bytes_atomic, write_text_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-PAGES = {"benchmarks": "docs/benchmarks.md", "study": "docs/study.md"}
+PAGES = {
+    "benchmarks": "docs/benchmarks.md",
+    "study": "docs/study.md",
+    "how-it-works": "docs/how-it-works.md",
+}
 README, FIGURES = "README.md", "docs/figures"
 SUFFIXES = (".png", ".svg")
 COMMAND = "python -m benchmarks.report"

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks.harness.session import Options
-from benchmarks.model.cell import TRITON, ModelCell
-from benchmarks.model.contestants import FUSED_LOSS, Spec
+from benchmarks.model.cell import ModelCell
+from benchmarks.model.contestants import FUSED_LOSS, KERNELS, Spec
 
 RESULT = "model"
 SHARES = (0.75, 0.3, 0.1)
@@ -36,7 +36,7 @@ def specs(options: Options) -> Iterator[Spec]:
     """Every contestant."""
     yield from (Spec("PEFT"), Spec("PEFT, base dtype"), Spec("PEFT, dropout"), Spec("addmm"))
     yield Spec(FUSED_LOSS)
-    kinds = ("ours", TRITON) if options.device.type == "cuda" else ("ours",)
+    kinds = tuple(KERNELS) if options.device.type == "cuda" else ("ours",)
     if options.size == "full":
         yield Spec("PEFT, compiled")
     yield from (Spec(kind) for kind in (*kinds, "frozen"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -13,9 +13,18 @@ from rich.text import Text
 
 from ila.boundary import bug_report, described
 from ila.commands import options
-
-if TYPE_CHECKING:
-    from ila.search.selection import Selection
+from ila.commands.option_tables import (
+    EXPLAIN,
+    INPUTS,
+    MEASURE,
+    RUN,
+    SEARCH,
+    SELECT,
+    TRAIN,
+    TRAINER,
+    TUNE,
+    takes,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,94 +37,34 @@ screen = Console(markup=False)
 
 
 @app.command()
-def learn(
-    context: typer.Context,
-    model: options.Model,
-    data: options.Data,
-    out: options.Out,
-    full: options.Full = False,
-    method: options.Method = "path",
-    stage1_steps: options.Stage1Steps = 400,
-    epsilon: options.Epsilon = 0.01,
-    stability_window: options.StabilityWindow = 50,
-    stage2_steps: options.Stage2Steps = 128,
-    score_init: options.ScoreInit = 4.0,
-    score_learning_rate: options.ScoreLearningRate = 1e-2,
-    gguf_file: options.GgufFile = None,
-    split: options.Split = "train",
-    limit: options.Limit = None,
-    held_out: options.HeldOut = 0.1,
-    max_length: options.MaxLength = 1024,
-    dtype: options.Dtype = "auto",
-    load_in: options.LoadIn = None,
-    rank: options.Rank = 8,
-    alpha: options.Alpha = 16.0,
-    dropout: options.Dropout = 0.0,
-    target_modules: options.Targets = "all-linear",
-    batch_size: options.BatchSize = 8,
-    gradient_accumulation: options.Accumulate = 1,
-    group_by_length: options.ByLength = False,
-    learning_rate: options.LearningRate = None,
-    seed: options.Seed = 0,
-    save_every: options.SaveEvery = 50,
-    resume: options.Resume = False,
-    trust_remote_code: options.Trust = False,
-) -> None:
+@takes(INPUTS, RUN, SEARCH, TRAINER)
+def learn(context: typer.Context, **given: Any) -> None:
     """Learn how much each linear layer matters for a data set."""
-    from ila.commands.inputs import Inputs
     from ila.commands.learn import learn as run
+    from ila.commands.settings import search_settings
     from ila.reports.texts import search_text
-    from ila.search.learn import SearchConfig
 
-    usual = _usual_rate(context, full)
-    inputs = Inputs(
-        model=model,
-        data=data,
-        gguf_file=gguf_file,
-        split=split,
-        limit=limit,
-        held_out=held_out,
-        max_length=max_length,
-        dtype=dtype,
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        target_modules=target_modules,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-        load_in=load_in,
-    )
     _leave_the_screen()
-    config = SearchConfig(
-        method=method,
-        stage1_steps=stage1_steps,
-        epsilon=epsilon,
-        stability_window=stability_window,
-        learning_rate=usual if learning_rate is None else learning_rate,
-        stage2_steps=stage2_steps,
-        score_init=score_init,
-        score_learning_rate=score_learning_rate,
-        batch_size=batch_size,
-        save_every=save_every or None,
-        training_args=_trainer(gradient_accumulation, group_by_length),
+    config, inputs, written = search_settings(context, given)
+    mask, data_note = run(
+        inputs, config, given["out"], full=given["full"], resume=given["resume"], written=written
     )
-    mask, data_note = run(inputs, config, out, full=full, resume=resume)
     screen.print(data_note, highlight=False)
     screen.print(search_text(mask), highlight=False)
+    out = given["out"]
     screen.print(f"Mask and heat map in {out}; next: ila select {out} --top 0.3", soft_wrap=True)
 
 
 @app.command()
+@takes(SELECT)
 def select(
-    run: options.LearnedRun,
-    top: options.Top = None,
-    freeze: options.Freeze = None,
-    budget: options.Budget = None,
-    speed: options.Speed = None,
-    model: options.CountedModel = None,
-    batch_size: options.CountedRows = None,
-    max_length: options.CountedLength = None,
-    out: options.MaskOut = None,
+    context: typer.Context,
+    run: Path,
+    top: float | None,
+    freeze: float | None,
+    budget: str | None,
+    out: Path | None,
+    **counted: Any,
 ) -> None:
     """Choose the layers to train from a learned mask: a share, or the best set for a budget.
 
@@ -128,55 +77,27 @@ def select(
     if budget is not None and top is None and freeze is None:
         from ila.commands.select_budget import StepSizes, select_within
 
-        step = StepSizes(model, batch_size, max_length)
-        selected = select_within(run, budget, speed=speed, step=step, out=out)
+        step = StepSizes(counted["model"], counted["batch_size"], counted["max_length"])
+        selected = select_within(run, budget, speed=counted["speed"], step=step, out=out)
         screen.print(selected.text(), soft_wrap=True, highlight=False)
         return
     if budget is not None:
         raise ValueError("give exactly one of --top, --freeze and --budget")
-    of_budgets = {
-        "--speed": speed,
-        "--model": model,
-        "--batch-size": batch_size,
-        "--max-length": max_length,
-    }
-    for name, value in of_budgets.items():
-        if value is not None:
-            raise ValueError(f"{name} does nothing without --budget")
+    for name in ("speed", "model", "batch_size", "max_length"):
+        if counted[name] is not None:
+            raise ValueError(f"--{name.replace('_', '-')} does nothing without --budget")
     mask, path = select_share.select(run, top=top, freeze=freeze, out=out)
     screen.print(f"{len(mask.open)} of {len(mask)} layers open: {path}", soft_wrap=True)
 
 
 @app.command()
-def measure(
-    model: options.Model,
-    out: options.RatesOut,
-    batch_size: options.BatchSize = 8,
-    max_length: options.RowLength = 1024,
-    rounds: options.Rounds = 5,
-    gguf_file: options.GgufFile = None,
-    dtype: options.Dtype = "auto",
-    load_in: options.LoadIn = None,
-    rank: options.Rank = 8,
-    dropout: options.Dropout = 0.0,
-    trust_remote_code: options.Trust = False,
-) -> None:
+@takes(MEASURE)
+def measure(context: typer.Context, out: Path, batch_size: int, rounds: int, **given: Any) -> None:
     """Time training steps here under a dozen masks, for `ila select --budget time=…`."""
     from ila.commands.inputs import Inputs
     from ila.commands.measure import measure as run
 
-    inputs = Inputs(
-        model,
-        data="",
-        gguf_file=gguf_file,
-        dtype=dtype,
-        load_in=load_in,
-        rank=rank,
-        dropout=dropout,
-        max_length=max_length,
-        trust_remote_code=trust_remote_code,
-    )
-    speed = run(inputs, out, rows=batch_size, rounds=rounds)
+    speed = run(Inputs(data="", **given), out, rows=batch_size, rounds=rounds)
     whole = speed.measured["steps"]["all layers"]["measured_ms"]
     screen.print(
         f"All layers: {whole:.1f} ms a step, of which {speed.fixed_ms / whole:.0%} no mask saves; "
@@ -188,127 +109,29 @@ def measure(
 
 
 @app.command()
-def train(
-    context: typer.Context,
-    model: options.Model,
-    data: options.Data,
-    out: options.Out,
-    mask: options.MaskFile = None,
-    select_at: options.SelectAt = None,
-    top: options.Top = None,
-    freeze: options.Freeze = None,
-    blocks: options.LastBlocks = None,
-    budget: options.Budget = None,
-    speed: options.Speed = None,
-    score: options.Score = "gate_gradient",
-    closed: options.Closed = None,
-    start: options.StartFrom = None,
-    full: options.Full = False,
-    steps: options.Steps = 400,
-    cache_prefix: options.CachePrefix = False,
-    cache_folder: options.CacheFolder = None,
-    cache_limit_gib: options.CacheLimit = 20.0,
-    gguf_file: options.GgufFile = None,
-    split: options.Split = "train",
-    limit: options.Limit = None,
-    held_out: options.HeldOut = 0.1,
-    max_length: options.MaxLength = 1024,
-    dtype: options.Dtype = "auto",
-    load_in: options.LoadIn = None,
-    rank: options.Rank = 8,
-    alpha: options.Alpha = 16.0,
-    dropout: options.Dropout = 0.0,
-    target_modules: options.Targets = "all-linear",
-    batch_size: options.BatchSize = 8,
-    gradient_accumulation: options.Accumulate = 1,
-    group_by_length: options.ByLength = False,
-    learning_rate: options.LearningRate = None,
-    seed: options.Seed = 0,
-    save_every: options.SaveEvery = 50,
-    resume: options.Resume = False,
-    trust_remote_code: options.Trust = False,
-) -> None:
+@takes(INPUTS, RUN, TRAIN, TRAINER)
+def train(context: typer.Context, **given: Any) -> None:
     """Train the open layers of a mask: into a plain PEFT adapter, or their own weights.
 
     With --select-at, search, selection and training are one run: all layers train at first, then
     the layers that --top, --freeze, --blocks or --budget leave open, with the same schedule.
     """
-    from ila.commands.inputs import Inputs
+    from ila.commands.settings import train_settings
     from ila.reports.tables import runs_table
-    from ila.training.config import TrainConfig
 
-    selection = _selection(
-        select_at,
-        mask,
-        full,
-        closed or "keep",
-        score,
-        top=top,
-        freeze=freeze,
-        blocks=blocks,
-        budget=budget,
-        speed=speed,
-    )
-    usual = _usual_rate(context, full)
-    if start is not None and (full or selection is not None):
-        raise ValueError("--from goes on from an adapter with --mask; it does nothing here")
-    if closed is not None and selection is None and (mask is None or full):
-        raise ValueError("--closed says how layers close; give --mask or --select-at")
-    if learning_rate is None and mask is not None and not full and start is None:
-        usual = _rate_for(mask)
-    inputs = Inputs(
-        model=model,
-        data=data,
-        gguf_file=gguf_file,
-        split=split,
-        limit=limit,
-        held_out=held_out,
-        max_length=max_length,
-        dtype=dtype,
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        target_modules=target_modules,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-        load_in=load_in,
-    )
     _leave_the_screen()
-    if cache_folder is not None and not cache_prefix:
-        raise ValueError("--cache-folder says where --cache-prefix keeps its file; give both")
-    config = TrainConfig(
-        steps=steps,
-        learning_rate=usual if learning_rate is None else learning_rate,
-        batch_size=batch_size,
-        save_every=save_every or None,
-        cache_prefix=cache_prefix if cache_folder is None else str(cache_folder),
-        cache_limit_gib=cache_limit_gib,
-        training_args=_trainer(gradient_accumulation, group_by_length),
-    )
-    if selection is not None:
-        from ila.commands.train_once import train_once
-
-        metrics, data_note = train_once(inputs, config, selection, out, resume=resume)
-    else:
-        from ila.commands.train import train_selected
-
-        metrics, data_note = train_selected(
-            inputs,
-            config,
-            out,
-            mask_file=mask,
-            closed=closed or ("drop" if start is None else "keep"),
-            start=start,
-            full=full,
-            resume=resume,
-        )
+    settings = train_settings(context, given)
+    if settings.note:
+        screen.print(settings.note, soft_wrap=True, highlight=False)
+    metrics, data_note = settings.run()
     screen.print(data_note, highlight=False)
     screen.print(runs_table([metrics]))
-    if selection is not None:
+    if settings.selection is not None:
         from ila.reports.phases import phases_text
 
         screen.print(phases_text(metrics), soft_wrap=True, highlight=False)
-    if full:
+    out = given["out"]
+    if given["full"]:
         note = f"Changed weights in {out}; ila export {out} --merge --out FOLDER writes the model"
     else:
         note = f"Adapter in {out}; PeftModel.from_pretrained(base, {str(out)!r}) loads it"
@@ -316,20 +139,14 @@ def train(
 
 
 @app.command()
+@takes(EXPLAIN)
 def explain(
-    model: options.Model,
-    mask: options.MaskFile = None,
-    tokens: options.Tokens = 4096,
-    gguf_file: options.GgufFile = None,
-    dtype: options.Dtype = "auto",
-    load_in: options.LoadIn = None,
-    rank: options.Rank = 8,
-    alpha: options.Alpha = 16.0,
-    dropout: options.Dropout = 0.0,
-    target_modules: options.Targets = "all-linear",
-    long: options.All = False,
-    json_file: options.JsonFile = None,
-    trust_remote_code: options.Trust = False,
+    context: typer.Context,
+    mask: Path | None,
+    tokens: int,
+    long: bool,
+    json_file: Path | None,
+    **given: Any,
 ) -> None:
     """Show the path of each layer, whether it is in the frozen prefix, and the bytes it keeps.
 
@@ -340,34 +157,15 @@ def explain(
     from ila.reports.explained import explained
     from ila.runs.atomic import write_json_atomic
 
-    inputs = Inputs(
-        model,
-        data="",
-        gguf_file=gguf_file,
-        dtype=dtype,
-        load_in=load_in,
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        target_modules=target_modules,
-        trust_remote_code=trust_remote_code,
-    )
-    explanation = explain_layers(inputs, tokens, mask_file=mask)
+    explanation = explain_layers(Inputs(data="", **given), tokens, mask_file=mask)
     screen.print(explanation.table() if long else explained(explanation))
     if json_file is not None:
         write_json_atomic(json_file, explanation.as_dict())
 
 
 @app.command()
-def tune(
-    model: options.Model,
-    tokens: options.Tokens = 8192,
-    rank: options.Rank = 16,
-    dtype: options.Dtype = "bfloat16",
-    dropout: options.Dropout = 0.0,
-    gguf_file: options.GgufFile = None,
-    trust_remote_code: options.Trust = False,
-) -> None:
+@takes(TUNE)
+def tune(context: typer.Context, model: str, **given: Any) -> None:
     """Measure on this machine's GPU which code of the op is fastest, and let `auto` choose by it.
 
     It takes seconds of GPU time, and once the time to compile the kernels. The verdicts go into the
@@ -380,16 +178,7 @@ def tune(
     if not torch.cuda.is_available():
         _complain("PyTorch sees no GPU here, so nothing was measured", led_by="error: ")
         raise typer.Exit(1)
-    tuned = run(
-        model,
-        tokens=tokens,
-        rank=rank,
-        dtype=dtype,
-        dropout=dropout,
-        gguf_file=gguf_file,
-        trust_remote_code=trust_remote_code,
-    )
-    screen.print(str(tuned), highlight=False)
+    screen.print(str(run(model, **given)), highlight=False)
 
 
 @app.command()
@@ -455,74 +244,6 @@ def _leave_the_screen() -> None:
     from ila.runs.processes import leave_the_screen_to_the_main_process
 
     screen.quiet = leave_the_screen_to_the_main_process()
-
-
-def _usual_rate(context: typer.Context, full: bool) -> float:
-    """Return the default learning rate; raise if --full meets an option of adapters."""
-    if full:
-        _refuse(context, ("rank", "alpha", "dropout", "load_in"), "--full trains no adapter")
-    from ila.training.rates import usual_rate
-
-    return usual_rate(full=full)
-
-
-def _rate_for(mask: Path) -> float:
-    """Return the learning rate for the layers that a mask opens; print an unusual one."""
-    from ila.masks.mask import LayerMask
-    from ila.training.rates import usual_rate
-
-    opened = LayerMask.load(mask)
-    rate = usual_rate(len(opened.open) / len(opened))
-    if rate != usual_rate():
-        screen.print(
-            f"Learning rate {rate:.3g}: with {len(opened.open)} of {len(opened)} layers open they "
-            f"want {rate / usual_rate():.2g} times the usual one; --learning-rate sets another",
-            soft_wrap=True,
-            highlight=False,
-        )
-    return rate
-
-
-def _selection(
-    at: float | None,
-    mask: Path | None,
-    full: bool,
-    closed: str,
-    score: str,
-    **choice: float | str | None,
-) -> Selection | None:
-    """Return the selection that the options describe; None without --select-at."""
-    if at is None:
-        given = [name for name, value in choice.items() if value is not None]
-        if given:
-            raise ValueError(f"--{given[0]} selects in the middle of a run; give --select-at too")
-        return None
-    if mask is not None or full:
-        other = "--full" if full else "--mask"
-        raise ValueError(f"--select-at selects layers of an adapter itself; leave out {other}")
-    from ila.price.choice import Choice
-    from ila.search.selection import Selection
-
-    when = int(at) if at >= 1 and at == int(at) else at
-    return Selection(Choice(**choice), when, closed, score)
-
-
-def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
-    """Raise if the user gave one of these options: it would do nothing."""
-    for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            raise ValueError(f"--{name.replace('_', '-')} does nothing here: {why}")
-
-
-def _trainer(steps: int, group_by_length: bool) -> dict[str, str | int | bool]:
-    """Return the options that ``TrainingArguments`` take."""
-    from ila.training.batches import by_length
-
-    if steps < 1:
-        raise ValueError(f"gradient_accumulation must be ≥ 1, got {steps}")
-    accumulation = {} if steps == 1 else {"gradient_accumulation_steps": steps}
-    return accumulation | (by_length() if group_by_length else {})
 
 
 def _distinct_names(runs: list[Path]) -> list[str]:

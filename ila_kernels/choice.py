@@ -12,13 +12,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ila_kernels.verdict import Verdicts, key_of
+from ila_kernels.verdict import Verdict, Verdicts, key_of
 
 TRITON_DTYPES = ("bfloat16", "float16", "float32")
-# Measurements of GPUs that we had. Empty: none has been measured, so `auto` stays on the library's
-# GEMMs on a machine that was not tuned.
-NONE = Verdicts()
-SHIPPED = NONE
+# Measurements of GPUs that we had: the `rows` that `make gpu-day` writes. Empty: none has been
+# measured, so `auto` stays on the library's GEMMs on a machine that was not tuned.
+MEASURED: tuple[Verdict, ...] = ()
+NONE, SHIPPED = Verdicts(), Verdicts(MEASURED)
 
 
 class Call(NamedTuple):

@@ -10,34 +10,15 @@ that is as fast as the library's.
 
 from __future__ import annotations
 
-import torch
+from functools import partial
+
 from torch import Tensor
 
-from ila_kernels.eager import Grads, Needs
 from ila_kernels.group import Member
+from ila_kernels.kernels import linear
 from ila_kernels.kernels.launch import seed_number
-from ila_kernels.kernels.linear import check_dtype, parameter_grads
 from ila_kernels.kernels.lowrank_gemm import lowrank_gemm
-from ila_kernels.kernels.shrink import shrink
 from ila_kernels.products import update_first
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """x (M, K), W (N, K), A (R, K), B (N, R) -> y (M, N) and t (M, R), both in the dtype of x."""
-    check_dtype(x.dtype)
-    with torch.cuda.device(x.device):
-        (t,) = shrink(x, [lora_a], None if seed is None else [seed_number(seed)], dropout_p)
-        return update_first(x, weight.t(), t, lora_b.t(), scale, gate, bias), t
 
 
 def masked_update(
@@ -58,22 +39,5 @@ def input_grad(dy: Tensor, u: Tensor, m: Member, dropout_p: float) -> Tensor:
     return masked_update(dy, u, m, dropout_p).addmm_(dy, m.weight)
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate: Tensor | None,
-    t: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    needs: Needs,
-) -> Grads:
-    """Compute the wanted gradients of ``forward`` from dy (M, N)."""
-    saved = next((s for s in (x, weight, t) if s is not None), dy)
-    dy, m = dy.to(saved.dtype), Member(weight, lora_a, lora_b, gate, None, seed, scale, t, needs)
-    with torch.cuda.device(dy.device):
-        u, grads = parameter_grads(dy, x, m, dropout_p)
-        return grads._replace(x=input_grad(dy, u, m, dropout_p)) if needs.x else grads
+forward = partial(linear.forward, product=update_first)
+backward = partial(linear.backward, dx_of=input_grad)

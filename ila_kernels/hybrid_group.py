@@ -10,33 +10,28 @@ The two functions have the signatures of ``group``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ila_kernels.eager import Grads
 from ila_kernels.group import NO_GRADS, Member, add_base_grads, stacked
 from ila_kernels.hybrid import masked_update
-from ila_kernels.kernels.group import shrink_all
-from ila_kernels.kernels.linear import check_dtype, grads_of_a, parameter_grads
+from ila_kernels.kernels import group
+from ila_kernels.kernels.linear import grads_of_a, parameter_grads
 from ila_kernels.products import update_first
 
 
-def forward(
-    x: Tensor, members: Sequence[Member], dropout_p: float
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """x (M, K) -> every y (M, Nᵢ), and every t (M, Rᵢ), ``None`` for a closed member."""
-    check_dtype(x.dtype)
-    with torch.cuda.device(x.device):
-        ts = shrink_all(x, members, dropout_p)
-        ys = [
-            F.linear(x, m.weight, m.bias)
-            if t is None
-            else update_first(x, m.weight.t(), t, m.lora_b.t(), m.scale, m.gate, m.bias)
-            for m, t in zip(members, ts, strict=True)
-        ]
-    return ys, ts
+def _outputs(x: Tensor, members: Sequence[Member], ts: Sequence[Tensor]) -> list[Tensor]:
+    """x (M, K) and every t (M, Rᵢ) of open members -> every y (M, Nᵢ) in the dtype of x."""
+    return [
+        update_first(x, m.weight.t(), t, m.lora_b.t(), m.scale, m.gate, m.bias)
+        for m, t in zip(members, ts, strict=True)
+    ]
+
+
+forward = partial(group.forward, products=_outputs)
 
 
 def _lowrank_dx(

@@ -8,11 +8,13 @@ bare linear for R → 0, one dtype, no dropout, with dx, dA and dB wanted:
     frozen   x Wᵀ + bias                                  forward 0          backward 0
     peft     base + B(A(dropout(x)))·s                    M·K + 6·M·N        5·M·K + 4·M·N
     addmm    `ila_kernels.eager`                          M·K + 2·M·N        3·M·K + 2·M·N
+    hybrid   our thin kernels, then the library's GEMM    M·K + 2·M·N        3·M·K + M·N
     fused    one GEMM x Wᵀ + t Bᵀ, one read of dy         M·K                M·K + M·N
 
-Of several linears of one x the fused kernels read x twice: for every t, and for every output.
+Of several linears of one x the fused kernels read x twice: for every t, and for every output;
+hybrid reads it once for every t, and once for each output.
 
-R is small, but the fused kernels leave fp32 shares of their sums: u from every 256 columns of dy,
+R is small, but our kernels leave fp32 shares of their sums: u from every 256 columns of dy,
 dB and dA from every 256 to 1024 rows. At M = 8192, N = 4096, R = 16 the shares of u and dB add 38 %
 to the M·N of the one read of dy; sharing that read saves 100 %.
 
@@ -36,7 +38,9 @@ from ila_kernels.config import (
     shrink_shares,
 )
 
-CONTESTANTS: tuple[str, ...] = ("frozen", "peft", "addmm", "fused")
+CONTESTANTS: tuple[str, ...] = ("frozen", "peft", "addmm", "hybrid", "fused")
+# Those whose R-thin products are our kernels.
+_KERNELS = ("hybrid", "fused")
 PARAMETERS = frozenset({"x", "weight", "lora_a", "lora_b", "gate", "bias"})
 
 
@@ -89,8 +93,8 @@ def forward_cost(contestant: str, p: Problem) -> Cost:
         moved += (2 * a + 1) * mk if p.dropout else 0
     else:
         moved += e * (mk + 2 * mr) + a * rkn
-        addmm = contestant == "addmm"
-        moved += 2 * e * mn + p.masked_copy_bytes * mk if addmm else _shrink_shares(p, p.k)
+        moved += 2 * e * mn if contestant != "fused" else 0  # the update, before or after the GEMM
+        moved += _shrink_shares(p, p.k) if contestant in _KERNELS else p.masked_copy_bytes * mk
     return Cost(flops + 2 * p.m * rkn, moved)
 
 
@@ -108,8 +112,10 @@ def backward_cost(contestant: str, p: Problem, needs: AbstractSet[str]) -> Cost:
     makes_u = bool(needs & {"x", "lora_a", "gate"})
     flops += 2 * p.m * p.r * p.k * len(needs & {"x", "lora_a"})
     flops += 2 * p.m * p.r * p.n * (makes_u + ("lora_b" in needs))
-    extra = {"peft": _peft_extra, "addmm": _addmm_extra, "fused": _fused_extra}
-    return Cost(flops, moved + extra[contestant](p, needs))
+    if contestant == "hybrid" and "x" in needs:  # γα u A is written, and read by the GEMM
+        moved += 2 * p.base_bytes * mk
+    extra = {"peft": _peft_extra, "addmm": _addmm_extra}.get(contestant, _kernels_extra)
+    return Cost(flops, moved + extra(p, needs))
 
 
 def _peft_extra(p: Problem, needs: AbstractSet[str]) -> int:
@@ -138,7 +144,7 @@ def _addmm_extra(p: Problem, needs: AbstractSet[str]) -> int:
     return moved + (e * (mk + mr) + a * rk + p.masked_copy_bytes * mk if "lora_a" in needs else 0)
 
 
-def _fused_extra(p: Problem, needs: AbstractSet[str]) -> int:
+def _kernels_extra(p: Problem, needs: AbstractSet[str]) -> int:
     mk, mn, mr, rk, rn = p.m * p.k, p.m * p.n, p.m * p.r, p.r * p.k, p.r * p.n
     e, a, moved = p.base_bytes, p.adapter_bytes, 0
     makes_u = bool(needs & {"x", "lora_a", "gate"})
@@ -170,7 +176,7 @@ def group_forward_cost(contestant: str, members: Sequence[Problem]) -> Cost:
     register tile there, and a copy of x in library calls.
     """
     first, passes = members[0], len(members)
-    if contestant == "fused":
+    if contestant in _KERNELS:
         passes = -(-passes // ADAPTERS_PER_PASS)
     elif contestant == "addmm" and not first.dropout:
         passes = 1
@@ -186,16 +192,19 @@ def group_backward_cost(
 ) -> Cost:
     """Count one backward of several linears of one x that all want the gradients of ``needs``.
 
-    Ours accumulate one dx and read x once for every dA, addmm without dropout only.
+    Ours accumulate one dx and read x once for every dA, addmm without dropout only. Without dropout
+    the library writes γα u A of all members by one product.
     """
     first, more = members[0], len(members) - 1
     costs = [backward_cost(contestant, p, needs) for p in members]
     mk = first.base_bytes * first.m * first.k * more
-    extra, ours = 0, contestant in ("addmm", "fused")
+    extra, ours = 0, contestant in ("addmm", *_KERNELS)
     if "x" in needs:  # every dy W into one dx that is read again; else autograd adds two and two
         extra += mk if ours else 3 * mk
-        extra -= 2 * mk if contestant == "addmm" and not first.dropout else 0  # one for every u A
-    own = contestant == "fused" and all(own_grad_a(p.r, p.base_bytes, p.dropout) for p in members)
+        one_update = contestant in ("addmm", "hybrid") and not first.dropout
+        extra -= 2 * mk if one_update else 0
+    by_kernels = contestant in _KERNELS
+    own = by_kernels and all(own_grad_a(p.r, p.base_bytes, p.dropout) for p in members)
     if "lora_a" in needs and own:
         passes = -(-len(members) // ADAPTERS_PER_PASS)
         extra -= first.base_bytes * first.m * first.k * (len(members) - passes)
@@ -207,9 +216,10 @@ def group_backward_cost(
 def saved_bytes(contestant: str, p: Problem, needs: AbstractSet[str]) -> int:
     """Count the bytes of activations that one forward keeps for backward.
 
-    ``addmm`` and ``fused`` keep x where dA or dW reads it, and t (M, R) for dB and dγ; a dropout
-    mask is drawn again. ``peft`` keeps its branch's own x (a copy in the adapters' dtype), and with
-    dropout the mask (1 byte an element, as on a GPU) and x̂. dx of a frozen linear reads W alone.
+    ``addmm``, ``hybrid`` and ``fused`` keep x where dA or dW reads it, and t (M, R) for dB and dγ;
+    a dropout mask is drawn again. ``peft`` keeps its branch's own x (a copy in the adapters'
+    dtype), and with dropout the mask (1 byte an element, as on a GPU) and x̂. dx of a frozen linear
+    reads W alone.
 
     >>> saved_bytes("addmm", Problem(m=2, k=8, n=8, r=1), {"x", "lora_a", "lora_b"})
     36

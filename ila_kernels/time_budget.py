@@ -199,11 +199,11 @@ def totals(rows: Sequence[BudgetRow]) -> dict[str, float]:
     return {path: sum(row.us[path] for row in rows) for path in PATHS}
 
 
-def markdown(gpu: Ceiling, tokens: int, rank: int = 16, rho: float = 1.0) -> str:
+def markdown_table(gpu: Ceiling, tokens: int, rank: int = 16, rho: float = 1.0) -> str:
     """Return a budget as a table: µs of each part, and its sum in percent of the frozen GEMMs."""
     rows, base = time_budget(gpu, tokens, rank, rho=rho), base_us(gpu, tokens)
     lines = [
-        f"| µs over the frozen GEMMs' {base:.0f} | {' | '.join(PATHS)} | shown wrong by |",
+        f"| modelled µs over the frozen GEMMs' {base:.0f} | {' | '.join(PATHS)} | shown wrong by |",
         f"|---|{'---:|' * len(PATHS)}---|",
     ]
     for row in rows:

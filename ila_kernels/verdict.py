@@ -151,7 +151,8 @@ class Verdict:
 
     def to_json(self) -> dict[str, object]:
         """Return plain data, which ``from_json`` reads."""
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+        # As a file gives it back: lists, no tuples.
+        return json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))
 
     @classmethod
     def from_json(cls, data: object) -> Verdict:

@@ -34,13 +34,10 @@ NO_VERBS = set("a all an as each every how if like of or that the those what whe
 
 # A large part of one thing, or a list; the number of lines is not the difficulty.
 LONG_FUNCTIONS = {
-    "ila/cli.py:learn": "one line for each option, twice: its type and its use",
-    "ila/cli.py:train": "one line for each option, twice: its type and its use",
     "ila_kernels/kernels/lowrank_gemm.py:_tile": "one Triton kernel: its parts cannot be called",
     "ila_kernels/kernels/lowrank_gemm.py:launch": "one argument of the kernel a line",
 }
 LONG_FILES = {
-    "ila/cli.py": "ten commands, one line for each of their options",
     "ila/models/layer.py": "one class: PEFT's layer with a gate, closed, kept and opened",
     "ila_kernels/config.py": "the tables of tiles, a row for each kernel and target",
 }

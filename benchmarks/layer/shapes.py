@@ -7,6 +7,7 @@ WIDTHS = {
     "Llama-2-7B": (4096, 4096, 11008),
     "Llama-3-8B": (4096, 1024, 14336),
     "Mistral-7B": (4096, 1024, 14336),
+    "Qwen3-8B": (4096, 1024, 12288),
     "SmolLM2-135M": (576, 192, 1536),
 }
 # What reads one x, in the order of a block.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,15 +23,27 @@ from benchmarks.harness.gate import assert_gradients, assert_within_rounding
 from benchmarks.harness.memory import peak_tensor_bytes
 from benchmarks.harness.session import Options, Row
 from benchmarks.harness.timing import Run, interleaved, ratio, spread
-from benchmarks.model.contestants import BASE_DTYPE, Spec, build, layer_names, mask_of
+from benchmarks.model.contestants import (
+    BASE_DTYPE,
+    KERNELS,
+    LIGER,
+    Spec,
+    build,
+    layer_names,
+    mask_of,
+)
 from benchmarks.model.material import Material, base_model
+from benchmarks.peers import liger
 from ila.prefix.cache import PrefixCache
 from ila_kernels import prefer
 
 LEARNING_RATE = 1e-4
-TRITON = "ours, Triton"
 PHASES = ("forward", "backward", "update")
 Batches = Callable[[int], dict[str, Tensor]]
+# Loss, and the gradient of every trained parameter.
+Truth = tuple[Tensor, dict[str, Tensor]]
+# Ratios are taken to PEFT, and tables show the others.
+NEEDED = ("PEFT", "ours", "frozen")
 
 
 @dataclass(eq=False)
@@ -47,6 +59,8 @@ class ModelCell:
         rank: R.
         rounds: Interleaved rounds.
         model: Made from the base on first use, if not the base itself.
+        strict: Whether a contestant that computes something else fails the cell; else one that is
+            not PEFT, ``"ours"`` or the frozen model is left out by name.
     """
 
     options: Options
@@ -58,7 +72,9 @@ class ModelCell:
     batches: int = 4
     rank: int = 8
     model: Callable[[], nn.Module] | None = None
+    strict: bool = True
     masks: dict[tuple[float, str], ila.LayerMask] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def checked(self) -> Sequence[Spec]:
@@ -103,6 +119,7 @@ class ModelCell:
             "batches": self.batches,
             "rounds": self.rounds,
             "optimizer": "AdamW",
+            "left_out": self.left_out,
         }
 
     def built(self, spec: Spec, stack: ExitStack) -> tuple[nn.Module, Batches]:
@@ -138,17 +155,35 @@ class ModelCell:
     def _check_group(self, specs: Sequence[Spec]) -> None:
         exact, plain = self.reference(specs[0])
         for spec in specs:
-            with ExitStack() as stack:
-                model, batches = self.built(spec, stack)
-                with kernels_of(spec):
-                    loss, gradients = loss_and_gradients(model, batches(0))
             try:
-                assert_within_rounding(loss, exact[0], plain[0], "loss of the first batch")
-                assert_gradients(gradients, exact[1], plain[1], self.base.dtype)
+                self._compare(spec, exact, plain)
             except AssertionError as error:
-                raise AssertionError(f"{spec.name}: {error}") from error
+                if self._is_needed(spec):
+                    raise AssertionError(f"{spec.name}: {error}") from error
+                self._leave_out(spec, error)
+            except Exception as error:
+                if self._is_needed(spec):
+                    raise
+                self._leave_out(spec, error)
 
-    def reference(self, spec: Spec, change: Callable[[nn.Module], None] | None = None):
+    def _is_needed(self, spec: Spec) -> bool:
+        return self.strict or spec.kind in NEEDED
+
+    def _leave_out(self, spec: Spec, error: Exception) -> None:
+        self.left_out[spec.name] = f"{type(error).__name__}: {error}"
+        self.specs = [other for other in self.specs if other is not spec]
+
+    def _compare(self, spec: Spec, exact: Truth, plain: Truth) -> None:
+        with ExitStack() as stack:
+            model, batches = self.built(spec, stack)
+            with kernels_of(spec):
+                loss, gradients = loss_and_gradients(model, batches(0))
+        assert_within_rounding(loss, exact[0], plain[0], "loss of the first batch")
+        assert_gradients(gradients, exact[1], plain[1], self.base.dtype)
+
+    def reference(
+        self, spec: Spec, change: Callable[[nn.Module], None] | None = None
+    ) -> list[Truth]:
         """Loss and gradients of the first batch by PEFT on the same open layers: (fp64, plain).
 
         Plain has everything in the base's dtype, adapters too. Transformers computes norms and the
@@ -236,11 +271,11 @@ def training(model: nn.Module, batches: Batches) -> Run:
 
 @contextmanager
 def kernels_of(spec: Spec) -> Iterator[None]:
-    """Let ours run on the Triton kernels, where the contestant is to."""
-    if spec.kind == TRITON:
-        prefer(auto="triton")
+    """Let a contestant run on the kernels that it stands for."""
+    prefer(auto=KERNELS.get(spec.kind))
     try:
-        yield
+        with liger.in_force() if spec.kind == LIGER else nullcontext():
+            yield
     finally:
         prefer()
 

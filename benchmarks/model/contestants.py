@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import ila
+from benchmarks.peers import liger
 from benchmarks.peers.addmm import addmm_lora
 from ila.masks.names import PEFT_PREFIX
 from ila.models.blocks import find_blocks
@@ -28,6 +29,9 @@ B_STD = 0.01
 DROPOUT = 0.05
 BASE_DTYPE = "PEFT, base dtype"
 FUSED_LOSS = "PEFT, fused loss"  # by the code of ours, so that nothing but the layers differs
+LIGER = "PEFT, Liger"
+# Ours -> what `impl="auto"` is to take on a GPU, whatever was tuned there.
+KERNELS = {"ours": "eager", "ours, hybrid": "hybrid", "ours, Triton": "triton"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Spec:
 
     Attributes:
         kind: ``"PEFT"``, ``"PEFT, base dtype"``, ``"PEFT, dropout"``, ``"PEFT, compiled"``,
-            ``"PEFT, fused loss"``, ``"addmm"``, ``"ours"``, ``"ours, Triton"`` or ``"frozen"``.
+            ``"PEFT, fused loss"``, ``"PEFT, Liger"``, ``"addmm"``, one of ``KERNELS`` or
+            ``"frozen"``.
         share: Open share of the layers.
         position: ``"all"``, ``"top"``, ``"scattered"``, ``"bottom"`` or ``"learned"``.
         checkpoints: Gradient checkpointing, as transformers' Trainer turns it on.
@@ -143,6 +148,8 @@ def build(spec: Spec, base: nn.Module, mask: ila.LayerMask, rank: int) -> nn.Mod
     if spec.kind == "frozen":
         model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_())
         return model.train()
+    if spec.kind == LIGER:
+        liger.change(model)
     if spec.is_ours:
         model = ila.attach(model, lora(rank))
         if mask.closed:

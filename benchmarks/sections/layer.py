@@ -12,7 +12,7 @@ from benchmarks.sections.pieces import COLOURS, by_device, machine, quietness, s
 TITLE = "One layer"
 COMMAND = "`pytest benchmarks/test_layer.py`"
 # Whose share of the roofline stands beside ours.
-SPEEDS = ("ours, Triton", "PEFT", "frozen")
+SPEEDS = ("ours, hybrid", "ours, Triton", "PEFT", "frozen")
 
 
 def markdown(results: Mapping[str, Any]) -> list[str]:
@@ -93,6 +93,7 @@ SHOWN = (
     ("frozen", "frozen", "s", "frozen linear, no adapter"),
     ("PEFT", "PEFT", "v", "PEFT"),
     ("ours", "ours", "o", "ours"),
+    ("ours, hybrid", "ours, cache", "P", "ours, thin products in Triton"),
     ("ours, Triton", "second", "D", "ours, Triton kernels"),
 )
 

@@ -21,7 +21,14 @@ from benchmarks.sections.pieces import (
 TITLE = "A training step of a model"
 COMMAND = "`pytest benchmarks/test_model.py`"
 OTHER_BATCH = re.compile(r"model-\d+x\d+(-gpu)?")
-PEERS = ("PEFT, base dtype", "PEFT, fused loss", "PEFT, dropout", "PEFT, compiled", "addmm")
+PEERS = (
+    "PEFT, base dtype",
+    "PEFT, fused loss",
+    "PEFT, Liger",
+    "PEFT, dropout",
+    "PEFT, compiled",
+    "addmm",
+)
 
 
 def _sentence(document: Mapping[str, Any]) -> str:

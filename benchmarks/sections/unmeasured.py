@@ -11,7 +11,8 @@ ORDER = 100
 NEVER = (
     "Any time on a GPU: of a layer, of a training step, of the search; and with it % of the "
     'roofline, and whether the Triton kernels beat library GEMMs anywhere. `impl="auto"` '
-    "therefore takes library GEMMs everywhere, until `ila tune MODEL` is run on a GPU.",
+    "therefore takes library GEMMs everywhere, until `ila tune --model MODEL` is run on a GPU. "
+    "`make gpu-day` measures all of this in nine minutes on a machine that has one.",
     "Peak memory on a GPU. The tables of memory are counts; what they leave out is said there.",
     "Unsloth, axolotl, LoRAFusion and other packages that need a GPU to run at all. Their method, "
     "library GEMMs with `addmm` in an autograd function, is a contestant in our own words where "

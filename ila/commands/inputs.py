@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ila.boundary import InputError, reading
+from ila.commands.resolved import write_resolved
 from ila.data.contracts import Row
 from ila.data.encoding import Collator, DataSummary, encode, pad_token_id
 from ila.data.rows import fingerprint, load_rows, split_indices
@@ -33,7 +34,7 @@ from ila.models.loading import (
     load_tokenizer,
 )
 from ila.models.targets import Outside, outside, unmatched_targets
-from ila.runs.folder import RUN_MARKER, check, claim, read
+from ila.runs.folder import CONFIG, RUN_MARKER, check, claim, read
 from ila.runs.processes import on_main_process, processes
 from ila_kernels._version import __version__
 
@@ -269,8 +270,16 @@ def check_folder(out: Path, inputs: Inputs, resume: bool, verb: str) -> None:
     on_main_process(lambda: check(out, known, marker=RUN_MARKER, resume=resume))
 
 
-def claim_folder(out: Path, description: Mapping[str, object], resume: bool, verb: str) -> None:
+def claim_folder(
+    out: Path,
+    description: Mapping[str, object],
+    resume: bool,
+    verb: str,
+    written: Mapping[str, object] | None = None,
+) -> None:
     """Claim ``out`` for this run, or check that model, data, options and open layers are equal.
+
+    ``written`` are the options to write as ``config.yaml``.
 
     Raises:
         ValueError: If the folder holds another run, a run although ``resume`` is false, or files
@@ -280,6 +289,8 @@ def claim_folder(out: Path, description: Mapping[str, object], resume: bool, ver
     same = {key: described[key] for key in _SAME if key in described}
     also = {key: value for key, value in described.items() if key not in _SAME}
     on_main_process(lambda: claim(out, same, marker=RUN_MARKER, resume=resume, also=also))
+    if written is not None and not on_main_process((out / CONFIG).exists):
+        write_resolved(out, verb, written)
 
 
 def read_run(folder: str | Path, verb: str) -> dict[str, Any]:

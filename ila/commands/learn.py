@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from ila.runs.checkpoints import LOGS, keep_logs
 from ila.runs.processes import owning, processes
 from ila.runs.records import COUNT, NUMBER, OBJECT, TEXT, check_record, or_null
 from ila.search.learn import SearchConfig, learn_mask
+from ila.search.stage1 import check_search
 from ila.search.weight_updates import WeightUpdates
 from ila.training.batches import padding_note
 from ila.training.loop import held_out_loss
@@ -39,8 +41,11 @@ def learn(
     full: bool = False,
     resume: bool = False,
     progress: bool = True,
+    written: Mapping[str, object] | None = None,
 ) -> tuple[LayerMask, str]:
     """Learn a mask into ``out``: ``mask.json``, ``heatmap.png``, ``log.jsonl``, ``adapter/``.
+
+    ``written`` are the options to write as ``config.yaml``.
 
     With ``full`` the layers' own weights train and the search scores their changes; it keeps no
     adapter.
@@ -52,22 +57,31 @@ def learn(
     check_folder(out, inputs, resume, "learn")
     refuse_packed(full, inputs)
     with owning(out):
-        return _learn_owned(inputs, config, out, full, resume, progress)
+        return _learn_owned(inputs, config, out, full, resume, progress, written)
 
 
 def _learn_owned(
-    inputs: Inputs, config: SearchConfig, out: Path, full: bool, resume: bool, progress: bool
+    inputs: Inputs,
+    config: SearchConfig,
+    out: Path,
+    full: bool,
+    resume: bool,
+    progress: bool,
+    written: Mapping[str, object] | None,
 ) -> tuple[LayerMask, str]:
     check_folder(out, inputs, resume, "learn")  # again: it may have had an owner until now
     prepared = prepare(inputs, progress=progress)
-    padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
+    padding = padding_note(
+        prepared.dataset, config.batch_size, config.training_args, config.packing
+    )
     note = f"{prepared.note}\n{padding}"
     model = open_layers(prepared.model) if full else prepared.model
     description = {**prepared.description, "full": True} if full else prepared.description
-    claim_folder(out, description, resume, "learn")
+    bare = model.model if isinstance(model, OpenLayers) else model
+    check_search(config, bare, prepared.dataset, prepared.held_out)
+    claim_folder(out, description, resume, "learn", written)
     if resume and (finished := _finished(out, config, full)) is not None:
         return finished, note
-    bare = model.model if isinstance(model, OpenLayers) else model
     before = _held_out_loss(bare, prepared, config)
     mask = learn_mask(
         model,
@@ -77,6 +91,7 @@ def _learn_owned(
         output_dir=out,
         resume=resume,
         progress=progress,
+        held_out=prepared.held_out,
     )
     after = _held_out_loss(bare, prepared, config)
     held_out = {"before": before, "after_stage1": after, "rows": len(prepared.held_out)}

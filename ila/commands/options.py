@@ -1,4 +1,4 @@
-"""Options of the commands, each with its help.
+"""Options of the commands, each defined once: its type, its help and its default.
 
 This file imports typer alone: ``ila --help`` loads neither torch nor transformers.
 """
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ila.commands.config_file import read_config
 
 Model = Annotated[str, typer.Option(help="Model: a hub id, a local folder, or a .gguf file.")]
 Data = Annotated[
@@ -50,6 +52,50 @@ LoadIn = Annotated[str | None, typer.Option(help="Packing of the frozen base: 4b
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run that --out holds.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow code that comes with the model to run.")
+]
+
+# Options of `ila learn` and `ila train` for Trainer.
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        callback=read_config,
+        is_eager=True,
+        help="YAML file with options and fields of TrainingArguments; options given here win.",
+    ),
+]
+Set = Annotated[
+    list[str],
+    typer.Option(help="Any field of TrainingArguments, as NAME=VALUE; may be given again."),
+]
+Checkpointing = Annotated[
+    bool | None,
+    typer.Option(
+        "--gradient-checkpointing/--no-gradient-checkpointing",
+        help="Recompute blocks in backward to save memory; blocks of the frozen prefix are not.",
+    ),
+]
+Warmup = Annotated[
+    float | None,
+    typer.Option(help="Steps of warm-up, or a share of all steps below 1; by default 3 %."),
+]
+Scheduler = Annotated[
+    str | None, typer.Option(help="Schedule of the learning rate, such as cosine; linear without.")
+]
+WeightDecay = Annotated[float | None, typer.Option(help="Weight decay; by default 0.")]
+Optim = Annotated[
+    str | None, typer.Option(help="Optimiser by its name in transformers, such as adamw_8bit.")
+]
+Bf16 = Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="Train under bf16 autocast.")]
+ReportTo = Annotated[
+    str | None, typer.Option(help="Where to report: tensorboard, wandb, …, with commas.")
+]
+EvalEvery = Annotated[
+    int | None,
+    typer.Option(help="Steps between two measurements of the held-out loss; by default none."),
+]
+Packing = Annotated[
+    bool,
+    typer.Option("--packing", help="Put the rows of a batch one after the other, unpadded."),
 ]
 
 # Options of `ila learn`.
@@ -114,7 +160,8 @@ MaskFile = Annotated[
     Path | None,
     typer.Option(help="Mask file with the open layers; by default all are open."),
 ]
-Steps = Annotated[int, typer.Option(help="Optimiser steps.")]
+Steps = Annotated[int | None, typer.Option(help="Optimiser steps; by default 400.")]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the rows, in place of --steps.")]
 CachePrefix = Annotated[
     bool,
     typer.Option(

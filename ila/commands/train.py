@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from ila.runs.processes import owning
 from ila.training.adapter import load_adapter
 from ila.training.batches import padding_note
 from ila.training.config import TrainConfig
-from ila.training.train import train
+from ila.training.train import check_training, train
 
 
 def train_selected(
@@ -33,6 +34,7 @@ def train_selected(
     full: bool = False,
     resume: bool = False,
     progress: bool = True,
+    written: Mapping[str, object] | None = None,
 ) -> tuple[Metrics, str]:
     """Train the layers that a mask opens, or all layers without a mask, into ``out``.
 
@@ -49,6 +51,7 @@ def train_selected(
         full: Whether to train the layers' own weights.
         resume: Whether to continue the run in ``out``.
         progress: Whether to show progress bars.
+        written: Options to write as ``config.yaml``.
 
     Returns:
         The metrics, and a note on the rows.
@@ -63,7 +66,7 @@ def train_selected(
     check_folder(out, inputs, resume, "train")
     with owning(out):
         layers = _Layers(mask_file, closed, start, full)
-        return _train_owned(inputs, config, out, layers, resume, progress)
+        return _train_owned(inputs, config, out, layers, resume, progress, written)
 
 
 class _Layers(NamedTuple):
@@ -82,26 +85,30 @@ def _train_owned(
     layers: _Layers,
     resume: bool,
     progress: bool,
+    written: Mapping[str, object] | None,
 ) -> tuple[Metrics, str]:
     mask_file, closed, start, full = layers
+    refuse_packed(full, inputs)
     check_folder(out, inputs, resume, "train")  # again: it may have had an owner until now
     mask = None if mask_file is None else LayerMask.load(mask_file)
-    refuse_packed(full, inputs)
     prepared = prepare(inputs, progress=progress)
     if mask is not None:
         _check_same_model(mask, mask_file, prepared.description["model"])
     model = _opened(prepared.model, inputs, layers, mask)
-    opened = None if mask is None else list(mask.open)
     description = {
         **prepared.description,
-        "open": opened,
+        "open": None if mask is None else list(mask.open),
         "full": full,
         "selection": None,
         "closed": None if closed == "drop" else closed,
         "from": None if start is None else str(start.absolute()),
     }
-    claim_folder(out, description, resume, "train")
-    metrics = train(
+    check_training(config, model.model if full else model, prepared.dataset, prepared.held_out)
+    claim_folder(out, description, resume, "train", written)
+    padding = padding_note(
+        prepared.dataset, config.batch_size, config.training_args, config.packing
+    )
+    return train(
         model,
         prepared.dataset,
         config,
@@ -112,9 +119,7 @@ def _train_owned(
         progress=progress,
         name=out.name,
         tokenizer=None if full else prepared.tokenizer,
-    )
-    padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
-    return metrics, f"{prepared.note}\n{padding}"
+    ), f"{prepared.note}\n{padding}"
 
 
 def _opened(

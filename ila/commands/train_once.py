@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ila.search.one_run import MASK, train_and_select
 from ila.search.selection import Selection
 from ila.training.batches import padding_note
 from ila.training.config import TrainConfig
+from ila.training.train import check_training
 
 
 def train_once(
@@ -25,11 +27,13 @@ def train_once(
     *,
     resume: bool = False,
     progress: bool = True,
+    written: Mapping[str, object] | None = None,
 ) -> tuple[Metrics, str]:
     """Train all layers into ``out``, select, continue with the selected ones.
 
     ``out`` gets the files of ``ila learn``, ``ila select`` and ``ila train``: ``mask.json`` (scores
     and open layers), ``heatmap.png``, ``log.jsonl``, ``metrics.json`` and a plain PEFT adapter.
+    ``written`` are the options to write as ``config.yaml``.
 
     Returns:
         The metrics, and a note on the rows.
@@ -37,13 +41,17 @@ def train_once(
     config, inputs = replace(config, seed=inputs.seed), inputs.located()
     check_folder(out, inputs, resume, "train")
     with owning(out):
-        selection.step(config.steps)  # raises before a large model loads
+        if config.steps is not None:
+            selection.step(config.steps)  # raises before a large model loads
         prepared = prepare(inputs, progress=progress)
-        padding = padding_note(prepared.dataset, config.batch_size, config.training_args)
+        padding = padding_note(
+            prepared.dataset, config.batch_size, config.training_args, config.packing
+        )
         none = dict.fromkeys(("open", "closed", "from"))
         description = {**prepared.description, **none, "full": False}
         description["selection"] = selection.as_dict()
-        claim_folder(out, description, resume, "train")
+        check_training(config, prepared.model, prepared.dataset, prepared.held_out)
+        claim_folder(out, description, resume, "train", written)
         metrics, mask = train_and_select(
             prepared.model,
             prepared.dataset,

@@ -23,6 +23,7 @@ class Course(TypedDict, total=False):
         first_window_loss: Mean training loss of the first ``loss_window`` steps.
         last_window_loss: The same of the last ones.
         loss_window: Steps in each of the two means.
+        evaluations: [step, held-out loss] of every evaluation; absent without any.
     """
 
     steps: int
@@ -30,6 +31,7 @@ class Course(TypedDict, total=False):
     first_window_loss: float
     last_window_loss: float
     loss_window: int
+    evaluations: list[list[float]]
 
 
 class HeldOutLoss(TypedDict):

@@ -35,6 +35,7 @@ from ila.models.targets import (
     unmatched_targets,
 )
 from ila.models.undo import Snapshot
+from ila.models.untuned import read_verdicts_of
 
 CLOSINGS = ("drop", "keep")
 
@@ -120,6 +121,7 @@ def attach(
     make_lean(peft_model)
     fuse_qkv(peft_model)
     _keep_training_layout(peft_model)
+    read_verdicts_of(model, list(_masked_layers(peft_model).values()))
     return peft_model
 
 

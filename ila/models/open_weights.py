@@ -85,7 +85,9 @@ class OpenLayers:
 
     def trainer_class(self, kind: type[Trainer] = Trainer) -> type[Trainer]:
         """Return a ``Trainer`` whose checkpoints hold the open weights alone."""
-        return OpenTrainer
+        if kind is Trainer:
+            return OpenTrainer
+        return type(f"Open{kind.__name__}", (OpenTrainer, kind), {})
 
 
 def open_layers(peft_model: PeftModel, mask: LayerMask | None = None) -> OpenLayers:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ila.data.contracts import Collate, Dataset
 from ila.models.blocks import AFTER_BLOCKS, Blocks, find_blocks
 from ila.prefix.batches import CachedCollator, NumberedRows
-from ila.prefix.frozen_prefix import Prefix, skipping
+from ila.prefix.frozen_prefix import Prefix, Whole, skipping
 from ila.prefix.state_file import CacheError, States, open_states, write_states
 from ila.runs.processes import on_main_process
 
@@ -112,7 +112,7 @@ class PrefixCache:
             seconds=time.perf_counter() - begin,
         )
 
-    def skipping(self) -> AbstractContextManager[None]:
+    def skipping(self) -> AbstractContextManager[Whole]:
         """Skip the prefix: the model takes states as ``inputs_embeds``, and no ``input_ids``."""
         return skipping(find_blocks(self.model), self.blocks)
 

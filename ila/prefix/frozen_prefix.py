@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -256,19 +257,37 @@ def _refuse_tokens(*args: object, **kwargs: object) -> Tensor:
     )
 
 
+# A context in which a model with a skipped prefix is whole again.
+Whole = Callable[[], AbstractContextManager[None]]
+
+
 @contextmanager
-def skipping(blocks: Blocks, depth: int) -> Iterator[None]:
-    """Skip the first blocks: the model takes states as ``inputs_embeds``, and no ``input_ids``."""
+def skipping(blocks: Blocks, depth: int) -> Iterator[Whole]:
+    """Skip the first blocks: the model takes states as ``inputs_embeds``, and no ``input_ids``.
+
+    Yields:
+        Makes a context in which the model is whole, for a loss between two steps.
+    """
     # Set on the instances: parameters keep their names, so that checkpoints fit.
     replaced = {block: _pass_on for block in blocks.layers[:depth]}
     replaced[blocks.decoder.get_input_embeddings()] = _refuse_tokens
     before = {module: vars(module).get("forward") for module in replaced}
-    for module, forward in replaced.items():
-        vars(module)["forward"] = forward
+    with _forwards(replaced, before):
+        yield partial(_forwards, before, replaced)
+
+
+@contextmanager
+def _forwards(
+    inside: Mapping[nn.Module, Callable[..., Tensor] | None],
+    after: Mapping[nn.Module, Callable[..., Tensor] | None],
+) -> Iterator[None]:
+    """Give modules a forward of their own in the ``with``; None is that of their class."""
     try:
+        for module, forward in inside.items():
+            vars(module).pop("forward", None)
+            vars(module).update({} if forward is None else {"forward": forward})
         yield
     finally:
-        for module, forward in before.items():
-            del vars(module)["forward"]
-            if forward is not None:
-                vars(module)["forward"] = forward
+        for module, forward in after.items():
+            vars(module).pop("forward", None)
+            vars(module).update({} if forward is None else {"forward": forward})

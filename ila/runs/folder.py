@@ -15,6 +15,7 @@ from ila.runs.atomic import write_json_atomic
 from ila.runs.lock import LEFT_OVER, LOCK_FILE
 
 RUN_MARKER = "run.json"  # a command writes it; a search or a training adds its own marker
+CONFIG = "config.yaml"  # the options of a command, written after its marker
 
 
 def check(
@@ -59,7 +60,7 @@ def check(
         return True
     if folder.exists():
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-        ours = {LOCK_FILE, *beside}
+        ours = {LOCK_FILE, *beside, *((CONFIG,) if RUN_MARKER in beside else ())}
         if any(name not in ours and not LEFT_OVER.fullmatch(name) for name in names):
             raise ValueError(
                 f"folder {folder} is not the folder of a run and was left alone; {remedy}"

@@ -59,9 +59,11 @@ class Metrics(LayerCounts, Measured, total=False):
         held_out_loss: The same after training.
         tokens_per_step: Over all devices, without padding.
         losses: [step, loss] of every step.
+        evaluations: [step, held-out loss] of every evaluation; absent without any.
         prefix_cache: Size and cost of the prefix cache; None without one.
         device: Device, as torch writes it.
         dtype: Dtype of the base model, and its packing.
+        verdicts: Measurements by which ``impl="auto"`` chose, of ``ila tune``; may be empty.
         config: The configuration of the training.
     """
 
@@ -71,9 +73,11 @@ class Metrics(LayerCounts, Measured, total=False):
     held_out_loss: float | None
     tokens_per_step: float
     losses: list[list[float]]
+    evaluations: list[list[float]]
     prefix_cache: dict[str, object] | None
     device: str
     dtype: str
+    verdicts: list[dict[str, object]]
     config: dict[str, object]
 
 

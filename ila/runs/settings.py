@@ -21,7 +21,9 @@ def check_positive(config: object, names: Sequence[str]) -> None:
             raise ValueError(f"{name} must be positive, got {value!r}")
 
 
-def check_save_every(save_every: int | None) -> None:
-    """Raise unless the steps between checkpoints are None or at least 1."""
-    if save_every is not None and save_every < 1:
-        raise ValueError(f"save_every must be None or ≥ 1, got {save_every!r}")
+def check_every(config: object, names: Sequence[str]) -> None:
+    """Raise unless each of these numbers of steps is None or an integer of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be None or an integer ≥ 1, got {value!r}")

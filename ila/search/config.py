@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ila.runs.settings import check_counts, check_positive, check_save_every
+from ila.runs.settings import check_counts, check_every, check_positive
 from ila.search import stage2
 from ila.search.baselines import BASELINES
 from ila.training.arguments import check_training_args
@@ -43,6 +43,9 @@ class SearchConfig:
             ``gradient_accumulation_steps``; they win over the defaults of stage 1, but must
             not set a value that a field here decides. In stage 2 they cannot change schedule,
             clipping and decay, which would change the scores.
+        eval_every: Steps of stage 1 between two measurements of the held-out loss; None measures
+            none.
+        packing: Whether to put the rows of a batch one after the other, without padding.
     """
 
     method: str = "path"
@@ -57,6 +60,8 @@ class SearchConfig:
     seed: int = 0
     save_every: int | None = 50
     training_args: Mapping[str, Any] = field(default_factory=dict)
+    eval_every: int | None = None
+    packing: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -72,9 +77,11 @@ class SearchConfig:
                 f"stage2_steps must be ≥ {len(stage2.PATH_POINTS)} for method 'path', one for each "
                 f"point of the path, got {self.stage2_steps}"
             )
-        check_save_every(self.save_every)
+        check_every(self, ("save_every", "eval_every"))
         check_training_args(self.training_args, "stage1_steps and stage2_steps")
 
     def as_dict(self) -> dict[str, object]:
-        """Return the fields, for JSON."""
-        return {**asdict(self), "training_args": dict(self.training_args)}
+        """Return the fields, for JSON; older records lack the last two."""
+        fields = {**asdict(self), "training_args": dict(self.training_args)}
+        optional = ("eval_every", "packing")
+        return {name: value for name, value in fields.items() if value or name not in optional}

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -24,6 +23,7 @@ from transformers import (
 from ila.models.layer import MaskedLoraLayer
 from ila.runs.atomic import write_json_atomic
 from ila.runs.processes import stack_whole
+from ila.training.evaluation import HeldOutTrainer
 
 FOLDS = 8  # few enough to keep in a mask file, enough for 35 ways to cut them into halves
 
@@ -111,7 +111,7 @@ class LayerMean(TrainerCallback):
         self.set_sums(json.loads((folder / self.FILE).read_text(encoding="utf-8")))
 
 
-class SignalTrainer(Trainer):
+class SignalTrainer(HeldOutTrainer):
     """Let a ``LayerMean`` read the unclipped gradients of each optimiser step."""
 
     signal: LayerMean | None = None

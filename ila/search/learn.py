@@ -11,11 +11,13 @@ methods.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers import TrainerCallback
 
 from ila.data.contracts import Collate, Dataset
 from ila.masks.mask import LayerMask, spread_of
@@ -26,7 +28,7 @@ from ila.search.baselines import POSITIONS
 from ila.search.config import METHODS, SEARCHES, SearchConfig
 from ila.search.methods import Scored, parameters, score
 from ila.search.stage import Search, Updates
-from ila.search.stage1 import Stage1, run_stage1
+from ila.search.stage1 import Stage1, check_search, run_stage1
 from ila.search.weight_updates import WeightUpdates
 from ila.training.loop import check_dataset, default_collator
 
@@ -42,6 +44,8 @@ def learn_mask(
     output_dir: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    held_out: Dataset | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> LayerMask:
     """Learn how much each LoRA layer of a model, or each layer trained in full, matters.
 
@@ -59,6 +63,8 @@ def learn_mask(
             if the layers' own weights train) and ``log.jsonl``; ``None`` keeps no files.
         resume: Continue the search that ``output_dir`` holds.
         progress: Whether to show progress bars on stderr.
+        held_out: Rows for the evaluations that ``config.eval_every`` asks for.
+        callbacks: Callbacks for ``transformers.Trainer`` in stage 1.
 
     Returns:
         A mask with all layers open and their scores. Its ``provenance`` holds the configuration,
@@ -87,7 +93,10 @@ def learn_mask(
             keep=output_dir is not None,
             resume=resume,
             progress=progress,
+            held_out=held_out,
+            callbacks=callbacks,
         )
+        check_search(search.config, search.updates.model, dataset, held_out)
         on_main_process(search.claim)
         training = search.updates.model.training
         try:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
 
 from ila.models.lean_head import leaning
 from ila.runs.processes import on_main_process, sum_over_processes
@@ -158,7 +159,7 @@ def _unmoved_last(scores: Mapping[str, float], start: float) -> dict[str, float]
 def _train_scores(
     search: Search, trainer_class: type[SignalTrainer], **settings: Any
 ) -> EndedStage:
-    return train_stage(search, trainer_class, **_stage2_settings(search), **settings)
+    return train_stage(search, trainer_class, **(_stage2_settings(search) | settings))
 
 
 def _stage2_settings(search: Search) -> dict[str, Any]:
@@ -170,4 +171,8 @@ def _stage2_settings(search: Search) -> dict[str, Any]:
         "weight_decay": 0.0,
         "max_grad_norm": 1e30,  # clips nothing
         "lr_scheduler_type": "constant",
+        "lr_scheduler_kwargs": None,
+        "optim": TrainingArguments.__dataclass_fields__["optim"].default,
+        "optim_args": None,
+        "eval_on_start": False,
     }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,20 +31,31 @@ from ila.masks.checks import thawed
 from ila.masks.mask import LayerMask
 from ila.models.edit import apply_mask
 from ila.runs.atomic import write_json_atomic
+from ila.runs.checkpoints import LOGS, keep_logs
 from ila.runs.folder import RUN_MARKER, claim
 from ila.runs.meter import StepMeter
 from ila.runs.metrics import Metrics
-from ila.runs.processes import on_main_process
+from ila.runs.processes import on_main_process, processes
 from ila.search.adapter_updates import AdapterUpdates
 from ila.search.gate_gradients import LayerMean, SignalTrainer
 from ila.search.selection import Selection, drawn_batches
 from ila.training.callbacks import LogFile, stage_callbacks
 from ila.training.config import TrainConfig
+from ila.training.evaluation import evaluate_on
 from ila.training.loop import check_dataset, default_collator, held_out_loss, resume_point, run
+from ila.training.packing import packing_collator
 from ila.training.switch import optimizer_names, write_switch
-from ila.training.train import BEFORE_FILE, PREFIX_FOLDER, Begun, arguments_of, train
+from ila.training.train import (
+    BEFORE_FILE,
+    CHECKPOINTS,
+    PREFIX_FOLDER,
+    Begun,
+    arguments_of,
+    check_training,
+    train,
+)
 
-MARKER, MASK, SEARCH, CHECKPOINTS = "selection.json", "mask.json", "search", "checkpoints"
+MARKER, MASK, SEARCH = "selection.json", "mask.json", "search"
 _FILES = (MARKER, MASK, SEARCH, CHECKPOINTS, BEFORE_FILE, PREFIX_FOLDER, "log.jsonl", "heatmap.png")
 
 
@@ -62,6 +74,7 @@ class OneRun:
         resume: Whether to continue the run that the folder holds.
         progress: Whether to show progress bars.
         name: Name of the run.
+        callbacks: Callbacks of the user.
     """
 
     updates: AdapterUpdates
@@ -74,6 +87,7 @@ class OneRun:
     resume: bool
     progress: bool
     name: str
+    callbacks: Sequence[TrainerCallback] = ()
 
 
 def train_and_select(
@@ -88,6 +102,7 @@ def train_and_select(
     resume: bool = False,
     progress: bool = True,
     name: str = "run",
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[Metrics, LayerMask]:
     """Train all layers for a while, then the selected ones, as one run.
 
@@ -103,6 +118,7 @@ def train_and_select(
         resume: Continue the run that ``output_dir`` holds, in either half.
         progress: Whether to show progress bars on stderr.
         name: Name of the run in reports.
+        callbacks: Callbacks for ``transformers.Trainer``, in both halves.
 
     Returns:
         The metrics of ``train`` with the times of the open layers, and with ``search``: the cost of
@@ -114,6 +130,7 @@ def train_and_select(
         FloatingPointError: If the loss stops being finite.
     """
     check_dataset(dataset)
+    config = config.for_rows(len(dataset), processes().num_processes)
     step = selection.step(config.steps)
     with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
         both = OneRun(
@@ -127,14 +144,16 @@ def train_and_select(
             resume,
             progress,
             name,
+            callbacks,
         )
+        check_training(config, peft_model, dataset, held_out)
         _claim(both)
         if not (resume and on_main_process((both.folder / MASK).exists)):
             _first_part(both, step)
         mask = LayerMask.load(both.folder / MASK)
         apply_mask(peft_model, mask, closed=selection.closed)
         metrics = _second_part(both, mask)
-        on_main_process(lambda: shutil.rmtree(both.folder / SEARCH, ignore_errors=True))
+        on_main_process(lambda: _remove_search(both.folder))
     return metrics, mask
 
 
@@ -160,8 +179,15 @@ def _second_part(both: OneRun, mask: LayerMask) -> Metrics:
         resume=True,
         progress=both.progress,
         name=both.name,
+        callbacks=both.callbacks,
         begun=Begun(_FILES, lambda metrics, meter: _finish(metrics, meter, mask)),
     )
+
+
+def _remove_search(folder: Path) -> None:
+    """Remove the checkpoints of the first part, and keep the logs of other libraries."""
+    keep_logs(folder / SEARCH, folder / LOGS / SEARCH)
+    shutil.rmtree(folder / SEARCH, ignore_errors=True)
 
 
 class _StopAt(TrainerCallback):
@@ -240,15 +266,18 @@ def _all_layers(both: OneRun, step: int) -> tuple[StepMeter, SignalTrainer]:
 
     log = LogFile(both.folder / "log.jsonl", "train")
     title = f"Training {both.name}, all layers to step {step}"
-    own = stage_callbacks(title, log, progress=both.progress, also_save=save)
+    own = stage_callbacks(title, log, progress=both.progress, also_save=save, more=both.callbacks)
     trainer = both.updates.trainer_class(SignalTrainer)(
         both.updates.model,
         args,
-        both.collator,
+        packing_collator() if both.config.packing else both.collator,
         both.dataset,
+        eval_dataset=both.held_out,
         callbacks=[meter, _StopAt(step), *own],
     )
     trainer.signal = signal
+    if both.held_out:
+        evaluate_on(trainer, both.held_out, both.collator, both.config.batch_size)
     return meter, trainer
 
 

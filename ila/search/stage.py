@@ -19,7 +19,9 @@ from ila.search.config import SearchConfig
 from ila.search.gate_gradients import LayerMean, SignalTrainer
 from ila.training.arguments import arguments
 from ila.training.callbacks import LogFile, stage_callbacks
+from ila.training.evaluation import evaluate_on
 from ila.training.loop import resume_point, run
+from ila.training.packing import packing_collator
 from ila.training.trained import Trained
 
 
@@ -63,6 +65,8 @@ class Search:
         progress: Whether to show progress bars.
         after_step: Gets the number of finished steps and the free signal after each step of
             stage 1.
+        held_out: Rows for the evaluations of stage 1.
+        callbacks: Callbacks of the user, for stage 1.
     """
 
     updates: Updates
@@ -74,6 +78,8 @@ class Search:
     resume: bool
     progress: bool
     after_step: Callable[[int, LayerMean], None] | None = None
+    held_out: Dataset | None = None
+    callbacks: Sequence[TrainerCallback] = ()
 
     def claim(self) -> None:
         """Mark the folder as this search's, or check that it is."""
@@ -161,6 +167,7 @@ def make_trainer(
     title: str,
     steps: int,
     callbacks: Sequence[TrainerCallback] = (),
+    more: Sequence[TrainerCallback] = (),
     signal: LayerMean | None = None,
     keep_settings: bool = False,
     **settings: Any,
@@ -174,6 +181,7 @@ def make_trainer(
         title: Text of the progress bar.
         steps: Optimiser steps.
         callbacks: Further callbacks.
+        more: Callbacks of the user.
         signal: Mean to gather and to keep in checkpoints.
         keep_settings: Whether ``settings`` win over the ``training_args`` of the search.
         **settings: Further ``TrainingArguments`` by name.
@@ -186,16 +194,20 @@ def make_trainer(
         search.log(stage),
         progress=search.progress,
         also_save=lambda checkpoint: [each.save(checkpoint) for each in kept],
+        more=more,
     )
     make = search.updates.trainer_class(trainer_class)
     trainer = make(
         search.updates.model,
         args,
-        search.collator,
+        packing_collator() if search.config.packing else search.collator,
         search.dataset,
+        eval_dataset=search.held_out,
         callbacks=[*kept, *callbacks, *own],
     )
     trainer.signal = signal
+    if search.held_out:
+        evaluate_on(trainer, search.held_out, search.collator, search.config.batch_size)
     start = resume_point(search.folder / stage, search.resume)
     if start is not None:
         for each in kept:

@@ -8,8 +8,10 @@ Source: the stopping rule of stage 1 in arXiv 2410.17875.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -18,13 +20,18 @@ from transformers import (
 )
 
 from ila.boundary import writing
+from ila.data.contracts import Dataset
 from ila.masks.provenance import Course
 from ila.runs.atomic import write_folder_atomic, write_json_atomic
 from ila.runs.processes import on_main_process
 from ila.runs.records import COUNT, NUMBER, NUMBERS, RATE, TEXT, Field, is_number, read_record
 from ila.search.baselines import UNTRAINED
+from ila.search.config import SearchConfig
 from ila.search.gate_gradients import LayerMean, SignalTrainer
 from ila.search.stage import Search, train_stage
+from ila.training.arguments import arguments
+from ila.training.checks import check_settings
+from ila.training.evaluation import evaluated
 from ila.training.loop import losses
 
 
@@ -136,14 +143,15 @@ def run_stage1(search: Search) -> Stage1:
         title=f"Stage 1: {search.updates.label}",
         steps=config.stage1_steps,
         callbacks=[stable, _EachStep(search, signal)],
+        more=search.callbacks,
         signal=signal,
-        learning_rate=config.learning_rate,
-        warmup_steps=round(0.03 * config.stage1_steps),
+        **_settings(config),
     )
     result: Stage1 = {
         "steps": trained.steps,
         "stopped": "stable" if stable.stable(trained.trainer.state) else "budget",
         **_course([loss for _, loss in losses(trained.trainer)], config.stability_window),
+        **evaluated(trained.trainer, config.eval_every),
         "gate_gradient": signal.mean(),
         "folds": signal.folds(),
         "seconds": trained.seconds,
@@ -152,6 +160,29 @@ def run_stage1(search: Search) -> Stage1:
         state = search.updates.state()
         on_main_process(lambda: _keep(search, state, result))
     return result
+
+
+def check_search(
+    config: SearchConfig, model: nn.Module, dataset: Dataset, held_out: Dataset | None
+) -> None:
+    """Raise if stage 1 cannot begin with these settings; see ``check_settings``."""
+    args = arguments(
+        Path("stage1"),
+        steps=config.stage1_steps,
+        save_every=None,
+        extra=config.training_args,
+        **_settings(config),
+    )
+    check_settings(config, args, model, dataset, held_out)
+
+
+def _settings(config: SearchConfig) -> dict[str, Any]:
+    """Return the settings of stage 1, which ``training_args`` may change."""
+    return {
+        "learning_rate": config.learning_rate,
+        "warmup_steps": round(0.03 * config.stage1_steps),
+        "eval_every": config.eval_every,
+    }
 
 
 def _keep(search: Search, state: dict[str, Tensor], result: Stage1) -> None:

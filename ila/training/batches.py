@@ -54,8 +54,11 @@ def padding_note(
     rows: Sequence[Mapping[str, Sequence[int]]],
     batch_size: int,
     training_args: Mapping[str, object],
+    packing: bool = False,
 ) -> str:
     """Write the share of padding, at random and with rows of like length."""
+    if packing:
+        return "Padding: none, the rows of a batch are packed into one."
     lengths = [len(row["input_ids"]) for row in rows]
     share = padding_share(lengths, batch_size)
     like = padding_share(lengths, batch_size, grouped=True)

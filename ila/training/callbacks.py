@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -26,6 +26,7 @@ def stage_callbacks(
     *,
     progress: bool,
     also_save: Callable[[Path], object] | None = None,
+    more: Sequence[TrainerCallback] = (),
 ) -> list[TrainerCallback]:
     """Make the callbacks of a stage.
 
@@ -34,8 +35,9 @@ def stage_callbacks(
         log: Log file of the stage, if it keeps one.
         progress: Whether to show a progress bar.
         also_save: Adds files to each checkpoint folder.
+        more: Callbacks of the user, which run first.
     """
-    callbacks: list[TrainerCallback] = [StopAtNan(), MarkComplete(also_save)]
+    callbacks: list[TrainerCallback] = [*more, StopAtNan(), MarkComplete(also_save)]
     if progress:
         callbacks.append(ProgressBar(title))
     if log is not None:
@@ -136,6 +138,7 @@ class StopAtNan(TrainerCallback):
 class LogFile(TrainerCallback):
     """Append one JSON line per optimiser step: ``{"stage", "step", "loss", …}``.
 
+    An evaluation has a line of its own: ``{"stage", "step", "held_out_loss"}``.
     A resumed run first removes the lines of steps that it will run again.
     """
 
@@ -167,10 +170,14 @@ class LogFile(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **kwargs: object,
     ) -> None:
-        """Write the line of a step."""
-        if state.is_world_process_zero and logs and "loss" in logs:
+        """Write the line of a step, or of an evaluation."""
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" in logs:
             keep = {k: logs[k] for k in ("loss", "grad_norm", "learning_rate") if k in logs}
             self.write(step=state.global_step, **{k: float(v) for k, v in keep.items()})
+        if "eval_loss" in logs:
+            self.write(step=state.global_step, held_out_loss=float(logs["eval_loss"]))
 
     def write(self, **entry: object) -> None:
         """Append one line."""

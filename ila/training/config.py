@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ila.runs.settings import check_counts, check_positive, check_save_every
+from ila.runs.settings import check_counts, check_every, check_positive
 from ila.training.arguments import check_training_args
+
+STEPS = 400
+# Fields that a record has only where they are set: older records do not have them.
+_OPTIONAL = ("epochs", "eval_every", "packing")
 
 
 @dataclass(frozen=True)
@@ -15,7 +20,7 @@ class TrainConfig:
     """Options of the training. Steps are optimiser steps.
 
     Attributes:
-        steps: Number of steps.
+        steps: Number of steps; by default 400, or as many as ``epochs`` take.
         learning_rate: Peak, after 3 % warm-up, then linear decay to 0.
         batch_size: Rows per device and step.
         seed: Seed of data order and dropout.
@@ -26,9 +31,13 @@ class TrainConfig:
         cache_limit_gib: Most GiB of states on the disk.
         training_args: Further ``transformers.TrainingArguments`` by name, e.g. ``bf16``; they win
             over Trainer's defaults, but must not set a value that a field here decides.
+        epochs: Passes over the rows, in place of ``steps``.
+        eval_every: Steps between two measurements of the held-out loss; None measures it only
+            before and after the training.
+        packing: Whether to put the rows of a batch one after the other, without padding.
     """
 
-    steps: int = 400
+    steps: int | None = None
     learning_rate: float = 2e-4
     batch_size: int = 8
     seed: int = 0
@@ -36,15 +45,51 @@ class TrainConfig:
     cache_prefix: bool | str = False
     cache_limit_gib: float = 20.0
     training_args: Mapping[str, Any] = field(default_factory=dict)
+    epochs: float | None = None
+    eval_every: int | None = None
+    packing: bool = False
 
     def __post_init__(self) -> None:
-        check_counts(self, ("steps", "batch_size"))
+        if self.epochs is None:
+            object.__setattr__(self, "steps", STEPS if self.steps is None else self.steps)
+            check_counts(self, ("steps",))
+        elif self.steps is not None:
+            raise ValueError(
+                f"give steps or epochs, not both, got steps={self.steps} and epochs={self.epochs}"
+            )
+        else:
+            check_positive(self, ("epochs",))
+        check_counts(self, ("batch_size",))
         check_positive(self, ("learning_rate",))
-        check_save_every(self.save_every)
+        check_every(self, ("save_every", "eval_every"))
         if not self.cache_limit_gib > 0:
             raise ValueError(f"cache_limit_gib must be positive, got {self.cache_limit_gib!r}")
-        check_training_args(self.training_args, "steps")
+        if self.packing and self.cache_prefix:
+            raise ValueError(
+                "packing and cache_prefix exclude each other: cached states stand row by row"
+            )
+        check_training_args(self.training_args, "steps or epochs")
+
+    def for_rows(self, rows: int, processes: int) -> TrainConfig:
+        """Return the configuration with ``epochs`` counted in steps, as Trainer counts them.
+
+        Args:
+            rows: Rows of the data set.
+            processes: Processes that share each step.
+
+        >>> TrainConfig(epochs=2, batch_size=4).for_rows(9, 1).steps
+        6
+        """
+        if self.epochs is None:
+            return self
+        whole_only = bool(self.training_args.get("dataloader_drop_last"))
+        batches = rows // self.batch_size if whole_only else math.ceil(rows / self.batch_size)
+        mine = batches // processes if whole_only else math.ceil(batches / processes)
+        accumulated = self.training_args.get("gradient_accumulation_steps", 1)
+        steps = math.ceil(self.epochs * max(1, math.ceil(mine / accumulated)))
+        return replace(self, steps=steps, epochs=None)
 
     def as_dict(self) -> dict[str, object]:
         """Return the fields, for JSON."""
-        return {**asdict(self), "training_args": dict(self.training_args)}
+        fields = {**asdict(self), "training_args": dict(self.training_args)}
+        return {name: value for name, value in fields.items() if value or name not in _OPTIONAL}

@@ -6,7 +6,6 @@ set all other options in ``training_args``, by the names of ``TrainingArguments`
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,9 +27,7 @@ from ila.models.lean_head import leaning
 from ila.runs.checkpoints import is_finished, last_complete
 from ila.runs.processes import on_main_process, processes, sum_over_processes
 from ila.training.callbacks import ProgressBar
-from ila_kernels import use_verdicts, verdicts_in_use
-
-_LOG = logging.getLogger(__name__)
+from ila.training.verdicts import settle_verdicts
 
 # Accelerate puts these on a model and leaves them there. By the mark it would skip the model when
 # the next stage prepares it: no autocast, no compilation.
@@ -71,7 +68,7 @@ def run(trainer: Trainer, resume_from: Path | None) -> None:
     result would train one step too many. So this function only loads a finished checkpoint.
     """
     trainer.remove_callback(PrinterCallback)
-    _read_verdicts(trainer.args.device)
+    settle_verdicts(trainer.args.device, Path(trainer.args.output_dir).parent)
     _name_folder_in_errors(trainer)
     if resume_from is not None and is_finished(resume_from):
         trainer._load_from_checkpoint(str(resume_from))
@@ -88,13 +85,6 @@ def run(trainer: Trainer, resume_from: Path | None) -> None:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressBar):
                 callback.close()
-
-
-def _read_verdicts(device: torch.device) -> None:
-    """Let ``impl="auto"`` choose by the verdicts of ``ila tune``; all processes call this."""
-    if verdicts_in_use().all or use_verdicts() or device.type != "cuda":
-        return
-    _LOG.warning("This GPU was never measured, so library GEMMs compute; `ila tune` measures it")
 
 
 @contextmanager

@@ -12,7 +12,12 @@ from typing import NamedTuple
 
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from ila.boundary import writing
 from ila.data import token_count
@@ -24,13 +29,15 @@ from ila.runs.checkpoints import LOGS, keep_logs
 from ila.runs.folder import RUN_MARKER, claim
 from ila.runs.meter import StepMeter
 from ila.runs.metrics import LayerCounts, Metrics, load_run
-from ila.runs.processes import on_main_process, owning
+from ila.runs.processes import on_main_process, owning, processes
 from ila.runs.records import NUMBER, or_null, read_record
 from ila.training.adapter import Adapter
 from ila.training.arguments import arguments
 from ila.training.callbacks import LogFile, stage_callbacks
 from ila.training.card import write_card
+from ila.training.checks import check_settings
 from ila.training.config import TrainConfig
+from ila.training.evaluation import HeldOutTrainer, evaluate_on, evaluated
 from ila.training.loop import (
     check_dataset,
     default_collator,
@@ -39,10 +46,13 @@ from ila.training.loop import (
     resume_point,
     run,
 )
+from ila.training.packing import packing_collator
 from ila.training.trained import Trained
+from ila.training.verdicts import FILE as VERDICTS
+from ila.training.verdicts import record
 
 _BEFORE = {"held_out_loss_before": or_null(NUMBER)}
-PREFIX_FOLDER = "prefix-cache"
+PREFIX_FOLDER, CHECKPOINTS = "prefix-cache", "checkpoints"
 BEFORE_FILE = "before.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -73,6 +83,7 @@ def train(
     name: str = "run",
     begun: Begun | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Metrics:
     """Train the open layers of a model, and measure loss, time and memory.
 
@@ -91,6 +102,7 @@ def train(
         name: Name of the run in reports.
         begun: Run that has begun in ``output_dir`` and continues here; needs ``resume``.
         tokenizer: Tokenizer to save beside an adapter.
+        callbacks: Callbacks for ``transformers.Trainer``.
 
     Returns:
         The metrics: steps, losses, held-out loss before and after (nats per answer token), step
@@ -101,29 +113,29 @@ def train(
             another run.
         FloatingPointError: If the loss stops being finite.
     """
-    config = TrainConfig() if config is None else config
     check_dataset(dataset)
+    config = (config or TrainConfig()).for_rows(len(dataset), processes().num_processes)
     part: Trained = peft_model if isinstance(peft_model, OpenLayers) else Adapter(peft_model)
     counts = part.counts()
-    collator = default_collator(part.model) if collator is None else collator
+    collator = collator or default_collator(part.model)
     if output_dir is None and resume:
         raise ValueError("resume=True needs the output_dir of the run to go on with")
     kept = None if output_dir is None else Path(output_dir)
+    check_training(config, part.model, dataset, held_out)
     with (
         owning(kept),
         tempfile.TemporaryDirectory() if kept is None else nullcontext(kept) as folder,
     ):
-        training = _Training(part, counts, dataset, config, held_out, collator, Path(folder))
+        data = dataset, config, held_out, collator, Path(folder), callbacks
+        training = _Training(part, counts, *data)
         if kept is None:
             return training.run(name, keep=False, resume=False, progress=progress).metrics
         training.claim(resume, () if begun is None else begun.files)
         if resume and on_main_process((kept / "metrics.json").exists):
             part.load(kept)
             return load_run(kept)
-        metrics, meter = training.run(name, keep=True, resume=resume, progress=progress)
-        if begun is not None:
-            metrics = begun.finish(metrics, meter)
-        state = part.state()
+        ended, state = training.run(name, keep=True, resume=resume, progress=progress), part.state()
+        metrics = ended.metrics if begun is None else begun.finish(*ended)
         on_main_process(lambda: _save(part, state, kept, metrics, tokenizer))
     return metrics
 
@@ -144,6 +156,7 @@ class _Training:
     held_out: Dataset | None
     collator: Collate
     folder: Path
+    callbacks: Sequence[TrainerCallback]
 
     def claim(self, resume: bool, files: Sequence[str]) -> None:
         """Claim the folder for this training, or check that it belongs to it."""
@@ -154,28 +167,25 @@ class _Training:
             "rows": len(self.dataset),
             "trained": [name for name, p in parameters if p.requires_grad],
         }
-        beside = (RUN_MARKER, *files)
+        beside = (RUN_MARKER, VERDICTS, *files)
         on_main_process(
             lambda: claim(self.folder, mine, marker="train.json", resume=resume, beside=beside)
         )
 
     def run(self, name: str, *, keep: bool, resume: bool, progress: bool) -> _Ended:
         """Train to the end, and measure."""
-        checkpoints = self.folder / "checkpoints"
+        checkpoints = self.folder / CHECKPOINTS
         args = arguments_of(self.config, checkpoints, keep=keep)
         meter = StepMeter(args.device)
-        log = LogFile(self.folder / "log.jsonl", "train") if keep else None
-        own = stage_callbacks(f"Training {name}", log, progress=progress, also_save=meter.save)
-        trainer = self.part.trainer_class()(
-            self.part.model, args, self.collator, self.dataset, callbacks=[meter, *own]
-        )
+        trainer = self._trainer(args, meter, f"Training {name}", keep, progress)
         before = self._loss_before(trainer)
         start = resume_point(checkpoints, resume)
         if start is not None:
             meter.load(start)
         cache = self._prefix_cache(trainer, progress) if self.config.cache_prefix else None
         meter.begin()
-        with nullcontext() if cache is None else cache.skipping():
+        with nullcontext(nullcontext) if cache is None else cache.skipping() as whole:
+            trainer.whole = whole
             run(trainer, start)
         measured = meter.measured()  # before the held-out loss, which is not training
         metrics: Metrics = {
@@ -187,12 +197,33 @@ class _Training:
             **measured,
             "tokens_per_step": _tokens_per_step(self.dataset, args),
             "losses": losses(trainer),
+            **evaluated(trainer, self.config.eval_every),
             "prefix_cache": None if cache is None else cache.as_dict(),
             "device": str(args.device),
             "dtype": _dtype_text(self.part.model),
+            "verdicts": record(),
             "config": self.config.as_dict(),
         }
         return _Ended(metrics, meter)
+
+    def _trainer(
+        self, args: TrainingArguments, meter: StepMeter, title: str, keep: bool, progress: bool
+    ) -> HeldOutTrainer:
+        log = LogFile(self.folder / "log.jsonl", "train") if keep else None
+        own = stage_callbacks(
+            title, log, progress=progress, also_save=meter.save, more=self.callbacks
+        )
+        trainer = self.part.trainer_class(HeldOutTrainer)(
+            self.part.model,
+            args,
+            packing_collator() if self.config.packing else self.collator,
+            self.dataset,
+            eval_dataset=self.held_out,
+            callbacks=[meter, *own],
+        )
+        if self.held_out:
+            evaluate_on(trainer, self.held_out, self.collator, self.config.batch_size)
+        return trainer
 
     def _loss_before(self, trainer: Trainer) -> float | None:
         """Return the loss before training; a resumed run reads the value of its first start."""
@@ -244,12 +275,22 @@ def arguments_of(config: TrainConfig, folder: Path, *, keep: bool) -> TrainingAr
         folder,
         steps=config.steps,
         save_every=config.save_every if keep else None,
+        eval_every=config.eval_every,
         extra=config.training_args,
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         warmup_steps=round(0.03 * config.steps),
         seed=config.seed,
     )
+
+
+def check_training(
+    config: TrainConfig, model: nn.Module, dataset: Dataset, held_out: Dataset | None
+) -> None:
+    """Raise if a training cannot begin with these settings; see ``check_settings``."""
+    config = config.for_rows(len(dataset), processes().num_processes)
+    args = arguments_of(config, Path(CHECKPOINTS), keep=False)
+    check_settings(config, args, model, dataset, held_out)
 
 
 def _dtype_text(model: nn.Module) -> str:
@@ -289,6 +330,6 @@ def _save(
         move_in(folder, out)
     write_json_atomic(out / "metrics.json", metrics)
     (out / BEFORE_FILE).unlink(missing_ok=True)
-    keep_logs(out / "checkpoints", out / LOGS)
-    for folder in ("checkpoints", PREFIX_FOLDER):
+    keep_logs(out / CHECKPOINTS, out / LOGS)
+    for folder in (CHECKPOINTS, PREFIX_FOLDER):
         shutil.rmtree(out / folder, ignore_errors=True)

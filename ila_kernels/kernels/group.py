@@ -15,7 +15,7 @@ half the dtype's eps, n roundings lose at most n·u of the largest partial sum; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,14 +38,21 @@ def shrink_all(x: Tensor, members: Sequence[Member], dropout_p: float) -> list[T
 
 
 def forward(
-    x: Tensor, members: Sequence[Member], dropout_p: float
+    x: Tensor,
+    members: Sequence[Member],
+    dropout_p: float,
+    *,
+    products: Callable[..., list[Tensor]] = outputs,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """x (M, K) -> every y (M, Nᵢ), and every t (M, Rᵢ), ``None`` for a closed member."""
+    """x (M, K) -> every y (M, Nᵢ), and every t (M, Rᵢ), ``None`` for a closed member.
+
+    ``products`` computes the y of every open member from its t.
+    """
     check_dtype(x.dtype)
     with torch.cuda.device(x.device):
         ts = shrink_all(x, members, dropout_p)
         adapted = [(m, t) for m, t in zip(members, ts, strict=True) if t is not None]
-        made = iter(outputs(x, [m for m, _ in adapted], [t for _, t in adapted]))
+        made = iter(products(x, [m for m, _ in adapted], [t for _, t in adapted]))
         ys = [
             F.linear(x, m.weight, m.bias) if t is None else next(made)
             for m, t in zip(members, ts, strict=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from ila_kernels.config import Tile
+from ila_kernels.device import is_capturing
 
 TL_DTYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -118,13 +119,6 @@ def _tf32_allowed() -> bool:
     if switch is not None:
         return switch == "tf32"
     return torch.backends.cuda.matmul.allow_tf32
-
-
-def is_capturing() -> bool:
-    """Return whether the current stream records a CUDA graph."""
-    # A build of PyTorch without GPUs, under which the kernels are emulated, has no such question.
-    has_gpus = torch.version.cuda is not None or torch.version.hip is not None
-    return has_gpus and torch.cuda.is_current_stream_capturing()
 
 
 def seed_number(seed: Tensor) -> int:

@@ -2,11 +2,13 @@
 
 forward    shrink, lowrank_gemm                       x read twice, y written once
 backward   grad_out, lowrank_gemm, then dA            dy read twice, dx written once
+
+Both take the product with W as an argument: ``hybrid`` passes the library's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,12 +41,17 @@ def forward(
     seed: Tensor | None,
     scale: float,
     dropout_p: float,
+    *,
+    product: Callable[..., Tensor] = lowrank_gemm,
 ) -> tuple[Tensor, Tensor]:
-    """x (M, K), W (N, K), A (R, K), B (N, R) -> y (M, N) and t (M, R), both in the dtype of x."""
+    """x (M, K), W (N, K), A (R, K), B (N, R) -> y (M, N) and t (M, R), both in the dtype of x.
+
+    ``product`` computes P Q + bias + γα U V.
+    """
     check_dtype(x.dtype)
     with torch.cuda.device(x.device):
         (t,) = shrink(x, [lora_a], None if seed is None else [seed_number(seed)], dropout_p)
-        return lowrank_gemm(x, weight.t(), t, lora_b.t(), scale, gate, bias), t
+        return product(x, weight.t(), t, lora_b.t(), scale, gate, bias), t
 
 
 def parameter_grads(
@@ -123,10 +130,12 @@ def backward(
     scale: float,
     dropout_p: float,
     needs: Needs,
+    *,
+    dx_of: Callable[[Tensor, Tensor, Member, float], Tensor] = input_grad,
 ) -> Grads:
-    """Return all wanted gradients of ``forward`` from dy (M, N)."""
+    """Return all wanted gradients of ``forward`` from dy (M, N); ``dx_of`` computes dx."""
     saved = next((s for s in (x, weight, t) if s is not None), dy)
     dy, m = dy.to(saved.dtype), Member(weight, lora_a, lora_b, gate, None, seed, scale, t, needs)
     with torch.cuda.device(dy.device):
         u, grads = parameter_grads(dy, x, m, dropout_p)
-        return grads._replace(x=input_grad(dy, u, m, dropout_p)) if needs.x else grads
+        return grads._replace(x=dx_of(dy, u, m, dropout_p)) if needs.x else grads

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ila_kernels.choice import preference
 from ila_kernels.config import ADAPTERS_PER_PASS
+from ila_kernels.device import is_capturing
 from ila_kernels.eager import Needs
 from ila_kernels.group import Member
 from ila_kernels.kernels import group
 from ila_kernels.kernels.grad_a import Adapter, grad_a
 from ila_kernels.kernels.joined_gemm import outputs
-from ila_kernels.kernels.launch import is_capturing
 from ila_kernels.kernels.shrink import shrink
 
 _passed: set[tuple[torch.device, str | None]] = set()

@@ -1,6 +1,13 @@
 """Sections of counted results and of real data, each from a result small enough to check by eye."""
 
-from benchmarks.sections import compile_report, memory, qlora, real_data, saved_bytes
+from benchmarks.sections import (
+    compile_report,
+    memory,
+    qlora,
+    real_data,
+    saved_bytes,
+    time_budget,
+)
 from benchmarks.sections.memory_counts import PEFT_BF16
 
 GB = 10**9
@@ -128,3 +135,19 @@ def test_real_data_shows_losses_times_and_memory_of_both():
     assert f"| `path`, a-all-layers | {all_layers}" in text
     assert f"| `path`, a-top-30-percent | {top}" in text
     assert "`path`: The machine was quiet (calibration spread 1.02)." in text
+
+
+def test_budgets_of_time_are_marked_as_modelled_and_say_what_would_show_them_wrong():
+    first, *parts = time_budget.markdown({})
+    assert first.startswith("**Modelled, not measured: none of these times was taken on a GPU.**")
+    tables = [part.splitlines() for part in parts if part.startswith("| modelled")]
+    assert len(tables) == len(time_budget.GPUS) + 1
+    for table in tables[:-1]:
+        assert table[0].endswith("| shown wrong by |") and len(table) == 2 + 8 + 1
+        assert all(line.split("|")[-2].strip() for line in table[2:])
+    # The sums of the last table are those under the others.
+    sums = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in tables[-1][2:]}
+    for name, table in zip(time_budget.GPUS.values(), tables, strict=False):
+        under = [cell.partition("(")[2].strip(" )") for cell in table[-1].split("|")[2:-2]]
+        found = [cell.strip() for cell in sums[f"{name}, 8192 tokens"]]
+        assert [found[0], *found[3:]] == under

@@ -51,6 +51,8 @@ RESUMED = (*TRAIN, *FROM, "--rank", "2", "--resume", "--out")
 LEARNED = (*LEARN, *FROM, "--resume", "--out")
 CACHED = ("--cache-prefix", "--cache-folder", "{here}/cache", "--mask", "{there}/upper.json")
 MASKED = (*SHORT, *FROM, "--mask", "{here}/learned/mask.json", "--out", "{here}/out")
+CONFIGURED = ("train", "--steps", "1", "--batch-size", "2", "--rank", "2", *FROM,
+              "--out", "{here}/out", "--config")  # fmt: skip
 TIME = ("select", "{there}/learned", "--budget", "time=0.9", "--speed", "{here}/speed.json")
 CHECKPOINTS = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "costs.json")
 
@@ -63,6 +65,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "packed/model.gguf": (*SHORT, *FROM, "--model", "{here}/packed", "--out", "{here}/out"),
     **{f"rows.{kind}": (*ROWS, f"{{here}}/rows.{kind}") for kind in ("json", "jsonl", "csv")},
     "rows.parquet": (*ROWS, "{here}/rows.parquet"),
+    **{f"options.{kind}": (*CONFIGURED, f"{{here}}/options.{kind}") for kind in ("yaml", "json")},
     "learned/mask.json": MASKED,
     "learned/mask.json ": ("select", "{here}/learned", "--top", "0.3"),
     "learned/mask.json  ": ("select", "{here}/learned", "--budget", "memory=1GiB"),

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import Trainer
 
@@ -68,6 +69,7 @@ def make_all(root: Path, tiny_model_folder: Path) -> None:
     (root / "pickled" / "model.safetensors").unlink()
     write_gguf(root / "packed" / "model.gguf")
     write_tables(root)
+    write_options(root)
     source = ("--model", model, "--data", root / "rows.jsonl")
     ila(*LEARN, *source, "--out", root / "learned")
     ila(*LEARN, *source, "--out", root / "learned-half", kill_at=3)
@@ -81,6 +83,14 @@ def make_all(root: Path, tiny_model_folder: Path) -> None:
     ila("measure", "--model", model, *options, "--out", root / "speed.json")
     cached = ("--cache-prefix", "--cache-folder", root / "cache", "--mask", root / "upper.json")
     ila(*TRAIN, *source, "--rank", "2", *cached, "--out", root / "cached")
+
+
+def write_options(root: Path) -> None:
+    """Write a file of --config, in YAML and in JSON, which is YAML too."""
+    options = {"learning_rate": 0.01, "scheduler": "cosine", "held_out": 0.25, "eval_every": 1}
+    options |= {"lr_scheduler_kwargs": {"num_cycles": 0.5}, "weight_decay": 1e-3, "optim": "sgd"}
+    (root / "options.json").write_text(json.dumps(options))
+    (root / "options.yaml").write_text(yaml.safe_dump(options | {"train": {"warmup": 1}}))
 
 
 def write_tables(root: Path) -> None:

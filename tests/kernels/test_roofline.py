@@ -90,6 +90,7 @@ def test_flops_are_those_that_run(contestant, function, needs, dropout_p):
         ("frozen", (0, 0), (0, 0)),
         ("peft", (1, 6), (5, 4)),
         ("addmm", (1, 2), (3, 2)),
+        ("hybrid", (1, 2), (3, 1)),
         ("fused", (1, 0), (1, 1)),
     ],
 )
@@ -118,6 +119,7 @@ def test_fused_moves_least_and_peft_most(needs, dropout, adapter_bytes):
     ):
         moved = {contestant: cost(contestant).bytes for contestant in CONTESTANTS}
         assert moved["frozen"] <= moved["fused"] - own <= min(moved["addmm"], moved["peft"])
+        assert moved["fused"] <= moved["hybrid"] <= moved["addmm"] + own
         if not dropout:  # with it addmm redraws the mask instead of saving x̂
             assert moved["addmm"] <= moved["peft"]
 
@@ -163,6 +165,7 @@ def test_a_group_of_one_costs_what_it_costs_alone():
     [
         ("fused", False, 1),
         ("fused", True, 1),
+        ("hybrid", True, 1),
         ("addmm", False, 1),
         ("addmm", True, 3),
         ("peft", True, 3),
@@ -174,17 +177,27 @@ def test_a_group_reads_x_for_t_once_where_it_can(contestant, dropout, passes):
     assert apart - group_forward_cost(contestant, [p] * 3).bytes == 2 * M * K * (3 - passes)
 
 
-@pytest.mark.parametrize("contestant", ["addmm", "fused", "peft"])
+@pytest.mark.parametrize("contestant", ["addmm", "hybrid", "fused", "peft"])
 @pytest.mark.parametrize("dropout", [False, True])
 def test_a_group_reads_x_for_da_once_where_it_can(contestant, dropout):
     p = dataclasses.replace(P, dropout=dropout)
     needs = {"lora_a", "lora_b"}
     apart = 3 * backward_cost(contestant, p, needs).bytes
     together = group_backward_cost(contestant, [p] * 3, needs).bytes
-    once = contestant == "fused" or (contestant == "addmm" and not dropout)
+    once = contestant in ("hybrid", "fused") or (contestant == "addmm" and not dropout)
     # addmm writes the u's beside each other before that.
     beside = 3 * 2 * 2 * M * p.r if contestant == "addmm" else 0
     assert apart - together == (2 * M * K * 2 - beside if once else 0)
+
+
+@pytest.mark.parametrize(("dropout", "passes"), [(False, 1 + 3), (True, 1 + 2 * 2 + 3)])
+def test_a_group_of_hybrid_passes_over_one_dx(dropout, passes):
+    """Its update is written at once, or masked and added member by member; each GEMM adds to it."""
+    # R = 0 leaves dy, W and dx; each GEMM writes dx, which the bare linears do as well.
+    p = dataclasses.replace(P, r=0, dropout=dropout)
+    moved = group_backward_cost("hybrid", [p] * 3, {"x"}).bytes
+    bare = 3 * backward_cost("frozen", p, {"x"}).bytes + 3 * 2 * M * N  # dy again, for u
+    assert moved - bare == passes * 2 * M * K
 
 
 def test_a_fourth_adapter_is_a_second_pass_over_x():
@@ -303,6 +316,7 @@ def test_the_table_of_traffic_covers_every_layer_and_ours_moves_least(dropout, t
         layer = rows[i : i + len(CONTESTANTS)]
         moved = {row["contestant"]: row["forward_bytes"] + row["backward_bytes"] for row in layer}
         assert moved["frozen"] < moved["addmm"] < moved["peft"] or dropout
+        assert moved["fused"] < moved["hybrid"] < moved["addmm"]
         # The outputs of one launch read x once, where frozen linears read it one by one.
         assert moved["frozen"] < moved["fused"] or layer[0]["layer"] in ("q k v", "gate up")
         assert moved["fused"] < min(moved["addmm"], moved["peft"])

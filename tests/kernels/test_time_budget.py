@@ -8,7 +8,7 @@ from ila_kernels.time_budget import (
     PATHS,
     Speeds,
     base_us,
-    markdown,
+    markdown_table,
     time_budget,
     totals,
 )
@@ -61,7 +61,7 @@ def test_without_gaps_and_shares_the_bytes_of_the_updates_are_those_of_the_outpu
 
 
 def test_the_table_has_a_row_for_each_part_and_says_what_would_show_it_wrong():
-    rows, lines = time_budget(H100, 8192), markdown(H100, 8192).splitlines()
+    rows, lines = time_budget(H100, 8192), markdown_table(H100, 8192).splitlines()
     assert len(lines) == 2 + len(rows) + 1
     assert {line.count("|") for line in lines} == {len(PATHS) + 3}
     for row, line in zip(rows, lines[2:], strict=False):

@@ -1,6 +1,7 @@
 """impl="hybrid" against the reference in fp64 and against impl="triton", whose masks it shares."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from torch.library import opcheck
 
 pytest.importorskip("triton")
 
-from ila_kernels import masked_lora_linear, masked_lora_linear_group
 from ila_kernels.testing import Inputs, assert_within_rounding, make_inputs, values_and_grads
+from tests.kernels import calls
 
 pytestmark = pytest.mark.gpu
 
@@ -21,24 +22,8 @@ LORA = ("x", "lora_a", "lora_b")
 ALL = (*LORA, "weight", "gate", "bias")
 
 
-def linear(i: Inputs, dropout_p: float = 0.0, impl: str = "hybrid") -> Tensor:
-    return masked_lora_linear(
-        i.x, i.weight, i.lora_a, i.lora_b, i.gate, bias=i.bias, scale=1.7, dropout_p=dropout_p,
-        impl=impl,
-    )  # fmt: skip
-
-
-def group(i: Inputs, dropout_p: float = 0.0, impl: str = "hybrid") -> Tensor:
-    weights, gates, biases = [i.weight] * 3, [i.gate, None, None], [i.bias, i.bias, None]
-    lora_as, lora_bs = [i.lora_a, None, i.lora_a[:2]], [i.lora_b, None, i.lora_b[:, :2]]
-    ys = masked_lora_linear_group(
-        i.x, weights, lora_as, lora_bs, gates, biases=biases, scales=[1.7, 1.0, 0.5],
-        dropout_p=dropout_p, impl=impl,
-    )  # fmt: skip
-    return ys[0] + 0.5 * ys[1] + ys[2]
-
-
-BOTH = pytest.mark.parametrize("function", [linear, group])
+linear, group = (partial(f, impl="hybrid") for f in (calls.linear, calls.group))
+BOTH = pytest.mark.parametrize("function", [linear, group], ids=["linear", "group"])
 
 
 @BOTH
@@ -79,7 +64,7 @@ def test_dropout_draws_the_masks_of_the_fused_kernels(function, dtype):
 
     def run(impl: str, i: Inputs) -> dict[str, Tensor]:
         torch.manual_seed(7)  # from which the seeds of dropout are drawn
-        return values_and_grads(lambda i: function(i, 0.3, impl), i)
+        return values_and_grads(lambda i: function(i, 0.3, impl=impl), i)
 
     ours, fused = run("hybrid", i), run("triton", i)
     # The fused kernels in fp32 stand for the exact result: the masks are equal or they are not.

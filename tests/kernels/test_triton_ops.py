@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from ila_kernels import masked_lora_linear, masked_lora_linear_group
 from ila_kernels.group_ops import absent
 from ila_kernels.testing import Inputs, assert_within_rounding, make_inputs, values_and_grads
+from tests.kernels import calls
 
 pytestmark = pytest.mark.gpu
 
@@ -36,24 +36,8 @@ def inputs_of(m=20, dtype=FP32, gate=0.5, bias=True, requires=ALL, **options) ->
     return make_inputs(*shape, **kinds, device="cuda")
 
 
-def linear(i: Inputs, dropout_p: float = 0.0, impl: str = "triton") -> Tensor:
-    return masked_lora_linear(
-        i.x, i.weight, i.lora_a, i.lora_b, i.gate, bias=i.bias, scale=1.7, dropout_p=dropout_p,
-        impl=impl,
-    )  # fmt: skip
-
-
-def group(i: Inputs, dropout_p: float = 0.0, impl: str = "triton") -> Tensor:
-    weights, gates, biases = [i.weight] * 3, [i.gate, None, None], [i.bias, i.bias, None]
-    lora_as, lora_bs = [i.lora_a, None, i.lora_a[:2]], [i.lora_b, None, i.lora_b[:, :2]]
-    ys = masked_lora_linear_group(
-        i.x, weights, lora_as, lora_bs, gates, biases=biases, scales=[1.7, 1.0, 0.5],
-        dropout_p=dropout_p, impl=impl,
-    )  # fmt: skip
-    return ys[0] + 0.5 * ys[1] + ys[2]
-
-
-BOTH = pytest.mark.parametrize("function", [linear, group])
+linear, group = (partial(f, impl="triton") for f in (calls.linear, calls.group))
+BOTH = pytest.mark.parametrize("function", [linear, group], ids=["linear", "group"])
 
 
 # --- contracts

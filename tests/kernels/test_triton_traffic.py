@@ -112,10 +112,34 @@ def problem(dropout_p: float = 0.0) -> Problem:
     return Problem(M, K, N, R, 2, 4, dropout=dropout_p > 0, block_n=block_n)
 
 
-def ours(i, dropout_p):
+def ours(i, dropout_p, impl="triton"):
     return masked_lora_linear(
-        i.x, i.weight, i.lora_a, i.lora_b, i.gate, dropout_p=dropout_p, impl="triton"
+        i.x, i.weight, i.lora_a, i.lora_b, i.gate, dropout_p=dropout_p, impl=impl
     )
+
+
+def by_library(p: Problem, backward: bool = False) -> int:
+    """Bytes that hybrid leaves to the library: the bare product, and its update, read again."""
+    thin, columns = p.base_bytes * p.m * p.r, p.k if backward else p.n
+    bare = backward_cost("frozen", p, {"x"}) if backward else forward_cost("frozen", p)
+    return bare.bytes + thin + p.adapter_bytes * p.r * columns + 2 * p.base_bytes * p.m * columns
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_the_kernels_of_hybrid_move_their_part_of_the_cost_model(traffic, dropout_p):
+    needs, p = {"x", "lora_a", "lora_b"}, problem(dropout_p)
+    i = draw(needs)
+    y = ours(i, dropout_p, "hybrid")
+    counted = [launch for launch in traffic.launches if launch][-1]
+    assert {key[0] for key in counted} == {"shrink"}
+    assert sum(counted.values()) == forward_cost("hybrid", p).bytes - by_library(p)
+    traffic.launches.clear()
+    y.backward(i.dy)
+    assert traffic.of("grad_out", "dy", "load") == 2 * M * N
+    # Under dropout the update of dx is masked, so a kernel writes it.
+    update = 2 * M * K + 2 * M * R + 4 * R * K if dropout_p else 0
+    kernels = backward_cost("hybrid", p, needs).bytes - by_library(p, backward=True)
+    assert traffic.total() == kernels + update
 
 
 def draw(requires):
