@@ -69,9 +69,9 @@ def select(
 ) -> None:
     """Choose the layers to train from a learned mask: a share, or the best set for a budget.
 
-    A budget weighs importance (the --objective over the scores) against cost: the depth of backward, the
-    layers that it passes, and the time and memory of each open layer. The command prints the plain
-    top-k of the same cost, and draws importance against cost beside the mask.
+    A budget weighs importance (--objective) against cost: the depth of backward, the layers that it
+    passes, and the time and memory of each open layer. The command prints the plain top-k of the
+    same cost, and draws importance against cost beside the mask.
     """
     from ila.commands import select_share
 

@@ -125,7 +125,7 @@ Top = Annotated[float | None, typer.Option(help="Share of layers to keep open: t
 Objective = Annotated[
     str,
     typer.Option(
-        help="What a set of layers is worth: layers (the sum of their scores) or blocks (with "
+        help="Worth of a set of layers: layers (the sum of their scores) or blocks (with "
         "diminishing returns in each block)."
     ),
 ]

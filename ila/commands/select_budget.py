@@ -110,7 +110,7 @@ def select_within(
         step: Model and size of a step; by default the values of the search.
         out: Mask file to write; by default ``mask-BUDGET.json`` beside the learned one. The
             picture goes beside it.
-        objective: What a set is worth: ``"layers"`` or ``"blocks"`` (``ila.masks.objective``).
+        objective: Worth of a set of layers: ``"layers"`` or ``"blocks"`` (``ila.masks.objective``).
 
     Raises:
         ValueError: If the budget cannot be read or pays for no layer, neither mask nor ``step``

@@ -49,7 +49,7 @@ class SelectLayers(TrainerCallback, ExportableState):
         budget: Most that the open layers may cost.
         blocks: Number of last blocks that stay open.
         speed: Rates for a budget of time.
-        objective: What a set of layers is worth, ``"layers"`` or ``"blocks"``; see
+        objective: Worth of a set of layers, ``"layers"`` or ``"blocks"``; see
             ``ila.masks.objective``.
         **how: ``closed``, ``method`` and ``batches`` of ``ila.search.selection.Selection``: the way
             to close layers (``"keep"`` or ``"drop"``), the scores (``"gate_gradient"`` or
