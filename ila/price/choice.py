@@ -28,7 +28,7 @@ class Choice:
         blocks: Number of last blocks that stay open whole: ``15`` or ``"last:15"``. It
             ignores the scores.
         speed: File of ``ila measure`` or name of a known GPU, for a budget of time.
-        objective: Worth of a set of layers: ``"layers"``, the sum of its scores, or ``"blocks"``, with
+        objective: Worth of a set: ``"layers"``, the sum of its scores, or ``"blocks"``, with
             diminishing returns in each block (``ila.masks.objective``).
 
     >>> Choice(blocks="last:1").cut({"layers.0.q_proj": 3.0, "layers.1.q_proj": 1.0}).open
