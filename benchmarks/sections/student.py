@@ -41,8 +41,8 @@ def two_sided(t: float, degrees: int) -> float:
     weights = np.ones(_STEPS)
     weights[1:-1:2], weights[2:-1:2] = 4.0, 2.0
     log_beta = math.lgamma(0.5) + math.lgamma(degrees / 2) - math.lgamma((degrees + 1) / 2)
-    inside = float(weights @ density) * (u[1] - u[0]) / 3.0
-    return max(0.0, 1.0 - 2.0 * inside * math.exp(-log_beta))
+    inside = float(weights @ density * (u[1] - u[0])) / 3.0
+    return float(max(0.0, 1.0 - 2.0 * inside * math.exp(-log_beta)))
 
 
 def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:

@@ -20,8 +20,8 @@ RULE = (
     "replicate: the mean over its seeds. Intervals are 95 %, by Student's t over the data sets, "
     "each for its claim alone. A verdict needs all runs of every data set and seed, at least "
     f"{ENOUGH} data sets, and a p-value below 5 % after Holm's correction for all claims of the "
-    f"list that can be told: *holds* or *fails*; else *{OPEN}*. *Does not hurt* means losing less than {HURT:.0%}, "
-    f"*comes near* less than {NEAR:.0%}; *beats* means a lower held-out loss. The default, `path`, "
+    f"list that can be told: *holds* or *fails*; else *{OPEN}*. *Does not hurt* means losing less "
+    f"than {HURT:.0%}, *comes near* less than {NEAR:.0%}; *beats* means a lower held-out loss. The default, `path`, "
     "was chosen on these sets; they say little about others."
 )
 
