@@ -21,8 +21,8 @@ RULE = (
     "each for its claim alone. A verdict needs all runs of every data set and seed, at least "
     f"{ENOUGH} data sets, and a p-value below 5 % after Holm's correction for all claims of the "
     f"list that can be told: *holds* or *fails*; else *{OPEN}*. *Does not hurt* means losing less "
-    f"than {HURT:.0%}, *comes near* less than {NEAR:.0%}; *beats* means a lower held-out loss. The default, `path`, "
-    "was chosen on these sets; they say little about others."
+    f"than {HURT:.0%}, *comes near* less than {NEAR:.0%}; *beats* means a lower held-out loss. The "
+    "default, `path`, was chosen on these sets; they say little about others."
 )
 
 
