@@ -4,8 +4,8 @@ r"""Held-out loss against total time: ways to train, each at its best learning r
         --out frontier.jsonl
 
 One JSON line for each finished training; the same command goes on with the same file. On the first
-seed every way is trained at every rate, and further where the best lies at an edge; on the other seeds at the rate that was best there for the
-same data. Two parts:
+seed every way is trained at every rate, and further where the best lies at an edge; on the other
+seeds at the rate that was best there for the same data. Two parts:
 
 - ``one pass``: no row is seen twice.
 - ``epochs``: few rows, three times each, where the prefix cache pays.
