@@ -76,7 +76,15 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "metrics",
             "meter",
         ),
-        "masks": ("checks", "names", "mask_file", "mask", "provenance", "agreement"),
+        "masks": (
+            "checks",
+            "names",
+            "mask_file",
+            "mask",
+            "objective",
+            "provenance",
+            "agreement",
+        ),
         "data": (
             "contracts",
             "turns",

@@ -56,21 +56,21 @@ def _setting(study: Study) -> str:
         f"{study.name}, {len(study.layers)} layers; data: {', '.join(study.data)}; {len(cells)} "
         f"pairs of data set and seed, {study.steps} steps at one learning rate, which favours many "
         "layers. A cost is a share of the loss that training all layers takes off, with its 95 % "
-        "interval; the search is `path`, chosen on these sets."
+        f"interval over the {len(study.data)} data sets; the search is `path`, chosen on them."
     )
 
 
 def _lost(study: Study, method: str, share: float) -> str | None:
-    values = study.lost_share(method, "count", share)
-    if not values:
+    lost = study.lost(method, "count", share)
+    if not lost:
         return None
-    said = Estimate.of(values)
+    said = Estimate.of(study.by_data(lost))
     return f"{said.mean * 100:.1f} % ({said.low * 100:.1f} … {said.high * 100:.1f})"
 
 
 def _freezing(study: Study) -> str | None:
     lost = _lost(study, METHOD, 0.75)
-    values = study.lost_share(METHOD, "count", 0.75)
+    values = study.lost(METHOD, "count", 0.75).values()
     if lost is None:
         return None
     worse = sum(value > 0 for value in values)
@@ -110,15 +110,17 @@ def _repeating(study: Study) -> str | None:
 
 
 def _cheap(study: Study) -> str | None:
-    behind = study.losing(CHEAP, "count", SHARE, against=METHOD)
+    behind = study.lost(CHEAP, "count", SHARE, against=METHOD)
     if not behind:
         return None
-    said = Estimate.of(behind)
+    values = study.by_data(behind)
+    said = Estimate.of(values)
     tie = said.low <= 0.0 <= said.high
     return (
-        f"Layers chosen by `{CHEAP}`, the size of the trained update, end {said.mean:+.4f} nats "
-        f"from those of the search at 30 % ({said.low:+.4f} … {said.high:+.4f}; more is worse, "
-        f"n = {said.count})" + (": a tie." if tie else ".")
+        f"Layers chosen by `{CHEAP}`, the size of the trained update, lose {said.mean * 100:+.1f} "
+        f"% more of the gain than those of the search at 30 % ({said.low * 100:+.1f} … "
+        f"{said.high * 100:+.1f})" + (f": a tie over {len(values)} data sets" if tie else "") + "; "
+        f"on the worst set {max(values) * 100:+.1f} %."
     )
 
 

@@ -38,7 +38,7 @@ class Estimate:
         """Mean and interval in words."""
         known = f"95 % interval {self.low:.{digits}f} … {self.high:.{digits}f}, n = {self.count}"
         if self.count == 1:
-            known = "one run, no error known"
+            known = "one value, no error known"
         return f"{self.mean:.{digits}f}{unit} ({known})"
 
 
@@ -48,6 +48,7 @@ class Study:
     Attributes:
         name: Name of the model.
         layers: Module names in the model's order.
+        sizes: Adapter parameters of each layer.
         masks: (data, seed, method) -> scores and folds, at the options that came first.
         losses: (data, seed) -> held-out loss before any training.
         trained: (data, seed, method, cut, share) -> result; ``ALL`` has cut "" and share 1.
@@ -62,6 +63,7 @@ class Study:
         self.key = by["mask"][0][0]
         self.name = self.key["model"]
         self.layers = by["layers"][0][1]["names"]
+        self.sizes = by["layers"][0][1]["parameters"]
         self.agreements = by["agreement"]
         self.losses = {_place(key): result["held_out_loss"] for key, result in by["base"]}
         self.stage1 = {_place(key): result for key, result in by["stage1"]}
@@ -104,15 +106,31 @@ class Study:
         )
         return [a["held_out_loss"] - b["held_out_loss"] for a, b in pairs if b]
 
-    def lost_share(self, method: str, cut: str, share: float) -> list[float]:
-        """What is lost against all layers as a share of what all layers gain over none."""
-        shares = []
+    def lost(
+        self, method: str, cut: str, share: float, against: str = ALL
+    ) -> dict[tuple[str, int], float]:
+        """Return (data, seed) -> loss behind another's, as a share of the gain of all layers."""
+        other = ("", 1.0) if against == ALL else (cut, share)
+        found = {}
         for (data, seed, m, c, s), result in self.trained.items():
             whole = self.trained.get((data, seed, ALL, "", 1.0))
-            if (m, c, s) == (method, cut, share) and whole:
+            rival = self.trained.get((data, seed, against, *other))
+            if (m, c, s) == (method, cut, share) and whole and rival:
                 gain = self.losses[data, seed] - whole["held_out_loss"]
-                shares.append((result["held_out_loss"] - whole["held_out_loss"]) / gain)
-        return shares
+                behind = result["held_out_loss"] - rival["held_out_loss"]
+                found[data, seed] = behind / gain
+        return found
+
+    def by_data(self, values: Mapping[tuple[str, int], float]) -> list[float]:
+        """Return one value for each data set, the mean over its seeds."""
+        found = defaultdict(list)
+        for (data, _), value in values.items():
+            found[data].append(value)
+        return [sum(some) / len(some) for some in found.values()]
+
+    def is_whole(self, values: Mapping[tuple[str, int], float]) -> bool:
+        """Return whether there is a value for every data set and seed that trained all layers."""
+        return {(d, s) for d, s, m, *_ in self.trained if m == ALL} <= set(values)
 
     def agreed(self, factor: str, method: str) -> list[tuple[Mapping, Mapping]]:
         """Agreements of one method's masks that differ in a factor, else at the usual options."""

@@ -122,6 +122,13 @@ ScoreLearningRate = Annotated[
 # Options of `ila select`.
 LearnedRun = Annotated[Path, typer.Argument(help="Folder of `ila learn`, or a mask file.")]
 Top = Annotated[float | None, typer.Option(help="Share of layers to keep open: the best ones.")]
+Objective = Annotated[
+    str,
+    typer.Option(
+        help="Worth of a set of layers: layers (the sum of their scores) or blocks (with "
+        "diminishing returns in each block)."
+    ),
+]
 Freeze = Annotated[float | None, typer.Option(help="Share of layers to close: the worst ones.")]
 Budget = Annotated[
     str | None,

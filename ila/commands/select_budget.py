@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ila.boundary import reading
 from ila.masks.mask import LayerMask
+from ila.masks.objective import LAYERS, worth
 from ila.masks.provenance import Provenance
 from ila.models.loading import LOAD_IN, find_source, same_layers
 from ila.models.sizes import load_config
@@ -103,6 +104,7 @@ def select_within(
     speed: str | None = None,
     step: StepSizes | None = None,
     out: Path | None = None,
+    objective: str = LAYERS,
 ) -> Selected:
     """Open the most important layers of a learned mask that a budget pays for.
 
@@ -113,6 +115,7 @@ def select_within(
         step: Model and size of a step; by default the values of the search.
         out: Mask file to write; by default ``mask-BUDGET.json`` beside the learned one. The
             picture goes beside it.
+        objective: Worth of a set of layers: ``"layers"`` or ``"blocks"`` (``ila.masks.objective``).
 
     Raises:
         ValueError: If the budget cannot be read or pays for no layer, neither mask nor ``step``
@@ -129,12 +132,14 @@ def select_within(
         raise ValueError(f"--speed does nothing for a budget of {wanted.resource}")
     rates = _rates(speed, mask)
     shape = _shape(mask, step or StepSizes(), rates, wanted.resource)
-    spending = Spending(mask, wanted, shape, rates)
+    spending = Spending(worth(mask, objective), wanted, shape, rates)
     point, plain = spending.chosen(), spending.plain_within()
     folder = run if run.is_dir() else run.parent
     out = folder / f"mask-{budget.replace('=', '-')}.json" if out is None else out
     gates = {name: name in point.opened for name in mask.scores}
     selection = _provenance(budget, spending, point, plain, speed)
+    if objective != LAYERS:
+        selection["objective"] = objective
     cut = LayerMask(mask.scores, gates, {**mask.provenance, "selection": selection})
     cut.save(out)
     drawn = out.with_suffix(".png")

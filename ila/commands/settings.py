@@ -14,6 +14,7 @@ from ila.commands.option_tables import CHOICE, INPUTS, SEARCH, Given
 from ila.commands.resolved import resolved
 from ila.commands.trainer_fields import trainer_fields
 from ila.masks.mask import LayerMask
+from ila.masks.objective import LAYERS
 from ila.price.choice import Choice
 from ila.runs.metrics import Metrics
 from ila.search.config import SearchConfig
@@ -171,6 +172,7 @@ def _selection(given: Given) -> Selection | None:
     choice, at = {name: given[name] for name in CHOICE}, given["select_at"]
     if at is None:
         asked = [name for name, value in choice.items() if value is not None]
+        asked += ["objective"] if given["objective"] != LAYERS else []
         if asked:
             raise ValueError(f"--{asked[0]} selects in the middle of a run; give --select-at too")
         return None
@@ -178,7 +180,12 @@ def _selection(given: Given) -> Selection | None:
         other = "--full" if given["full"] else "--mask"
         raise ValueError(f"--select-at selects layers of an adapter itself; leave out {other}")
     when = int(at) if at >= 1 and at == int(at) else at
-    return Selection(Choice(**choice), when, given["closed"] or "keep", given["score"])
+    return Selection(
+        Choice(**choice, objective=given["objective"]),
+        when,
+        given["closed"] or "keep",
+        given["score"],
+    )
 
 
 def _check_layers(given: Given, selection: Selection | None) -> None:

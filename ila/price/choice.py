@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ila.masks.mask import LayerMask
 from ila.masks.names import parse_module_name
+from ila.masks.objective import LAYERS, check_objective, worth
 from ila.price.budget import TIME, Budget, Spending
 from ila.price.shapes import Shape
 from ila.price.speed import Speed
@@ -27,6 +28,8 @@ class Choice:
         blocks: Number of last blocks that stay open whole: ``15`` or ``"last:15"``. It
             ignores the scores.
         speed: File of ``ila measure`` or name of a known GPU, for a budget of time.
+        objective: Worth of a set: ``"layers"``, the sum of its scores, or ``"blocks"``, with
+            diminishing returns in each block (``ila.masks.objective``).
 
     >>> Choice(blocks="last:1").cut({"layers.0.q_proj": 3.0, "layers.1.q_proj": 1.0}).open
     ('layers.1.q_proj',)
@@ -37,11 +40,15 @@ class Choice:
     budget: str | None = None
     blocks: int | str | None = None
     speed: str | None = None
+    objective: str = LAYERS
 
     def __post_init__(self) -> None:
         given = [name for name in _WAYS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"exactly one of {', '.join(_WAYS)} must be given, got {given}")
+        check_objective(self.objective)
+        if self.blocks is not None and self.objective != LAYERS:
+            raise ValueError("objective does nothing with blocks: they ignore the scores")
         probe = LayerMask({"a": 0.0, "b": 0.0})
         if self.top is not None:
             probe.top(self.top)
@@ -60,7 +67,10 @@ class Choice:
 
     def as_dict(self) -> dict[str, float | int | str]:
         """Return the given fields, for JSON."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if self.objective == LAYERS:
+            del given["objective"]  # runs of older versions have no such field
+        return given
 
     def cut(self, scores: Mapping[str, float], shape: Shape | None = None) -> LayerMask:
         """Choose by scores.
@@ -76,11 +86,11 @@ class Choice:
             ValueError: If the choice closes every layer, the model has fewer blocks, or a budget
                 has no ``shape``.
         """
-        mask = LayerMask(scores)
+        mask = worth(LayerMask(scores), self.objective)
         if self.top is not None:
-            return mask.top(self.top)
+            return LayerMask(scores, mask.top(self.top).gates)
         if self.freeze is not None:
-            return mask.without_bottom(self.freeze)
+            return LayerMask(scores, mask.without_bottom(self.freeze).gates)
         if self.blocks is not None:
             return LayerMask(scores, _in_last_blocks(scores, _last(self.blocks)))
         if shape is None:

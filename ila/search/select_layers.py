@@ -23,6 +23,7 @@ from transformers.trainer_callback import ExportableState
 
 from ila.masks.checks import thawed
 from ila.masks.mask import LayerMask
+from ila.masks.objective import LAYERS
 from ila.models.edit import apply_mask
 from ila.price.choice import Choice
 from ila.search.adapter_updates import AdapterUpdates
@@ -48,6 +49,8 @@ class SelectLayers(TrainerCallback, ExportableState):
         budget: Most that the open layers may cost.
         blocks: Number of last blocks that stay open.
         speed: Rates for a budget of time.
+        objective: Worth of a set of layers, ``"layers"`` or ``"blocks"``; see
+            ``ila.masks.objective``.
         **how: ``closed``, ``method`` and ``batches`` of ``ila.search.selection.Selection``: the way
             to close layers (``"keep"`` or ``"drop"``), the scores (``"gate_gradient"`` or
             ``"path"``), and the number of batches for ``path``.
@@ -70,9 +73,10 @@ class SelectLayers(TrainerCallback, ExportableState):
         budget: str | None = None,
         blocks: int | str | None = None,
         speed: str | None = None,
+        objective: str = LAYERS,
         **how: Any,
     ):
-        self.selection = Selection(Choice(top, freeze, budget, blocks, speed), at, **how)
+        self.selection = Selection(Choice(top, freeze, budget, blocks, speed, objective), at, **how)
         self.mask: LayerMask | None = None
         self.signal: GateGradient | None = None
 

@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks.sections import study as section
 from benchmarks.sections import study_lessons as lessons
-from benchmarks.sections.study_claims import FAILS, HOLDS, OPEN, claims, verdict
+from benchmarks.sections.student import holm, two_sided
+from benchmarks.sections.study_claims import FAILS, HOLDS, OPEN, Claim, claims
 from benchmarks.sections.study_numbers import Estimate, Study
 from benchmarks.study import agreement
 from benchmarks.study import run as study
@@ -134,19 +135,37 @@ def test_a_cut_by_parameters_stays_within_its_share():
 
 
 @pytest.mark.parametrize(
-    ("values", "above", "below"),
+    ("values", "whole", "word"),
     [
-        ([1.0, 1.1, 0.9], HOLDS, FAILS),
-        ([-1.0, -1.1, -0.9], FAILS, HOLDS),
-        ([1.0, -1.0, 0.5], OPEN, OPEN),
-        ([1.0], OPEN, OPEN),
-        ([1.0, 1.0], OPEN, OPEN),  # no spread, but two values show none
+        ([1.0, 1.1, 0.9], True, HOLDS),
+        ([-1.0, -1.1, -0.9], True, FAILS),
+        ([1.0, -1.0, 0.5], True, OPEN),
+        ([1.0, 1.1, 0.9], False, OPEN),  # runs are missing
+        ([1.0, 1.0], True, OPEN),  # too few, though they have no spread
     ],
 )
-def test_a_verdict_needs_the_whole_interval_on_one_side(values, above, below):
-    said = Estimate.of(values)
-    assert verdict(said, 0.0, above=True) == above
-    assert verdict(said, 0.0, above=False) == below
+def test_a_verdict_needs_enough_data_sets_that_agree(values, whole, word):
+    claim = Claim("It is so", values, 0.0, above=True, whole=whole)
+    told = holm([claim.p]) if claim.is_able else [False]
+    assert claim.sentence(*told).endswith(f"**{word}**.")
+    below = Claim("It is so", values, 0.0, above=False, whole=whole)
+    mirrored = {HOLDS: FAILS, FAILS: HOLDS, OPEN: OPEN}
+    assert below.sentence(*told).endswith(f"**{mirrored[word]}**.")
+
+
+@pytest.mark.parametrize(
+    ("t", "degrees", "p"),
+    # Two-sided points of tables of Student's t.
+    [(12.706, 1, 0.05), (4.303, 2, 0.05), (9.925, 2, 0.01), (2.228, 10, 0.05), (3.365, 5, 0.02)],
+)
+def test_p_values_are_those_of_the_tables(t, degrees, p):
+    assert two_sided(t, degrees) == pytest.approx(p, abs=2e-4)
+
+
+def test_holm_stops_at_the_first_that_is_not_rejected():
+    assert holm([0.01, 0.04, 0.012]) == [True, True, True]
+    assert holm([0.01, 0.04, 0.03]) == [True, False, False]
+    assert holm([0.02, 0.001]) == [True, True]
 
 
 def test_the_interval_is_students():
@@ -245,9 +264,8 @@ def test_the_section_tells_all_of_it(finished, tmp_path):
         draw(tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     said = claims(Study(finished))
-    assert all(any(f"**{v}**" in line for v in (HOLDS, FAILS, OPEN)) for line in said)
-    assert sum("between data sets" in line for line in said) == 3
-    assert sum("beats" in line for line in said) == 2 * 2
+    assert sum("between data sets" in line for line in said) == 4  # three overlaps and the order
+    assert said[-1] == f"Trainings: on 2 data sets, too few for a verdict: **{OPEN}**."
 
 
 def test_the_lessons_are_the_numbers_of_the_study(finished):
@@ -255,7 +273,7 @@ def test_the_lessons_are_the_numbers_of_the_study(finished):
     (best,) = [
         line for line in lessons.lessons(study) if "the best 30 %" in line and "alone" in line
     ]
-    lost = Estimate.of(study.lost_share("path", "count", 0.3))
+    lost = Estimate.of(study.by_data(study.lost("path", "count", 0.3)))
     assert f"costs {lost.mean * 100:.1f} % ({lost.low * 100:.1f} … {lost.high * 100:.1f})" in best
     short = "\n".join(lessons.summary({"study-tiny": finished}))
     assert all(f". {line}" in short for line in lessons.lessons(study))

@@ -762,6 +762,23 @@ def test_every_command_explains_itself(command, ila):
     assert answer.code == 0 and f"ila {command}" in answer.out
 
 
+def test_select_by_blocks_opens_another_set_and_says_so(ila, tmp_path):
+    scores = {"layers.0.q_proj": 4.0, "layers.0.k_proj": 3.0, "layers.1.q_proj": 2.0}
+    LayerMask(scores).save(tmp_path / "mask.json")
+    opened = {}
+    for objective in ("layers", "blocks"):
+        out = tmp_path / f"{objective}.json"
+        asked = ("--top", "0.6", "--objective", objective, "--out", out)
+        assert ila("select", tmp_path / "mask.json", *asked).code == 0
+        opened[objective] = LayerMask.load(out)
+    assert opened["layers"].open == ("layers.0.q_proj", "layers.0.k_proj")
+    assert opened["blocks"].open == ("layers.0.q_proj", "layers.1.q_proj")
+    assert dict(opened["blocks"].scores) == scores
+    assert opened["blocks"].provenance["selection"]["objective"] == "blocks"
+    wrong = ila("select", tmp_path / "mask.json", "--top", "0.6", "--objective", "rows")
+    assert "objective must be one of" in wrong.error()
+
+
 @pytest.mark.parametrize("arguments", [("nonsense",), ("select",), ("learn", "--steps", "x")])
 def test_a_wrong_call_exits_with_2(arguments, ila):
     assert ila(*arguments).code == 2

@@ -1,0 +1,163 @@
+"""Time the steps of every way and the costs beside them, in turns on the same batches.
+
+Recorded in milliseconds of the CPU time of this process: PEFT's own step on all layers, with
+transformers' loss; a step of all layers and of every set of open layers with this library; the
+forward of scoring; filling the cache, for each row.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from benchmarks.frontier.train import Trainings
+from benchmarks.frontier.ways import ALL, Way
+from ila.models.edit import apply_mask
+from ila.models.lean_head import lean_head
+from ila.models.loading import find_source, load_model
+from ila.prefix.cache import PrefixCache
+from ila.search.adapter_updates import AdapterUpdates
+from ila.search.in_place import path_scores
+
+PEFT, CACHED, FILL, SCORE = "PEFT, all layers", ", cached", "cache, a row", "scoring, a batch"
+BATCHES = 8
+
+
+def time_steps(trainings: Trainings, ways: Sequence[Way], rounds: int) -> None:
+    """Measure and record the step times of a part, for each data set."""
+    plan = trainings.bench.plan
+    for data in plan.data:
+        key = {**plan.common(), "data": data, "part": trainings.part, "rounds": rounds}
+        if trainings.bench.records.get("frontier times", key) is None:
+            times = _Times(trainings, data).measured(ways, rounds)
+            trainings.bench.records.add("frontier times", key, times)
+            trainings.screen.print(f"{trainings.part}, {data}: {_medians(times)}", highlight=False)
+
+
+def _medians(times: Mapping[str, Sequence[float]]) -> str:
+    middle = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+    return ", ".join(f"{name} {value:.0f} ms" for name, value in middle.items())
+
+
+class _Times:
+    """Steps of several contestants on the same batches of one data set."""
+
+    def __init__(self, trainings: Trainings, data: str):
+        self.bench, self.data, self.part = trainings.bench, data, trainings.part
+        self.rows = self.bench.rows(data, 0)
+        size, rows = self.bench.plan.batch_size, self.rows
+        starts = range(0, BATCHES * size, size)
+        self.places = [range(start, start + size) for start in starts]
+        self.batches = [rows.collator([rows.dataset[i] for i in some]) for some in self.places]
+
+    def measured(self, ways: Sequence[Way], rounds: int) -> dict[str, list[float]]:
+        """Return name -> ms of each round; a round is the mean over the batches."""
+        with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+            steps, extra = self._contestants(ways, stack, Path(folder))
+            found: dict[str, list[float]] = {name: [] for name in steps}
+            for turn in range(rounds + 1):  # the first warms up
+                for name in _turned(list(steps), turn):
+                    ms = _cpu_ms(steps[name]) / BATCHES
+                    if turn:
+                        found[name].append(ms)
+            return {**found, **extra}
+
+    def _contestants(
+        self, ways: Sequence[Way], stack: ExitStack, folder: Path
+    ) -> tuple[dict[str, Callable[[], None]], dict[str, list[float]]]:
+        steps = {PEFT: _stepper(self._peft(), self.batches)}
+        everything = self._ours()
+        steps[ALL] = _stepper(everything, self.batches)
+        updates = AdapterUpdates(everything)
+        count = len(self.batches)
+        scoring = _cpu_ms(lambda: path_scores(updates, self.batches)) / count
+        extra = {SCORE: [scoring]}
+        for way in ways:
+            name = set_of(way)
+            if way.opened == "all" or name in steps:
+                continue
+            model = self._ours()
+            names = list(AdapterUpdates(model).layers)
+            closed = "drop" if way.at is None else "keep"
+            apply_mask(model, way.mask(names, self._known_scores(names)), closed=closed)
+            steps[name] = _stepper(model, self.batches)
+            if self.part == "epochs" and way.opened.startswith("blocks"):
+                cache = self._cache(model, folder / name.replace(" ", "-"))
+                extra[f"{FILL}, {name}"] = [cache.seconds * 1e3 / len(self.rows.dataset)]
+                cached = [cache.collator([cache.dataset[i] for i in some]) for some in self.places]
+                steps[name + CACHED] = _stepper(model, cached, cache)
+        return steps, extra
+
+    def _known_scores(self, names: Sequence[str]) -> list[float]:
+        """Return the scores of this data that the records hold, else equal ones."""
+        for key, mask in self.bench.records.of("mask"):
+            if key["data"] == self.data and len(mask["scores"]) == len(names):
+                return list(mask["scores"])
+        return [0.0] * len(names)
+
+    def _cache(self, model: PeftModel, folder: Path) -> PrefixCache:
+        rows = self.rows
+        return PrefixCache.prepare(
+            model, rows.dataset, rows.collator, folder, batch_size=8, progress=False
+        )
+
+    def _ours(self) -> PeftModel:
+        model = self.bench.fresh(self.data, 0)
+        lean_head(model)
+        return model
+
+    def _peft(self) -> PeftModel:
+        plan = self.bench.plan
+        base = load_model(find_source(plan.model), plan.dtype, None, torch.device("cpu"))
+        lora = LoraConfig(r=plan.rank, lora_alpha=2 * plan.rank, target_modules="all-linear")
+        return get_peft_model(base, lora)
+
+
+def set_of(way: Way) -> str:
+    """Return the name of a way's open layers, as its step times are recorded."""
+    if way.opened == "all":
+        return ALL
+    return f"{way.opened}, {'from scratch' if way.at is None else 'kept'}"
+
+
+def _stepper(
+    model: PeftModel, batches: Sequence[dict[str, Any]], cache: PrefixCache | None = None
+) -> Callable[[], None]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    model.train()
+
+    def steps() -> None:
+        with ExitStack() as stack:
+            if cache is not None:
+                stack.enter_context(cache.skipping())
+            for batch in batches:
+                model(**batch).loss.backward()
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return steps
+
+
+def _turned(names: Sequence[str], turn: int) -> list[str]:
+    """Return the names, beginning with another in every round.
+
+    >>> _turned(["a", "b", "c"], 1)
+    ['b', 'c', 'a']
+    """
+    start = turn % len(names)
+    return [*names[start:], *names[:start]]
+
+
+def _cpu_ms(run: Callable[[], object]) -> float:
+    began = time.process_time()
+    run()
+    return (time.process_time() - began) * 1e3

@@ -1,0 +1,96 @@
+"""The ways to train that the frontier compares, and what each of them costs in steps.
+
+A way is a share of the steps of a full run, a set of open layers and, for one run with a selection,
+the time of its switch. Total time is counted from steps and measured step times:
+
+    all layers        n · all
+    from scratch      n · open
+    one run           k · all + scoring + cache + (n − k) · open
+    two runs          m · all + scoring + n · open
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ila.masks.mask import LayerMask
+from ila.price.choice import Choice
+
+ALL = "all layers"
+_QK = re.compile(r"\.(q|k)_proj$")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train.
+
+    Attributes:
+        name: Name in tables.
+        share: Steps, as a share of the steps of a full run.
+        opened: Layers that train from the switch on, or from the start: ``"all"``, ``"blocks:N"``,
+            ``"no-qk"``, ``"top:SHARE"`` (by ``path`` scores).
+        at: Time of the switch as a share of the run's own steps; None trains from scratch.
+        search: Whether a run before this one makes the scores.
+    """
+
+    name: str
+    share: float = 1.0
+    opened: str = "all"
+    at: float | None = None
+    search: bool = False
+
+    def steps(self, full: int) -> int:
+        """Return the steps of this way.
+
+        >>> Way("half as long", share=0.5).steps(60)
+        30
+        """
+        return max(1, round(self.share * full))
+
+    def key(self) -> dict[str, object]:
+        """Return what decides the result of a training."""
+        return {"share": self.share, "opened": self.opened, "at": self.at, "search": self.search}
+
+    def choice(self) -> Choice:
+        """Return the choice of one run."""
+        kind, _, value = self.opened.partition(":")
+        return Choice(blocks=int(value)) if kind == "blocks" else Choice(top=float(value))
+
+    def mask(self, names: Sequence[str], scores: Sequence[float] | None = None) -> LayerMask:
+        """Return the mask of a training from scratch.
+
+        >>> Way("", opened="no-qk").mask(["layers.0.q_proj", "layers.0.v_proj"]).open
+        ('layers.0.v_proj',)
+        """
+        scored = (
+            dict.fromkeys(names, 0.0) if scores is None else dict(zip(names, scores, strict=True))
+        )
+        if self.opened == "no-qk":
+            return LayerMask(scored, {name: not _QK.search(name) for name in names})
+        return self.choice().cut(scored)
+
+
+FULL = Way(ALL)
+# In the order in which they are trained: what decides comes first.
+ONE_PASS = (
+    FULL,
+    Way("one run, last half of the blocks", opened="blocks:15", at=0.25),
+    Way(f"{ALL}, 0.8 of the steps", share=0.8),
+    Way("no q and k", opened="no-qk"),
+    Way("one run, best 30 %", opened="top:0.3", at=0.25),
+    Way("last half of the blocks", opened="blocks:15"),
+    Way(f"{ALL}, 0.6 of the steps", share=0.6),
+    Way("two runs, best 30 %", opened="top:0.3", search=True),
+    Way("one run, last 9 blocks", opened="blocks:9", at=0.25),
+    Way("one run, last half from the middle on", opened="blocks:15", at=0.5),
+)
+EPOCHS = (
+    FULL,
+    Way("one run, last half of the blocks", opened="blocks:15", at=0.25),
+    Way(f"{ALL}, 0.65 of the steps", share=0.65),
+    Way("one run, last 9 blocks", opened="blocks:9", at=0.25),
+    Way("last half of the blocks", opened="blocks:15"),
+)
+PARTS = {"one pass": ONE_PASS, "epochs": EPOCHS}

@@ -1,0 +1,167 @@
+"""Held-out loss against total time, search included: which way to train pays?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.sections.common import BLUE, GREY, INK, ORANGE, RED, picture, save, table
+from benchmarks.sections.frontier_numbers import Frontier, Point, gap, rival
+from benchmarks.sections.pieces import untitled
+
+PAGE = "study"
+TITLE = "Which way to train pays: loss against total time"
+ORDER = 1
+FIGURE = "frontier.png"
+PARTS = {"one pass": "One pass: no row is seen twice", "epochs": "Three epochs over few rows"}
+
+
+def frontier(results: Mapping[str, Any]) -> Frontier | None:
+    """Return the trainings, None where there are none."""
+    return Frontier(results["frontier"]) if "frontier" in results else None
+
+
+def markdown(results: Mapping[str, Any]) -> list[str]:
+    """Return the paragraphs of the page."""
+    found = frontier(results)
+    if found is None:
+        return []
+    parts = [_rule(found), picture(FIGURE, "Share of the gain lost against total time")]
+    for part in found.parts:
+        points = found.points(part)
+        parts += [f"**{PARTS[part]}.** {_setting(found, part)}", _table(points)]
+        parts += [text for text in ["\n".join(verdicts(points))] if text]
+    return parts
+
+
+def summary(results: Mapping[str, Any]) -> list[str]:
+    """Return the figure and its verdicts for the front page."""
+    found = frontier(results)
+    if found is None:
+        return []
+    lines = []
+    for part in found.parts:
+        lines += [f"- {PARTS[part]}. {text[2:]}" for text in verdicts(found.points(part))[:1]]
+    if not lines:
+        return []
+    return [picture(FIGURE, "Share of the gain lost against total time"), "\n".join(lines)]
+
+
+def _rule(found: Frontier) -> str:
+    key = found.setting(found.parts[0])
+    return (
+        f"{key['model']}, rank {key['rank']}, {key['batch_rows']} rows of at most "
+        f"{key['max_length']} tokens a step, {key['full']} steps in a full run "
+        "(`python -m benchmarks.frontier --help`). *Gain* is the loss that training all layers "
+        "takes off on held-out rows. Every way is at its own learning rate: the best on the first "
+        "seed of each data set, used for the other seeds too. Total time counts every step, the "
+        "scores and the cache; step times were measured in turns, as CPU time of one thread, and "
+        "are relative to PEFT on all layers with transformers' loss. PEFT's layers give the same "
+        "losses as ours with all layers open, so one training stands for both."
+    )
+
+
+def _setting(found: Frontier, part: str) -> str:
+    cells = {
+        (key["data"], key["seed"]) for key, _ in found.lines["frontier"] if key["part"] == part
+    }
+    data = list(dict.fromkeys(name for name, _ in sorted(cells)))
+    return (
+        f"{found.rows(part)} rows to train on at most; data: {', '.join(data)}; {len(cells)} pairs "
+        "of data set and seed. In brackets: 95 % intervals over these pairs."
+    )
+
+
+def _table(points: list[Point]) -> str:
+    lines = []
+    for point in points:
+        said = point.estimate()
+        lines.append(
+            [
+                point.way.name,
+                "not measured" if point.time is None else f"{point.time:.2f}",
+                f"{said.mean * 100:+.1f} % ({said.low * 100:+.1f} … {said.high * 100:+.1f})"
+                if said.count > 1
+                else f"{said.mean * 100:+.1f} %",
+                ", ".join(f"{rate * 1e3:g}" for rate in point.rates.values()),
+                str(said.count),
+            ]
+        )
+    peft = ["PEFT, all layers", "1.00", lines[0][2], lines[0][3], lines[0][4]]
+    header = ["", "total time", "share of the gain lost", "best rate, 10⁻³", "runs"]
+    return table(header, [peft, *lines])
+
+
+def verdicts(points: list[Point]) -> list[str]:
+    """Return a sentence for each way but all layers, against all layers in as much time."""
+    lines = []
+    for point in points:
+        other = rival(points, point)
+        if point.way.opened == "all" or other is None:
+            continue
+        said = gap(point, other)
+        if said.count < 2:
+            continue
+        worse = sum(value > other.by_data()[data] for data, value in point.by_data().items())
+        word = "a tie" if said.low <= 0 <= said.high else "worse" if said.mean > 0 else "better"
+        lines.append(
+            f"- *{point.way.name.capitalize()}* takes {point.time:.2f} of PEFT's time. Against "
+            f"this library on *{other.way.name}* ({other.time:.2f}) it loses "
+            f"{said.mean * 100:+.1f} % of the gain ({said.low * 100:+.1f} … "
+            f"{said.high * 100:+.1f}): {word}; worse on {worse} of {len(point.by_data())} data "
+            "sets."
+        )
+    return lines
+
+
+def figures(results: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
+    """Return the picture: a panel for each part."""
+    found = frontier(results)
+    return {} if found is None else {FIGURE: partial(_draw, found)}
+
+
+def _draw(found: Frontier, path: Path) -> None:
+    figure, axes = untitled(1, len(found.parts), size=(5.6 * len(found.parts), 4.2))
+    for axis, part in zip(axes[0], found.parts, strict=True):
+        points = [point for point in found.points(part) if point.time is not None]
+        whole = sorted(
+            (point for point in points if point.way.opened == "all"), key=lambda p: p.time or 0.0
+        )
+        axis.plot(
+            [point.time for point in whole],
+            [point.estimate().mean * 100 for point in whole],
+            color=GREY,
+            linewidth=1,
+        )
+        for point in points:
+            _mark(axis, point)
+        axis.plot([1.0], [0.0], "s", color=RED, markersize=7)
+        axis.annotate(
+            "PEFT, all layers",
+            (1.0, 0.0),
+            (-4, 8),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8.5,
+            color=INK,
+        )
+        axis.axhline(0, color=GREY, linewidth=0.8)
+        axis.set_xlim(0, 1.08)
+        axis.set_title(PARTS[part], loc="left", fontsize=11, color=INK)
+        axis.set_xlabel("total time, PEFT on all layers = 1", color=INK)
+        axis.set_ylabel("gain lost, %", color=INK)
+    save(figure, path)
+
+
+def _mark(axis: Any, point: Point) -> None:
+    """Draw a point with its interval and its name."""
+    said = point.estimate()
+    kind = "all" if point.way.opened == "all" else "run" if point.way.at else "scratch"
+    colour = {"all": GREY, "run": BLUE, "scratch": ORANGE}[kind]
+    half = [[(said.mean - said.low) * 100], [(said.high - said.mean) * 100]]
+    bars = half if said.count > 1 else None
+    axis.errorbar([point.time], [said.mean * 100], yerr=bars, fmt="o", color=colour, capsize=2)
+    place = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8.5, "color": INK}
+    axis.annotate(point.way.name, (point.time, said.mean * 100), **place)

@@ -1,0 +1,159 @@
+"""The trainings and step times of ``benchmarks.frontier``, as points: time and gain lost."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+from benchmarks.frontier.times import CACHED, FILL, PEFT, SCORE, set_of
+from benchmarks.frontier.ways import ALL, FULL, PARTS, Way
+from benchmarks.sections.study_numbers import Estimate
+
+PATH_BATCHES = 12
+Cell = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to train, over all pairs of data set and seed.
+
+    Attributes:
+        way: Way to train.
+        lost: Data set and seed -> share of the gain of all layers that it loses.
+        rates: Data set -> its best learning rate.
+        times: Data set -> total time, search included, over PEFT's on all layers.
+    """
+
+    way: Way
+    lost: Mapping[Cell, float]
+    rates: Mapping[str, float]
+    times: Mapping[str, float]
+
+    @property
+    def time(self) -> float | None:
+        """Mean over the data sets; None where no time was measured."""
+        return fmean(self.times.values()) if self.times else None
+
+    def by_data(self) -> dict[str, float]:
+        """Return data set -> share lost, mean over the seeds."""
+        sums = defaultdict(list)
+        for (data, _), value in self.lost.items():
+            sums[data].append(value)
+        return {data: fmean(values) for data, values in sums.items()}
+
+    def estimate(self) -> Estimate:
+        """Return the share lost with its interval over pairs of data set and seed."""
+        return Estimate.of(self.lost.values())
+
+
+class Frontier:
+    """The lines of one file.
+
+    Attributes:
+        lines: Kind -> (key, result).
+        parts: Names of the parts that trained all layers.
+    """
+
+    def __init__(self, lines: Sequence[Mapping[str, Any]]):
+        self.lines = defaultdict(list)
+        for line in lines:
+            self.lines[line["kind"]].append((line["key"], line["result"]))
+        found = {key["part"] for key, _ in self.lines["frontier"]}
+        self.parts = [part for part in PARTS if part in found]
+
+    def setting(self, part: str) -> Mapping[str, Any]:
+        """Return the key of the first training of a part."""
+        return next(key for key, _ in self.lines["frontier"] if key["part"] == part)
+
+    def points(self, part: str) -> list[Point]:
+        """Return a point for every way that was trained, in order."""
+        whole = self._losses(part, FULL)
+        points = []
+        for way in PARTS[part]:
+            found = self._losses(part, way)
+            lost = {
+                cell: (loss - whole[cell][0]) / (before - whole[cell][0])
+                for cell, (loss, before, _) in found.items()
+                if cell in whole
+            }
+            if lost:
+                rates = {data: rate for (data, _), (_, _, rate) in found.items()}
+                points.append(Point(way, lost, rates, self._times(part, way)))
+        return points
+
+    def _losses(self, part: str, way: Way) -> dict[Cell, tuple[float, float, float]]:
+        """Return (data, seed) -> loss, loss before, rate: the rate that was best on one seed."""
+        by_rate = defaultdict(dict)
+        for key, result in self.lines["frontier"]:
+            same = all(key[name] == value for name, value in way.key().items())
+            if key["part"] == part and same:
+                losses = result["held_out_loss"], result["before"]
+                by_rate[key["data"]].setdefault(key["seed"], {})[key["learning_rate"]] = losses
+        found = {}
+        for data, seeds in by_rate.items():
+            searched = next(iter(seeds.values()))
+            best = min(searched, key=lambda rate: searched[rate][0])
+            for seed, rates in seeds.items():
+                if best in rates:
+                    found[data, seed] = (*rates[best], best)
+        return found
+
+    def _times(self, part: str, way: Way) -> dict[str, float]:
+        times = {}
+        for key, result in self.lines["frontier times"]:
+            if key["part"] == part:
+                total = _total(way, self.setting(part), part, result)
+                if total is not None:
+                    times[key["data"]] = total
+        return times
+
+    def rows(self, part: str) -> int:
+        """Return the number of rows that are trained on."""
+        sizes = [
+            result["rows"]
+            for key, result in self.lines["base"]
+            if key["limit"] == self.setting(part)["limit"]
+        ]
+        return max(sizes)
+
+
+def _total(
+    way: Way, key: Mapping[str, Any], part: str, measured: Mapping[str, Sequence[float]]
+) -> float | None:
+    """Return the time of a way over PEFT's on all layers; None where a part was not measured."""
+    ms = {name: median(values) for name, values in measured.items()}
+    opened, full = set_of(way), key["full"]
+    if opened not in ms:
+        return None
+    steps, before = way.steps(full), 0
+    caching = part == "epochs" and opened + CACHED in ms
+    step = ms[opened + CACHED] if caching else ms[opened]
+    total = 0.0
+    if way.search:
+        total = full * ms[ALL] + PATH_BATCHES * ms[SCORE]
+    if way.at is not None:
+        before = round(way.at * steps)
+        scoring = PATH_BATCHES * ms[SCORE] if way.opened.startswith("top") else 0.0
+        total = before * ms[ALL] + scoring
+    if caching:
+        rows = round((1 - key["held_out"]) * key["limit"])
+        total += rows * ms[f"{FILL}, {opened}"]
+    return (total + (steps - before) * step) / (full * ms[PEFT])
+
+
+def gap(one: Point, other: Point) -> Estimate:
+    """Return how much more of the gain one loses than another, paired by data set and seed."""
+    return Estimate.of(one.lost[cell] - other.lost[cell] for cell in one.lost if cell in other.lost)
+
+
+def rival(points: Sequence[Point], one: Point) -> Point | None:
+    """Return all layers, trained for the least measured time that is at least another's."""
+    longer = [
+        point
+        for point in points
+        if point.way.opened == "all" and point.time and one.time and point.time >= one.time - 0.005
+    ]
+    return min(longer, key=lambda point: point.time or 0.0, default=None)
