@@ -24,13 +24,24 @@ def stories(folder, family: str, dtype: torch.dtype) -> nn.Module:
     """The trained weights, in either family: their layers have the same names and shapes."""
     llama = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
     if family == "llama":
-        return llama
+        return with_norms_in_its_dtype(llama)
     names = MistralConfig().to_dict().keys() & llama.config.to_dict().keys()
     names -= {"model_type", "architectures", "transformers_version"}
     config = MistralConfig(**{name: getattr(llama.config, name) for name in names})
     mistral = MistralForCausalLM(config).to(dtype)
     mistral.load_state_dict(llama.state_dict())
-    return mistral
+    return with_norms_in_its_dtype(mistral)
+
+
+def with_norms_in_its_dtype(model: nn.Module) -> nn.Module:
+    """Replace the norms of transformers: they round to fp32, and fp64 would show nothing below."""
+    for module in list(model.modules()):
+        for name, norm in list(module.named_children()):
+            if type(norm).__name__ in ("LlamaRMSNorm", "MistralRMSNorm"):
+                own = nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, dtype=model.dtype)
+                own.load_state_dict(norm.state_dict())
+                setattr(module, name, own)
+    return model
 
 
 def stories_tokens(folder) -> Tensor:
