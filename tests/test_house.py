@@ -76,7 +76,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "metrics",
             "meter",
         ),
-        "masks": ("checks", "names", "mask_file", "mask", "provenance", "agreement"),
+        "masks": ("checks", "names", "rules", "mask_file", "mask", "provenance", "agreement"),
         "data": (
             "contracts",
             "turns",
@@ -137,6 +137,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "search": (
             "gate_gradients",
+            "spectra",
             "baselines",
             "stage2",
             "config",
@@ -159,8 +160,12 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "option_tables",
             "resolved",
             "inputs",
+            "mask_formats",
+            "spectrum_file",
             "select_share",
             "select_budget",
+            "select_model",
+            "select",
             "measure",
             "tune",
             "learn",
@@ -222,6 +227,9 @@ PURE = {
     "ila/commands/options.py",
     "ila/commands/option_tables.py",
     "ila/commands/select_share.py",
+    "ila/commands/select.py",
+    "ila/commands/mask_formats.py",
+    "ila/commands/spectrum_file.py",
     *(f"ila/masks/{name}.py" for name in ROOMS["ila"]["masks"]),
 }
 
