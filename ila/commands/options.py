@@ -126,8 +126,9 @@ MaskOrModel = Annotated[
 Layers = Annotated[
     str | None,
     typer.Option(
-        help="Layers of a model to open: last:16, first:8, blocks:0,4-7, no-qk, a regex for whole "
-        "names, a file of Spectrum; or a ranking of weights for --top: snr, snr_overall or kappa."
+        help="Layers of a model to open: last:16, first:8, blocks:0,4-7, no-qk, names with commas, "
+        "a regex for whole names, a file of Spectrum; or a ranking of weights, for --top: snr, "
+        "snr_overall or kappa."
     ),
 ]
 Format = Annotated[

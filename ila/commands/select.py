@@ -51,8 +51,10 @@ def _of_model(run: Path, given: Given) -> tuple[LayerMask, Path, list[str]]:
     if given["budget"] is not None:
         raise ValueError("--budget cuts a learned mask; give --top or --freeze with --layers")
     if run.exists() and not _is_model(run):
-        if (file := file_of(run)).is_file():
-            raise ValueError(f"--layers is for a model, and {file} is a file; leave --layers out")
+        if run.is_file() or file_of(run).is_file():
+            raise ValueError(
+                f"--layers is for a model, and {run} is none; a mask is cut with --top"
+            )
         raise ValueError(_neither(run))
     if given["out"] is None:
         raise ValueError("--layers needs --out, the mask file to write")

@@ -47,7 +47,7 @@ class Chosen:
 def select_of_model(inputs: Inputs, layers: str, share: Share, out: Path) -> Chosen:
     """Write a mask for a model by a rule, a file of Spectrum, or the weights of the model.
 
-    A rule or a file reads the configuration of the model alone, whatever its size.
+    A rule or a file needs the configuration of the model alone, and no weights.
 
     Args:
         inputs: Model, packing and layers to adapt; the data is not read.

@@ -3,7 +3,8 @@
 Two files of the same tool, arXiv 2406.06623:
 
 - YAML with ``unfrozen_parameters:``, a list of patterns, as axolotl takes it too. axolotl's rule
-  holds: a dot is a dot, and a pattern matches the beginning of a parameter's name.
+  holds: a pattern matches the beginning of a parameter's name, and a dot is a dot. Here a dot
+  before ``*``, ``+``, ``?`` or ``{`` is any character, as scripts that follow Spectrum take it.
 - ``snr_results_*.json``: layer -> its ``snr`` and its ``type``; or the sorted one, type -> layer
   -> snr. Spectrum ranks the layers of each type.
 """

@@ -2,10 +2,10 @@
 
 A rule is a text, as ``ila select --layers`` takes it:
 
-    last:16   first:8   blocks:0,4,8-11   no-qk   REGEX
+    last:16   first:8   blocks:0,4,8-11   no-qk   q_proj,v_proj   REGEX
 
-A regular expression must match a whole name without PEFT's prefix, as in PEFT's
-``target_modules``.
+Names and a regular expression mean the layers that they mean in PEFT's ``target_modules``: a name
+is a layer's own or its end, and an expression must match a whole name of the base model.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ila.masks.names import BLOCK_NUMBER, PEFT_PREFIX, parse_module_name
 
-RULES = "last:N, first:N, blocks:0,4,8-11, no-qk or a regular expression"
+RULES = "last:N, first:N, blocks:0,4,8-11, no-qk, names with commas or a regular expression"
 _QUERY_KEY = ("q_proj", "k_proj")
 _BLOCK_RULE = re.compile("(last|first|blocks):(.*)")
+_NAMES = re.compile(r"\w+(\.\w+)*(,\s*\w+(\.\w+)*)*")
 _RANGE = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?")
 
 
 def chosen_by(rule: str, names: Sequence[str]) -> list[str]:
-    """Return the names that a rule chooses, in their order.
+    r"""Return the names that a rule chooses, in their order.
 
     Raises:
         ValueError: If the rule has no such form, or chooses none.
@@ -32,14 +33,16 @@ def chosen_by(rule: str, names: Sequence[str]) -> list[str]:
     ['layers.1.q_proj', 'layers.1.v_proj']
     >>> chosen_by("no-qk", names)
     ['layers.0.v_proj', 'layers.1.v_proj']
-    >>> chosen_by(".*0.*", names)
-    ['layers.0.q_proj', 'layers.0.v_proj']
+    >>> chosen_by("v_proj", names) == chosen_by(r".*\.v_proj", names)
+    True
     """
     if by_block := _BLOCK_RULE.fullmatch(rule):
         wanted = _blocks(by_block[1], by_block[2], names)
         return [name for name in names if _block(name) in wanted]
     if rule == "no-qk":
         return _without_query_key(names)
+    if _NAMES.fullmatch(rule):
+        return _named(rule, names)
     try:
         pattern = re.compile(rule)
     except (re.error, RecursionError, OverflowError) as error:
@@ -51,6 +54,19 @@ def chosen_by(rule: str, names: Sequence[str]) -> list[str]:
             f"matches none of the {len(names)} whole names, such as {bare(names[0])}"
         )
     return found
+
+
+def _named(rule: str, names: Sequence[str]) -> list[str]:
+    found: set[str] = set()
+    for end in re.split(r",\s*", rule):
+        alike = [name for name in names if f".{name}".endswith(f".{end}")]
+        if not alike:
+            raise ValueError(
+                f"layers must be {RULES}; {end!r} is no file here, and no name or end of a name of "
+                f"the {len(names)} layers, such as {bare(names[0])}"
+            )
+        found.update(alike)
+    return [name for name in names if name in found]
 
 
 def bare(name: str) -> str:
