@@ -58,40 +58,17 @@ def learn(context: typer.Context, **given: Any) -> None:
 
 @app.command()
 @takes(SELECT)
-def select(
-    context: typer.Context,
-    run: Path,
-    top: float | None,
-    freeze: float | None,
-    budget: str | None,
-    objective: str,
-    out: Path | None,
-    **counted: Any,
-) -> None:
-    """Choose the layers to train from a learned mask: a share, or the best set for a budget.
+def select(context: typer.Context, run: Path, **given: Any) -> None:
+    """Choose the layers to train: cut a learned mask, or name layers of a model with --layers.
 
     A budget weighs importance (--objective) against cost: the depth of backward, the layers that it
     passes, and the time and memory of each open layer. The command prints the plain top-k of the
     same cost, and draws importance against cost beside the mask.
     """
-    from ila.commands import select_share
+    from ila.commands.select import select as run_select
 
-    if budget is not None and top is None and freeze is None:
-        from ila.commands.select_budget import StepSizes, select_within
-
-        step = StepSizes(counted["model"], counted["batch_size"], counted["max_length"])
-        selected = select_within(
-            run, budget, speed=counted["speed"], step=step, out=out, objective=objective
-        )
-        screen.print(selected.text(), soft_wrap=True, highlight=False)
-        return
-    if budget is not None:
-        raise ValueError("give exactly one of --top, --freeze and --budget")
-    for name in ("speed", "model", "batch_size", "max_length"):
-        if counted[name] is not None:
-            raise ValueError(f"--{name.replace('_', '-')} does nothing without --budget")
-    mask, path = select_share.select(run, top=top, freeze=freeze, out=out, objective=objective)
-    screen.print(f"{len(mask.open)} of {len(mask)} layers open: {path}", soft_wrap=True)
+    for line in run_select(run, given):
+        screen.print(line, soft_wrap=True, highlight=False)
 
 
 @app.command()

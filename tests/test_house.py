@@ -79,6 +79,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "masks": (
             "checks",
             "names",
+            "rules",
             "mask_file",
             "mask",
             "objective",
@@ -149,6 +150,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "search": (
             "gate_gradients",
+            "spectra",
             "baselines",
             "stage2",
             "config",
@@ -171,8 +173,12 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "option_tables",
             "resolved",
             "inputs",
+            "mask_formats",
+            "spectrum_file",
             "select_share",
             "select_budget",
+            "select_model",
+            "select",
             "measure",
             "tune",
             "learn",
@@ -234,6 +240,9 @@ PURE = {
     "ila/commands/options.py",
     "ila/commands/option_tables.py",
     "ila/commands/select_share.py",
+    "ila/commands/select.py",
+    "ila/commands/mask_formats.py",
+    "ila/commands/spectrum_file.py",
     *(f"ila/masks/{name}.py" for name in ROOMS["ila"]["masks"]),
 }
 

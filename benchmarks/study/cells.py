@@ -23,6 +23,7 @@ from ila.runs.atomic import write_folder_atomic, write_json_atomic
 from ila.runs.processes import on_main_process, processes
 from ila.search.baselines import POSITIONS, UNTRAINED
 from ila.search.learn import SearchConfig, begin, mask_of, score
+from ila.search.spectra import SPECTRA
 from ila.search.stage1 import run_stage1
 from ila.training.config import TrainConfig
 from ila.training.loop import held_out_loss
@@ -105,7 +106,8 @@ def ways(
     for method in methods:
         name = method.split("-")[0]
         marks = milestones if name not in UNTRAINED else [None]
-        counts = [None] if name in (*POSITIONS, "gate_gradient", "update_norm") else stage2_steps
+        batchless = (*POSITIONS, *SPECTRA, "gate_gradient", "update_norm")
+        counts = [None] if name in batchless else stage2_steps
         starts, rates = (score_init, score_lr) if name == "ila" else ([None], [None])
         for mark in marks:
             for count in counts:

@@ -96,8 +96,9 @@ TRAIN: Table = {
 # Options that choose layers, of `ila train` in the middle of a run.
 CHOICE = ("top", "freeze", "blocks", "budget", "speed")
 SELECT: Table = {
-    "run": (options.LearnedRun, ...),
+    "run": (options.MaskOrModel, ...),
     "config": (options.Config, None),
+    "layers": (options.Layers, None),
     "top": (options.Top, None),
     "freeze": (options.Freeze, None),
     "budget": (options.Budget, None),
@@ -107,6 +108,9 @@ SELECT: Table = {
     "batch_size": (options.CountedRows, None),
     "max_length": (options.CountedLength, None),
     "out": (options.MaskOut, None),
+    "format": (options.Format, None),
+    **{name: MODEL[name] for name in ("gguf_file", "load_in", "trust_remote_code")},
+    "target_modules": ADAPTER["target_modules"],
 }
 MEASURE: Table = {
     **MODEL,

@@ -120,7 +120,24 @@ ScoreLearningRate = Annotated[
 ]
 
 # Options of `ila select`.
-LearnedRun = Annotated[Path, typer.Argument(help="Folder of `ila learn`, or a mask file.")]
+MaskOrModel = Annotated[
+    Path, typer.Argument(help="Folder of `ila learn` or a mask file; a model with --layers.")
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        help="Layers of a model to open: last:16, first:8, blocks:0,4-7, no-qk, names with commas, "
+        "a regex for whole names, a file of Spectrum; or a ranking of weights, for --top: snr, "
+        "snr_overall or kappa."
+    ),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        help="Write the open layers for another tool too, beside the mask: peft, axolotl or "
+        "llamafactory."
+    ),
+]
 Top = Annotated[float | None, typer.Option(help="Share of layers to keep open: the best ones.")]
 Objective = Annotated[
     str,

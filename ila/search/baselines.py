@@ -8,6 +8,7 @@
     feature_norm    −mean over tokens of K ‖W x‖² / (‖W‖_F² ‖x‖²) before training, after PLoP, Hayou
                     et al., arXiv 2506.20629: the layer least aligned with its input scores
                     highest; a random W scores −1
+    snr, snr_overall, kappa   by the singular values of W; ``ila.search.spectra``
     random, first, middle, last   by a seed, or by place in the model
 
 Scores rank; two methods have different units. Norms grow with the size of a layer.
@@ -25,12 +26,12 @@ from torch import Tensor, nn
 
 from ila.models.layer import MaskedLoraLayer
 from ila.search.gate_gradients import FOLDS, LayerMean
-from ila_kernels.quant import PackedWeight
+from ila.search.spectra import SPECTRA, whole_weight
 
 POSITIONS = ("random", "first", "middle", "last")
 FORWARD = ("output_norm", "feature_norm")
-UNTRAINED = (*POSITIONS, "gradient_norm", "feature_norm")  # need no stage 1
-BASELINES = ("update_norm", "output_norm", "gradient_norm", "feature_norm", *POSITIONS)
+UNTRAINED = (*POSITIONS, *SPECTRA, "gradient_norm", "feature_norm")  # need no stage 1
+BASELINES = ("update_norm", "output_norm", "gradient_norm", "feature_norm", *SPECTRA, *POSITIONS)
 
 
 def by_position(names: Sequence[str], method: str, seed: int) -> dict[str, float]:
@@ -170,14 +171,7 @@ def _adapter(layer: MaskedLoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
 
 
 def _weight_norm(layer: MaskedLoraLayer) -> float:
-    base = layer.get_base_layer()
-    x = torch.empty(0, base.in_features, dtype=base.weight.dtype, device=base.weight.device)
-    if not x.is_floating_point():
-        x = x.float()
-    weight = layer.base_weight(base, base.weight, x)
-    if isinstance(weight, PackedWeight):
-        weight = weight.dense(torch.float32)
-    return torch.linalg.vector_norm(weight.detach(), dtype=torch.float64).item()
+    return torch.linalg.vector_norm(whole_weight(layer), dtype=torch.float64).item()
 
 
 def refuse_sharded(layers: Mapping[str, MaskedLoraLayer]) -> None:

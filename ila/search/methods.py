@@ -29,6 +29,7 @@ from ila.search.baselines import (
     update_norms,
 )
 from ila.search.gate_gradients import FOLDS, LayerMean, PathGradient, SignalTrainer
+from ila.search.spectra import SPECTRA, by_weights
 from ila.search.stage import EndedStage, Search, Updates, make_trainer, train_stage
 from ila.search.stage1 import Stage1
 
@@ -63,8 +64,8 @@ def score(search: Search, stage1: Stage1) -> Scored:
         return Scored(dict(stage1["gate_gradient"]), folds=stage1["folds"])
     if method in POSITIONS:
         return Scored(by_position(list(updates.layers), method, search.config.seed))
-    if method == "update_norm":
-        return _update_norms(search)
+    if method == "update_norm" or method in SPECTRA:
+        return _norms_of_weights(search)
     if method == "gradient_norm":
         norms = GradientNorm(updates.layers, updates.adapter)
         done = _train_scores(search, SignalTrainer, signal=norms, learning_rate=0.0)
@@ -86,10 +87,14 @@ def parameters(updates: Updates) -> dict[str, int]:
     return counts
 
 
-def _update_norms(search: Search) -> Scored:
-    began = time.perf_counter()
-    refuse_sharded(search.updates.layers)
-    norms = update_norms(search.updates.layers, search.updates.adapter)
+def _norms_of_weights(search: Search) -> Scored:
+    """Score by weights alone: the adapter's, or the singular values of the base's."""
+    began, updates, method = time.perf_counter(), search.updates, search.config.method
+    refuse_sharded(updates.layers)
+    if method == "update_norm":
+        norms = update_norms(updates.layers, updates.adapter)
+    else:
+        norms = by_weights(updates.layers, method, progress=search.progress)
     return Scored(norms, seconds=on_main_process(lambda: time.perf_counter() - began))
 
 

@@ -121,6 +121,12 @@ def test_only_options_that_matter_make_new_cells():
     methods = [way.method for way in found]
     assert (methods.count("path"), methods.count("ila"), methods.count("first")) == (2, 4, 1)
     assert found[0].key() == {"method": "path", "milestone": 1.0, "stage2_steps": 60}
+    weighed = ways(["snr", "snr_overall", "kappa"], [1.0, 0.5], [60, 30], [4.0, 1.0], [0.01])
+    assert [way.key() for way in weighed] == [
+        {"method": "snr"},
+        {"method": "snr_overall"},
+        {"method": "kappa"},
+    ]
 
 
 def test_a_cut_by_parameters_stays_within_its_share():

@@ -227,7 +227,7 @@ def test_train_resumed_after_a_kill_gives_the_same_files(train, tmp_path, monkey
             "; the same command with --resume",
         ),
         (("export", "{tmp}/run", "--out", "{tmp}/e"), "commands.export.export", ""),
-        (("select", "{tmp}", "--top", "0.5"), "commands.select_share.select", ""),
+        (("select", "{tmp}/mask.json", "--top", "0.5"), "commands.select_share.select", ""),
         (("report", "{tmp}"), "commands.report.report", ""),
     ],
 )

@@ -12,6 +12,7 @@ from ila.models.edit import masked_layers
 from ila.search.baselines import FORWARD, UNTRAINED
 from ila.search.config import SearchConfig
 from ila.search.learn import METHODS, begin, mask_of, score
+from ila.search.spectra import SPECTRA
 from ila.search.stage1 import run_stage1
 
 JOB = Path(__file__).with_name("ranks_job.py")
@@ -30,7 +31,7 @@ def test_every_mask_says_what_it_cost_and_how_large_its_layers_are(
     cost = mask.provenance["cost"]
     assert cost["stage1"]["steps"] == (0 if method in UNTRAINED else 8)
     assert cost["scores"]["steps"] == (7 if method in READS_BATCHES else 0)
-    assert (cost["scores"]["seconds"] > 0) == (method in (*READS_BATCHES, "update_norm"))
+    assert (cost["scores"]["seconds"] > 0) == (method in (*READS_BATCHES, *SPECTRA, "update_norm"))
     assert (cost["stage1"]["seconds"] > 0) == (method not in UNTRAINED)
 
 
