@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from peft import AdaLoraConfig, PeftModel
+from peft import AdaLoraConfig
 from peft.tuners.adalora import AdaLoraModel, RankAllocator, SVDLinear
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor, nn
@@ -172,28 +172,22 @@ def whole_ranks(config: AdaLoraConfig) -> Iterator[None]:
 
 
 def with_closed_ranks(
-    peft_model: PeftModel,
-    adapter: str,
     weights: Mapping[str, Tensor],
     own: Mapping[str, Tensor],
     pattern: Mapping[str, list[bool]] | None,
 ) -> dict[str, Tensor]:
-    """Return saved weights in the shapes of a model, and let the model know the closed ranks.
+    """Return saved weights in the shapes of a model, closed ranks included.
 
     PEFT writes the open ranks alone. In the closed ones E is 0, and A and B are the model's own.
 
     Args:
-        peft_model: Model to load into.
-        adapter: Its adapter.
         weights: Tensors of the file.
         own: The model's tensors, by the same names.
         pattern: Open ranks of each layer, of the adapter's configuration.
     """
-    if pattern is None:
-        return dict(weights)
     made = dict(weights)
-    for name, ranks in pattern.items():
-        layer = f"base_model.model.{_short(name, adapter)}".removesuffix(".lora_E")
+    for name, ranks in (pattern or {}).items():
+        layer = f"base_model.model.{name.removesuffix('.lora_E')}"
         is_open = torch.tensor(ranks, dtype=torch.bool)
         for part, rank_first in (("lora_A", True), ("lora_E", True), ("lora_B", False)):
             key = f"{layer}.{part}"
@@ -205,5 +199,4 @@ def with_closed_ranks(
             if part == "lora_E":
                 rows[~is_open] = 0.0
             made[key] = full
-    peft_model.peft_config[adapter].rank_pattern = dict(pattern)
     return made

@@ -29,6 +29,7 @@ from transformers import (
 from ila.data.contracts import Collate, Dataset
 from ila.masks.checks import thawed
 from ila.masks.mask import LayerMask
+from ila.models.adalora import tuner_of
 from ila.models.edit import apply_mask
 from ila.runs.atomic import write_json_atomic
 from ila.runs.checkpoints import LOGS, keep_logs
@@ -130,6 +131,11 @@ def train_and_select(
         FloatingPointError: If the loss stops being finite.
     """
     check_dataset(dataset)
+    if tuner_of(peft_model) is not None:
+        raise ValueError(
+            "peft_model must have a LoRA adapter to select in the middle of a run, got AdaLoRA; "
+            "learn a mask first (ila.learn_mask), and train under it"
+        )
     config = config.for_rows(len(dataset), processes().num_processes)
     step = selection.step(config.steps)
     with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
