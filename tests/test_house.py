@@ -160,6 +160,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "options",
             "option_tables",
             "resolved",
+            "adapter_kinds",
             "inputs",
             "select_share",
             "select_budget",

@@ -12,11 +12,12 @@ from peft import PeftConfig, PeftModel
 from ila.commands.inputs import Inputs, check_folder, claim_folder, prepare, refuse_packed
 from ila.masks.mask import LayerMask
 from ila.masks.provenance import Provenance
+from ila.models.adalora import set_total_step
 from ila.models.edit import apply_mask
 from ila.models.loading import same_layers
 from ila.models.open_weights import OpenLayers, open_layers
 from ila.runs.metrics import Metrics
-from ila.runs.processes import owning
+from ila.runs.processes import owning, processes
 from ila.training.adapter import load_adapter
 from ila.training.batches import padding_of
 from ila.training.config import TrainConfig
@@ -94,6 +95,8 @@ def _train_owned(
     prepared = prepare(inputs, progress=progress)
     if mask is not None:
         _check_same_model(mask, mask_file, prepared.description["model"])
+    steps = config.for_rows(len(prepared.dataset), processes().num_processes).steps
+    set_total_step(prepared.model, steps)
     model = _opened(prepared.model, inputs, layers, mask)
     description = {
         **prepared.description,

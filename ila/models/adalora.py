@@ -41,7 +41,7 @@ class MaskedSvdLinear(MaskedLoraLayer, SVDLinear):
         return weight
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """A ⊙ E / ranknum (R, K) and B (N, R); the update of W is ``scaling[adapter]`` times B A."""
+        """A ⊙ E / ranknum (R, K) and B (N, R); the update is ``scaling[adapter]`` times B A."""
         ranks = self.ranknum[adapter] + _EPSILON
         return self.lora_A[adapter] * (self.lora_E[adapter] / ranks), self.lora_B[adapter]
 

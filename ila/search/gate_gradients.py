@@ -133,7 +133,10 @@ class SignalTrainer(HeldOutTrainer):
 
 
 class GateGradient(LayerMean):
-    """Measure −⟨dB, B⟩ of each layer (−⟨dE, E⟩ of AdaLoRA): the importance that stage 1 gives for free."""
+    """Measure −⟨dB, B⟩ of each layer: the importance that stage 1 gives for free.
+
+    AdaLoRA's is −⟨dE, E⟩.
+    """
 
     def values(self) -> list[torch.Tensor]:
         """Return −⟨dB, B⟩ of each layer."""

@@ -62,9 +62,7 @@ def losses_of(model, tiny, steps=STEPS):
 
 
 def open_ranks_of(model):
-    return {
-        n: int((p != 0).sum()) for n, p in model.named_parameters() if ".lora_E." in n
-    }
+    return {n: int((p != 0).sum()) for n, p in model.named_parameters() if ".lora_E." in n}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
