@@ -41,12 +41,12 @@ class MaskedSvdLinear(MaskedLoraLayer, SVDLinear):
         return weight
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """A ⊙ E / ranknum (R, K) and B (N, R); the update is ``scaling[adapter]`` times B A."""
+        """Return A ⊙ E / ranknum (R, K) and B (N, R); the update is ``scaling[adapter] B A``."""
         ranks = self.ranknum[adapter] + _EPSILON
         return self.lora_A[adapter] * (self.lora_E[adapter] / ranks), self.lora_B[adapter]
 
     def linear_part(self, adapter: str) -> nn.Parameter:
-        """E: unlike A and B, the orthogonal regularisation adds nothing to its gradient."""
+        """Return E: the orthogonal regularisation adds to the gradients of A and B, not to its."""
         return self.lora_E[adapter]
 
     def _parts_of(self, adapter: str) -> tuple:

@@ -130,12 +130,7 @@ def train_and_select(
             before or after it, a data set is empty, or ``output_dir`` holds another run.
         FloatingPointError: If the loss stops being finite.
     """
-    check_dataset(dataset)
-    if tuner_of(peft_model) is not None:
-        raise ValueError(
-            "peft_model must have a LoRA adapter to select in the middle of a run, got AdaLoRA; "
-            "learn a mask first (ila.learn_mask), and train under it"
-        )
+    _check(peft_model, dataset)
     config = config.for_rows(len(dataset), processes().num_processes)
     step = selection.step(config.steps)
     with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
@@ -161,6 +156,15 @@ def train_and_select(
         metrics = _second_part(both, mask)
         on_main_process(lambda: _remove_search(both.folder))
     return metrics, mask
+
+
+def _check(peft_model: PeftModel, dataset: Dataset) -> None:
+    check_dataset(dataset)
+    if tuner_of(peft_model) is not None:
+        raise ValueError(
+            "peft_model must have a LoRA adapter to select in the middle of a run, got AdaLoRA; "
+            "learn a mask first (ila.learn_mask), and train under it"
+        )
 
 
 def _claim(both: OneRun) -> None:
