@@ -338,7 +338,7 @@ class MaskedLoraLayer:
         return list(_parameters_in(here))
 
     def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A (R, K) and B (N, R) of an adapter; its update of W is ``scaling[adapter] B A``."""
+        """Return A (R, K) and B (N, R) of an adapter; the update is ``scaling[adapter] B A``."""
         return self.lora_A[adapter].weight, self.lora_B[adapter].weight
 
     def linear_part(self, adapter: str) -> nn.Parameter:

@@ -171,5 +171,37 @@ def test_a_selection_in_the_middle_of_a_run_is_refused(make, rows, options):
         train_and_select(make(), rows, options, Selection(Choice(top=0.3), 0.3, "keep", "path"))
 
 
+def test_select_layers_is_refused_as_a_callback_and_works_in_a_loop(make, rows, options, tmp_path):
+    model = make(config_of(lora_dropout=0.0))
+    args = arguments_of(options, tmp_path, keep=False)
+    callback = ila.SelectLayers(at=0.3, top=0.3)
+    trainer = Trainer(model, args, default_collator(model), rows, callbacks=[callback])
+    with pytest.raises(ValueError, match="AdaLoRA"):
+        trainer.train()
+    collate, model = default_collator(model), make(config_of(lora_dropout=0.0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(STEPS):
+        if step == 10:
+            batches = [collate(rows[i : i + 2]) for i in range(0, 10, 2)]
+            mask = ila.select_layers(model, batches, optimizer=optimizer, top=0.3)
+        optimizer.zero_grad()
+        model(**collate(rows[step % 5 : step % 5 + 2])).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+    scored = model.base_model.rankallocator
+    assert scored.init_bgt == 4 * len(mask.open) and scored.target_bgt == 2 * len(mask.open)
+    moved = {n for n, p in model.named_parameters() if ".lora_E." in n and p.requires_grad}
+    open_ranks = sum(int((model.get_parameter(n) != 0).sum()) for n in moved)
+    assert len(moved) == len(mask.open) and open_ranks == scored.target_bgt
+
+
+def test_a_packed_base_is_refused_by_name(monkeypatch, make):
+    import ila.models.adalora as adalora
+
+    monkeypatch.setattr(adalora.MaskedSvdLinear, "covers", staticmethod(lambda base: False))
+    with pytest.raises(ValueError, match="became SVDLinear"):
+        make()
+
+
 def test_lora_has_no_schedule_of_ranks(make_llama):
     assert Adapter(make_llama()).trainer_class(Trainer) is Trainer
