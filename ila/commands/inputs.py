@@ -10,16 +10,17 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ila.boundary import InputError, reading
+from ila.commands.adapter_kinds import AdapterKind, adapter_config
 from ila.commands.resolved import write_resolved
 from ila.data.contracts import Row
 from ila.data.encoding import Collator, DataSummary, encode, pad_token_id
@@ -49,7 +50,7 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Inputs(AdapterKind):
     """Options of a run's input; the command line has options of the same names."""
 
     model: str
@@ -83,6 +84,7 @@ class Inputs:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be ≥ 1, got {self.limit}")
         read_targets(self.target_modules)
+        self.check_kind()
         if self.load_in not in (None, *LOAD_IN):
             raise ValueError(f"load_in must be one of {LOAD_IN}, got {self.load_in!r}")
 
@@ -171,7 +173,7 @@ def _description(
     return {
         "model": model,
         "data": data,
-        "inputs": asdict(inputs),
+        "inputs": inputs.as_dict(),
         "versions": versions(),
         "seed": inputs.seed,
     }
@@ -186,13 +188,7 @@ def attach_adapter(model: PreTrainedModel, inputs: Inputs) -> PeftModel:
             f"target_modules names {', '.join(map(repr, unmatched))}, and the model has no such "
             f"module; its linear layers are {', '.join(_linear_names(model))}"
         )
-    config = LoraConfig(
-        r=inputs.rank,
-        lora_alpha=inputs.alpha,
-        lora_dropout=inputs.dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
+    config = adapter_config(inputs, inputs.rank, inputs.alpha, inputs.dropout, targets)
     with reading(
         inputs.target_modules, f"an adapter cannot be put on model {inputs.model}, layers"
     ):
@@ -266,7 +262,7 @@ def versions() -> dict[str, str]:
 
 def check_folder(out: Path, inputs: Inputs, resume: bool, verb: str) -> None:
     """Raise early, before any load, if ``claim_folder`` would refuse these inputs."""
-    known = {"what": verb, "inputs": asdict(inputs)}
+    known = {"what": verb, "inputs": inputs.as_dict()}
     on_main_process(lambda: check(out, known, marker=RUN_MARKER, resume=resume))
 
 

@@ -21,6 +21,7 @@ from ila.commands.inputs import (
 from ila.masks.checks import thawed
 from ila.masks.mask import LayerMask
 from ila.masks.provenance import Provenance
+from ila.models.adalora import set_total_step
 from ila.models.open_weights import OpenLayers, open_layers
 from ila.reports.figures import can_draw, heatmap
 from ila.runs.checkpoints import LOGS, keep_logs
@@ -73,6 +74,7 @@ def _learn_owned(
     prepared = prepare(inputs, progress=progress)
     padding = padding_of(prepared.dataset, config)
     note = f"{prepared.note}\n{padding}"
+    set_total_step(prepared.model, config.stage1_steps)
     model = open_layers(prepared.model) if full else prepared.model
     description = {**prepared.description, "full": True} if full else prepared.description
     bare = model.model if isinstance(model, OpenLayers) else model

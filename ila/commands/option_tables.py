@@ -28,6 +28,13 @@ ADAPTER: Table = {
     "alpha": (options.Alpha, 16.0),
     "dropout": (options.Dropout, 0.0),
     "target_modules": (options.Targets, "all-linear"),
+    "adapter": (options.Adapter, "lora"),
+    "tinit": (options.Tinit, None),
+    "tfinal": (options.Tfinal, None),
+    "deltaT": (options.DeltaT, None),
+    "orth_reg_weight": (options.OrthWeight, None),
+    "use_rslora": (options.RsLora, False),
+    "use_dora": (options.Dora, False),
 }
 DATA: Table = {
     "data": (options.Data, ...),

@@ -31,6 +31,26 @@ Dropout = Annotated[float, typer.Option(help="Dropout of the adapter's input.")]
 Targets = Annotated[
     str, typer.Option(help="Layers to adapt: all-linear, a regex, or names with commas.")
 ]
+Adapter = Annotated[str, typer.Option(help="Kind of adapter: lora or adalora.")]
+Tinit = Annotated[
+    int | None, typer.Option("--tinit", help="Steps before AdaLoRA moves ranks; by default 0.")
+]
+Tfinal = Annotated[
+    int | None, typer.Option("--tfinal", help="Last steps, with AdaLoRA's ranks fixed; default 0.")
+]
+DeltaT = Annotated[
+    int | None, typer.Option("--deltaT", help="Steps between two moves of ranks; by default 1.")
+]
+OrthWeight = Annotated[
+    float | None,
+    typer.Option("--orth-reg-weight", help="Weight of AdaLoRA's regularisation; by default 0.5."),
+]
+RsLora = Annotated[
+    bool, typer.Option("--use-rslora", help="Scale LoRA by alpha / √rank, as rsLoRA does.")
+]
+Dora = Annotated[
+    bool, typer.Option("--use-dora", help="Train DoRA; PEFT's own code computes its layers.")
+]
 BatchSize = Annotated[int, typer.Option(help="Rows that one device takes in one step.")]
 Accumulate = Annotated[int, typer.Option(help="Batches that make one optimiser step.")]
 ByLength = Annotated[

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from ila.commands.option_tables import FIELDS, Given
+from ila.commands.option_tables import ADAPTER, FIELDS, Given
 from ila.runs.atomic import write_text_atomic
 from ila.runs.folder import CONFIG
 from ila.runs.processes import on_main_process
@@ -16,7 +16,9 @@ from ila_kernels._version import __version__
 # A folder may move, and knows its own place.
 _NEVER = ("out", "config", "set", "resume", *FIELDS)
 # `--full` refuses the options of an adapter.
-_OF_ADAPTERS = ("rank", "alpha", "dropout", "load_in")
+_OF_ADAPTERS = (*(name for name in ADAPTER if name != "target_modules"), "load_in")
+# Kinds of adapter; at their defaults they need no line.
+_OF_KINDS = ("adapter", "use_rslora", "use_dora")
 
 
 def resolved(given: Given, training_args: Mapping[str, object]) -> dict[str, object]:
@@ -31,6 +33,7 @@ def resolved(given: Given, training_args: Mapping[str, object]) -> dict[str, obj
         name: str(value.absolute()) if isinstance(value, Path) else value
         for name, value in given.items()
         if name not in left_out and value is not None
+        if name not in _OF_KINDS or value != ADAPTER[name][1]
     }
     if "start" in options:
         options["from"] = options.pop("start")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import typer
 
 from ila.commands import train, train_once
+from ila.commands.adapter_kinds import ADALORA, AdapterKind
 from ila.commands.inputs import Inputs
 from ila.commands.option_tables import CHOICE, INPUTS, SEARCH, Given
 from ila.commands.resolved import resolved
@@ -24,6 +25,9 @@ from ila.training.rates import usual_rate
 
 # The sources of a value that the user gave, on the command line or in a file.
 _GIVEN = ("COMMANDLINE", "DEFAULT_MAP")
+
+
+_KIND = tuple(field.name for field in fields(AdapterKind))
 
 
 class SearchSettings(NamedTuple):
@@ -148,7 +152,7 @@ def _source(context: typer.Context, name: str) -> str:
 def _usual_rate(context: typer.Context, full: bool) -> float:
     """Return the default learning rate; raise if --full meets an option of adapters."""
     if full:
-        for name in ("rank", "alpha", "dropout", "load_in"):
+        for name in ("rank", "alpha", "dropout", "load_in", *_KIND):
             if _source(context, name) in _GIVEN:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} does nothing here: --full trains no adapter")
@@ -176,6 +180,8 @@ def _selection(given: Given) -> Selection | None:
         if asked:
             raise ValueError(f"--{asked[0]} selects in the middle of a run; give --select-at too")
         return None
+    if given["adapter"] == ADALORA:
+        raise ValueError("--select-at needs --adapter lora; ila learn and --mask take adalora too")
     if given["mask"] is not None or given["full"]:
         other = "--full" if given["full"] else "--mask"
         raise ValueError(f"--select-at selects layers of an adapter itself; leave out {other}")
@@ -191,6 +197,8 @@ def _selection(given: Given) -> Selection | None:
 def _check_layers(given: Given, selection: Selection | None) -> None:
     if given["start"] is not None and (given["full"] or selection is not None):
         raise ValueError("--from goes on from an adapter with --mask; it does nothing here")
+    if given["start"] is not None and given["adapter"] == ADALORA:
+        raise ValueError("--from needs --adapter lora: the ranks of AdaLoRA begin anew")
     unclosed = selection is None and (given["mask"] is None or given["full"])
     if given["closed"] is not None and unclosed:
         raise ValueError("--closed says how layers close; give --mask or --select-at")

@@ -9,14 +9,22 @@ from typing import NamedTuple
 
 from peft import PeftConfig, PeftModel
 
-from ila.commands.inputs import Inputs, check_folder, claim_folder, prepare, refuse_packed
+from ila.commands.inputs import (
+    Inputs,
+    Prepared,
+    check_folder,
+    claim_folder,
+    prepare,
+    refuse_packed,
+)
 from ila.masks.mask import LayerMask
 from ila.masks.provenance import Provenance
+from ila.models.adalora import set_total_step
 from ila.models.edit import apply_mask
 from ila.models.loading import same_layers
 from ila.models.open_weights import OpenLayers, open_layers
 from ila.runs.metrics import Metrics
-from ila.runs.processes import owning
+from ila.runs.processes import owning, processes
 from ila.training.adapter import load_adapter
 from ila.training.batches import padding_of
 from ila.training.config import TrainConfig
@@ -94,7 +102,7 @@ def _train_owned(
     prepared = prepare(inputs, progress=progress)
     if mask is not None:
         _check_same_model(mask, mask_file, prepared.description["model"])
-    model = _opened(prepared.model, inputs, layers, mask)
+    model = _opened(prepared, config, layers, mask)
     description = {
         **prepared.description,
         "open": None if mask is None else list(mask.open),
@@ -121,11 +129,14 @@ def _train_owned(
 
 
 def _opened(
-    model: PeftModel, inputs: Inputs, layers: _Layers, mask: LayerMask | None
+    prepared: Prepared, config: TrainConfig, layers: _Layers, mask: LayerMask | None
 ) -> PeftModel | OpenLayers:
     """Load the first adapter and apply the mask, or open the layers' own weights."""
+    model = prepared.model
+    steps = config.for_rows(len(prepared.dataset), processes().num_processes).steps
+    set_total_step(model, steps)
     if layers.start is not None:
-        _check_alpha(layers.start, inputs)
+        _check_alpha(layers.start, model.peft_config["default"])
         load_adapter(model, "default", layers.start)
     if layers.full:
         return open_layers(model, mask)
@@ -134,10 +145,10 @@ def _opened(
     return model
 
 
-def _check_alpha(start: Path, inputs: Inputs) -> None:
+def _check_alpha(start: Path, own: PeftConfig) -> None:
     """Raise unless an adapter has the scaling of this run; its tensors do not tell."""
     config = PeftConfig.from_pretrained(str(start))
-    theirs, mine = (config.r, config.lora_alpha), (inputs.rank, inputs.alpha)
+    theirs, mine = (config.r, config.lora_alpha), (own.r, own.lora_alpha)
     if theirs != mine:
         raise ValueError(
             f"the adapter in {start} has rank and alpha {theirs}, and this run {mine}; give --rank "

@@ -9,17 +9,18 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ila.masks.mask import LayerMask
+from ila.models.adalora import MaskedSvdLinear, close_ranks, open_ranks, recount
 from ila.models.attention import fuse_qkv, unfuse_qkv
 from ila.models.checkpointing import make_prefix_aware, undo_prefix_aware
 from ila.models.class_swap import has_own_forward
@@ -56,10 +57,10 @@ def _dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs
 def _masked_classes() -> tuple[type[MaskedLoraLayer], ...]:
     """Return our layer classes; with bitsandbytes' bases if a module has loaded bitsandbytes."""
     if "bitsandbytes" not in sys.modules:
-        return (MaskedLoraLinear,)
+        return (MaskedLoraLinear, MaskedSvdLinear)
     from ila.models.quantized import CLASSES
 
-    return (MaskedLoraLinear, *CLASSES)
+    return (MaskedLoraLinear, MaskedSvdLinear, *CLASSES)
 
 
 def _keep_training_layout(model: nn.Module, keep: bool = True) -> None:
@@ -102,6 +103,8 @@ def attach(
     before = Snapshot(model, copies=str(config.init_lora_weights).lower() == "olora")
     try:
         peft_model = get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
+        if isinstance(config, AdaLoraConfig):  # its model asks for no custom modules
+            _swap(m for m in peft_model.modules() if _is_convertible(m))
         if not _masked_layers(peft_model):
             layers = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
             kinds = [(type(m).__name__, type(m.get_base_layer()).__name__) for m in layers]
@@ -121,6 +124,7 @@ def attach(
         # PEFT replicates blocks, wraps modules one by one and checks each when its turn comes.
         before.restore()
         raise
+    open_ranks(peft_model)
     make_prefix_aware(peft_model)
     make_lean(peft_model)
     fuse_qkv(peft_model)
@@ -172,15 +176,24 @@ def convert(model: nn.Module) -> ConversionReport:
     if not swap:
         reasons = sorted(set(left.values())) or ["it has no LoRA layers"]
         raise ValueError(f"model has no layer that can be converted: {'; '.join(reasons)}")
-    for module in swap.values():
-        module.__class__ = next(c for c in _masked_classes() if c.peft_class is type(module))
-        module.prepare()
+    _swap(swap.values())
+    open_ranks(model)
     make_prefix_aware(model)
     _keep_training_layout(model)
     mlps, left_mlps = make_lean(model)
     attentions, left_attentions = fuse_qkv(model)
     left = left | left_mlps | left_attentions | plain_blocks(model)
     return ConversionReport(tuple(swap), left, tuple(mlps), tuple(attentions))
+
+
+def _swap(modules: Iterable[LoraLayer]) -> None:
+    for module in modules:
+        module.__class__ = next(c for c in _masked_classes() if c.peft_class is type(module))
+        module.prepare()
+
+
+def _is_convertible(module: nn.Module) -> bool:
+    return isinstance(module, LoraLayer) and _why_not_convertible(module) is None
 
 
 def _why_not_convertible(module: LoraLayer) -> str | None:
@@ -214,6 +227,7 @@ def restore(model: nn.Module) -> ConversionReport:
     for layer in layers.values():
         layer.strip()
         layer.__class__ = layer.peft_class
+    close_ranks(model)
     mlps, attentions = make_plain(model), unfuse_qkv(model)
     for config in getattr(model, "peft_config", {}).values():
         restore_targets(config)
@@ -312,11 +326,12 @@ def apply_mask(
         layer.open(adapter)
     dropped = set()
     for name in mask.closed:
-        dropped |= _adapter_parameters(layers[name], adapter)
+        dropped |= set(layers[name].adapter_parameters(adapter))
         layers[name].keep(adapter) if closed == "keep" else layers[name].close(adapter)
     if optimizer is not None:
         _forget(optimizer, dropped)
     retarget(peft_model, adapter, all_there=closed == "keep" or not mask.closed)
+    recount(peft_model, adapter)
     beside = outside(peft_model, layers)
     return MaskReport(adapter, tuple(mask.open), tuple(mask.closed), closed, beside)
 
@@ -354,16 +369,6 @@ def _check_closable(config: Any, closed: str) -> None:
             f"init_lora_weights={config.init_lora_weights!r} must leave base weights alone to "
             "close layers: a layer closed now would not be the pretrained layer"
         )
-
-
-def _adapter_parameters(layer: MaskedLoraLayer, adapter: str) -> set[nn.Parameter]:
-    parameters = set()
-    for name in layer.adapter_layer_names:
-        entries = getattr(layer, name)
-        if adapter in entries:
-            entry = entries[adapter]
-            parameters |= {entry} if isinstance(entry, nn.Parameter) else set(entry.parameters())
-    return parameters
 
 
 def _forget(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter]) -> None:

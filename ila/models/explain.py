@@ -243,7 +243,7 @@ def _masked_row(layer: MaskedLoraLayer, gathered: bool) -> tuple[bool, str, str]
         if not weight.is_floating_point():
             return is_open, "eager", f"{reason}; W is packed: bitsandbytes' products"
         name = adapter if isinstance(adapter, str) else adapter[0]
-        lora_a, dropout_p = layer.lora_A[name].weight, getattr(layer.lora_dropout[name], "p", 0.0)
+        lora_a, dropout_p = layer.factors(name)[0], getattr(layer.lora_dropout[name], "p", 0.0)
         call = call_of([weight], [lora_a], None, weight.dtype, dropout_p)
         impl, why = resolve_impl("auto", weight.device.type, call)
         return is_open, impl, f"{reason}; {why}"
@@ -312,7 +312,8 @@ def _saved(
         return None
     if not active:
         return saved_bytes("frozen", _problem(layer, dtype, tokens), needs)
-    a, dropout = layer.lora_A[active[0]].weight, layer.lora_dropout[active[0]]
+    a, dropout = layer.lora_A[active[0]], layer.lora_dropout[active[0]]
+    a = a.weight if isinstance(a, nn.Module) else a
     problem = _problem(layer, dtype, tokens, a.shape[0], a.dtype, getattr(dropout, "p", 0.0) > 0)
     return saved_bytes("peft" if path == PEFT else "addmm", problem, needs)
 

@@ -131,6 +131,7 @@ class MaskedLoraLayer:
     peft_class: type[LoraLayer]
     plain: str
     _shared_input: Shared | None = None
+    _held = "_modules"  # where torch keeps the entries of lora_A
     adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_S")
 
     @staticmethod
@@ -198,10 +199,8 @@ class MaskedLoraLayer:
             if adapter in entries:
                 parts[name] = entries[adapter]
                 del entries[adapter]
-        for value in parts.values():
-            if isinstance(value, nn.Module):
-                for parameter in value.parameters():
-                    parameter.grad = None
+        for parameter in _parameters_in(parts):
+            parameter.grad = None
         self._closed[adapter] = parts
 
     def keep(self, adapter: str) -> None:
@@ -239,8 +238,8 @@ class MaskedLoraLayer:
                 of the processes for an adapter put back now.
         """
         if adapter in self._closed and _is_sharded(_weight(self.get_base_layer())):
-            a = self._closed[adapter]["lora_A"]
-            if not _is_sharded(a.weight):
+            parameters = _parameters_in({"lora_A": self._closed[adapter]["lora_A"]})
+            if not any(_is_sharded(parameter) for parameter in parameters):
                 raise RuntimeError(
                     f"adapter {adapter!r} was closed before the model was sharded and cannot be "
                     "opened after; load the model again and apply the mask first"
@@ -330,17 +329,17 @@ class MaskedLoraLayer:
     def _whole(self) -> Iterator[None]:
         """Put the numbers of adapters set aside beside the others, where PEFT reads them."""
         closed = {adapter: parts for adapter, parts in self._closed.items() if "scaling" in parts}
-        numbers = ("r", "lora_alpha", "scaling", "use_rslora")
+        numbers = {"r", "lora_alpha", "scaling", "use_rslora"}
         for adapter, parts in closed.items():
             self.lora_A[adapter] = parts["lora_A"]
-            for name in numbers:
+            for name in numbers & parts.keys():
                 getattr(self, name)[adapter] = parts[name]
         try:
             yield
         finally:
             for adapter, parts in closed.items():
                 del self.lora_A[adapter]
-                for name in numbers:
+                for name in numbers & parts.keys():
                     parts[name] = getattr(self, name).pop(adapter)
 
     def is_closed(self, adapter: str) -> bool:
@@ -361,6 +360,20 @@ class MaskedLoraLayer:
         self._kept.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
+    def adapter_parameters(self, adapter: str) -> list[nn.Parameter]:
+        """Return the parameters of an adapter that is here, open or kept."""
+        held = {name: getattr(self, name) for name in self.adapter_layer_names}
+        here = {name: entries[adapter] for name, entries in held.items() if adapter in entries}
+        return list(_parameters_in(here))
+
+    def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A (R, K) and B (N, R) of an adapter; the update is ``scaling[adapter] B A``."""
+        return self.lora_A[adapter].weight, self.lora_B[adapter].weight
+
+    def linear_part(self, adapter: str) -> nn.Parameter:
+        """Return a parameter P in which the update is linear: γ dL/dγ = ⟨dL/dP, P⟩."""
+        return self.lora_B[adapter].weight
+
     def gate(self, adapter: str) -> torch.Tensor | None:
         """γ = σ(s), one element, or ``None`` (γ = 1) where the adapter has no score."""
         score = self._modules["lora_S"]._parameters.get(adapter)
@@ -379,7 +392,7 @@ class MaskedLoraLayer:
         # Attribute access on a module takes 0.6 µs: registered ones are read from _modules. And the
         # property active_adapters takes 0.4, filtering its one name as much again.
         modules = self._modules
-        adapters_a = modules["lora_A"]._modules
+        adapters_a = getattr(modules["lora_A"], self._held)
         active = self._active_adapter
         if type(active) is str:
             active = [active]
@@ -389,28 +402,39 @@ class MaskedLoraLayer:
                 return _SEVERAL, None
         if not active or active[0] not in adapters_a:
             return _NO_ADAPTER, None
-        adapter = active[0]
+        return self._parts_of(active[0])
+
+    def _parts_of(self, adapter: str) -> tuple[Route, _Parts | None]:
+        """Return the route and the operands of the fused path for the one active adapter."""
         if adapter in self.lora_variant:
             variant = type(self.lora_variant[adapter]).__name__.removesuffix("LinearVariant")
             return Route(PEFT, f"LoRA variant {variant}"), None
         if self.lora_bias[adapter]:
             return _LORA_BIAS, None
-        base, a, b = modules["base_layer"], adapters_a[adapter], modules["lora_B"]._modules[adapter]
-        dropout = modules["lora_dropout"]._modules[adapter]
-        if not self.covers(base) or self.fan_in_fan_out:
-            return _BASE_TYPE, None
+        modules = self._modules
+        a, b = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
         if type(a) is not nn.Linear or type(b) is not nn.Linear:
             return _ADAPTER_TYPE, None
+        return self._fused(adapter, _weight(a), _weight(b), a, b)
+
+    def _fused(
+        self, adapter: str, lora_a: torch.Tensor, lora_b: torch.Tensor, *watched: nn.Module
+    ) -> tuple[Route, _Parts | None]:
+        """Return the fused route if the base, the dropout and the ``watched`` modules allow it."""
+        modules = self._modules
+        base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[adapter]
+        if not self.covers(base) or self.fan_in_fan_out:
+            return _BASE_TYPE, None
         if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1):
             return _ADAPTER_TYPE, None
-        if has_hooks(base, a, b, dropout):
+        if has_hooks(base, dropout, *watched):
             return _HOOKS, None
         if under_transform():
             return _TRANSFORM, None
-        weight, lora_a = _weight(base), _weight(a)
+        weight = _weight(base)
         if _is_sharded(weight) or _is_sharded(lora_a):
             return SHARDED, None
-        return Route(FUSED, self.plain, adapter), (base, weight, lora_a, _weight(b), dropout)
+        return Route(FUSED, self.plain, adapter), (base, weight, lora_a, lora_b, dropout)
 
     def forward(
         self, x: torch.Tensor, *args: Any, swiglu: Recipe | None = None, **kwargs: Any

@@ -166,7 +166,7 @@ def _alignment(layer: MaskedLoraLayer, adapter: str) -> Callable[[Tensor, Tensor
 
 def _adapter(layer: MaskedLoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """Return A (R, K) and B (N, R) in fp64."""
-    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    a, b = layer.factors(adapter)
     return a.detach().double(), b.detach().double()
 
 

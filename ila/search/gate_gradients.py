@@ -133,7 +133,10 @@ class SignalTrainer(HeldOutTrainer):
 
 
 class GateGradient(LayerMean):
-    """Measure −⟨dB, B⟩ of each layer: the importance that stage 1 gives for free."""
+    """Measure −⟨dB, B⟩ of each layer: the importance that stage 1 gives for free.
+
+    AdaLoRA's is −⟨dE, E⟩.
+    """
 
     def values(self) -> list[torch.Tensor]:
         """Return −⟨dB, B⟩ of each layer."""
@@ -142,9 +145,9 @@ class GateGradient(LayerMean):
     def _product(self, layer: MaskedLoraLayer) -> torch.Tensor:
         if self.adapter not in layer.lora_B:  # closed by a mask
             return torch.zeros((), device=self.device)
-        b = layer.lora_B[self.adapter].weight
-        gradient = torch.zeros_like(b) if b.grad is None else b.grad
-        return -(gradient * b.detach()).sum()
+        part = layer.linear_part(self.adapter)
+        gradient = torch.zeros_like(part) if part.grad is None else part.grad
+        return -(gradient * part.detach()).sum()
 
 
 class PathGradient(LayerMean):

@@ -21,10 +21,11 @@ from transformers import TrainerCallback
 
 from ila.data.contracts import Collate, Dataset
 from ila.masks.mask import LayerMask, spread_of
+from ila.models.adalora import tuner_of
 from ila.models.open_weights import OpenLayers
 from ila.runs.processes import on_main_process, owning
 from ila.search.adapter_updates import AdapterUpdates
-from ila.search.baselines import POSITIONS
+from ila.search.baselines import POSITIONS, UNTRAINED
 from ila.search.config import METHODS, SEARCHES, SearchConfig
 from ila.search.methods import Scored, parameters, score
 from ila.search.stage import Search, Updates
@@ -129,6 +130,10 @@ def begin(
         raise ValueError(
             f"method must be one of {(*SEARCHES, *POSITIONS)} where weights are trained in full, "
             f"got {config.method!r}"
+        )
+    if config.method in UNTRAINED and config.method not in POSITIONS and tuner_of(updates.model):
+        raise ValueError(
+            f"method must not be {config.method!r} for AdaLoRA, whose E begins at 0; use 'path'"
         )
     check_dataset(dataset)
     collator = default_collator(updates.model) if collator is None else collator

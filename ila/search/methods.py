@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
+from ila.models.layer import MaskedLoraLayer
 from ila.models.lean_head import leaning
 from ila.runs.processes import on_main_process, sum_over_processes
 from ila.runs.progress import bar
@@ -77,13 +78,12 @@ def score(search: Search, stage1: Stage1) -> Scored:
 
 
 def parameters(updates: Updates) -> dict[str, int]:
-    """Return module name -> trained parameters; R (K + N) for an adapter."""
+    """Return module name -> trained parameters; R (K + N) for LoRA."""
     counts = {}
     for name, layer in updates.layers.items():
-        parts = [layer]
-        if hasattr(layer, "lora_A"):
-            parts = [layer.lora_A[updates.adapter], layer.lora_B[updates.adapter]]
-        counts[name] = sum(p.numel() for part in parts for p in part.parameters(recurse=False))
+        adapted = isinstance(layer, MaskedLoraLayer)
+        own = layer.adapter_parameters(updates.adapter) if adapted else layer.parameters(False)
+        counts[name] = sum(p.numel() for p in own)
     return counts
 
 

@@ -29,6 +29,7 @@ from transformers import (
 from ila.data.contracts import Collate, Dataset
 from ila.masks.checks import thawed
 from ila.masks.mask import LayerMask
+from ila.models.adalora import tuner_of
 from ila.models.edit import apply_mask
 from ila.runs.atomic import write_json_atomic
 from ila.runs.checkpoints import LOGS, keep_logs
@@ -129,7 +130,7 @@ def train_and_select(
             before or after it, a data set is empty, or ``output_dir`` holds another run.
         FloatingPointError: If the loss stops being finite.
     """
-    check_dataset(dataset)
+    _check(peft_model, dataset)
     config = config.for_rows(len(dataset), processes().num_processes)
     step = selection.step(config.steps)
     with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as folder:
@@ -155,6 +156,15 @@ def train_and_select(
         metrics = _second_part(both, mask)
         on_main_process(lambda: _remove_search(both.folder))
     return metrics, mask
+
+
+def _check(peft_model: PeftModel, dataset: Dataset) -> None:
+    check_dataset(dataset)
+    if tuner_of(peft_model) is not None:
+        raise ValueError(
+            "peft_model must have a LoRA adapter to select in the middle of a run, got AdaLoRA; "
+            "learn a mask first (ila.learn_mask), and train under it"
+        )
 
 
 def _claim(both: OneRun) -> None:

@@ -24,6 +24,7 @@ from transformers.trainer_callback import ExportableState
 from ila.masks.checks import thawed
 from ila.masks.mask import LayerMask
 from ila.masks.objective import LAYERS
+from ila.models.adalora import tuner_of
 from ila.models.edit import apply_mask
 from ila.price.choice import Choice
 from ila.search.adapter_updates import AdapterUpdates
@@ -170,6 +171,10 @@ class SelectLayers(TrainerCallback, ExportableState):
 def _check_alone(args: TrainingArguments, model: object) -> None:
     if not isinstance(model, PeftModel):
         raise ValueError(f"SelectLayers needs a PeftModel, got {type(model).__name__}")
+    if tuner_of(model) is not None:
+        raise ValueError(
+            "SelectLayers needs a LoRA adapter, got AdaLoRA; learn a mask first (ila.learn_mask)"
+        )
     sharded = any(hasattr(p, "placements") for p in model.parameters())
     if args.world_size > 1 or sharded or getattr(args, "deepspeed", None):
         raise ValueError(

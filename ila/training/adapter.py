@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
-from peft import PeftModel
+from peft import AdaLoraConfig, PeftConfig, PeftModel
 from peft.utils import (
     get_peft_model_state_dict,
     load_peft_weights,
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from ila.boundary import reading
+from ila.models.adalora import tuner_of, whole_ranks, with_closed_ranks
 from ila.models.edit import masked_layers, single_adapter
 from ila.models.layer import MaskedLoraLayer
 from ila.models.merge import check_same_tensors
@@ -21,6 +23,7 @@ from ila.models.targets import outside
 from ila.runs.metrics import LayerCounts
 from ila.runs.processes import whole
 from ila.training.card import write_card
+from ila.training.rank_schedule import ranked
 
 
 def whole_state(peft_model: PeftModel, adapter: str) -> dict[str, Tensor]:
@@ -43,7 +46,11 @@ def save_adapter(
         folder: An empty folder.
         state: Result of ``whole_state``; a sharded model needs it.
     """
-    peft_model.save_pretrained(folder, selected_adapters=[adapter], state_dict=state)
+    with warnings.catch_warnings():
+        if isinstance(peft_model.peft_config[adapter], AdaLoraConfig):
+            # PEFT takes a layer that has lost every rank for a shard that was not gathered.
+            warnings.filterwarnings("ignore", message=".*have invalid shape")
+        peft_model.save_pretrained(folder, selected_adapters=[adapter], state_dict=state)
     if adapter != "default":
         for path in (folder / adapter).iterdir():
             path.replace(folder / path.name)
@@ -59,9 +66,22 @@ def load_adapter(peft_model: PeftModel, adapter: str, folder: Path) -> None:
     """
     with reading(f"{folder} is damaged", "the adapter in"):
         weights = load_peft_weights(str(folder), device="cpu")
-        own = get_peft_model_state_dict(peft_model, adapter_name=adapter)
-        check_same_tensors(weights, own, folder)
-        set_peft_model_state_dict(peft_model, weights, adapter_name=adapter)
+        config = peft_model.peft_config[adapter]
+        if not isinstance(config, AdaLoraConfig):
+            _load(peft_model, adapter, weights, folder)
+            return
+        pattern = PeftConfig.from_pretrained(str(folder)).rank_pattern
+        with whole_ranks(config):
+            own = get_peft_model_state_dict(peft_model, adapter_name=adapter)
+            whole = with_closed_ranks(weights, own, pattern)
+            _load(peft_model, adapter, whole, folder)
+        config.rank_pattern = pattern
+
+
+def _load(peft_model: PeftModel, adapter: str, weights: dict[str, Tensor], folder: Path) -> None:
+    own = get_peft_model_state_dict(peft_model, adapter_name=adapter)
+    check_same_tensors(weights, own, folder)
+    set_peft_model_state_dict(peft_model, weights, adapter_name=adapter)
 
 
 class Adapter:
@@ -79,8 +99,11 @@ class Adapter:
         return _counts(self.model, self.adapter)
 
     def trainer_class(self, kind: type[Trainer] = Trainer) -> type[Trainer]:
-        """Return ``kind``: its checkpoints hold the adapter alone, by PEFT's own rules."""
-        return kind
+        """Return ``kind``: its checkpoints hold the adapter alone, by PEFT's own rules.
+
+        For an AdaLoRA adapter, return the form of ``kind`` that moves its ranks.
+        """
+        return kind if tuner_of(self.model) is None else ranked(kind)
 
     def state(self) -> dict[str, Tensor]:
         """Return the whole adapter; all processes call this."""

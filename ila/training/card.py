@@ -25,12 +25,13 @@ def write_card(
         metrics: Metrics of a finished training; the card leaves out names, times and memory.
     """
     config = peft_model.peft_config[adapter]
+    rank = getattr(config, "init_r", config.r)
     base = str(config.base_model_name_or_path or "")
     head = {"base_model": base, "library_name": "peft", "pipeline_tag": "text-generation"}
     tags = ["base_model:adapter:" + base, "lora", "transformers"]
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items())]
     lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---", "", "# LoRA adapter", ""]
-    lines += [f"For the base model `{base}`: rank {config.r}, alpha {config.lora_alpha}."]
+    lines += [f"For the base model `{base}`: rank {rank}, alpha {config.lora_alpha}."]
     lines += ["" if metrics is None else f"\n{_training(metrics)}\n"]
     lines += [
         "```python",

@@ -23,6 +23,7 @@ from transformers import (
 from ila.boundary import writing
 from ila.data.contracts import IGNORED, Collate, Dataset
 from ila.data.encoding import Collator
+from ila.models.adalora import unregularised
 from ila.models.lean_head import leaning
 from ila.runs.checkpoints import is_finished, last_complete
 from ila.runs.processes import on_main_process, processes, sum_over_processes
@@ -143,7 +144,7 @@ def held_out_loss(model: nn.Module, dataset: Dataset, collator: Collate, batch_s
     ranks = processes()
     starts = range(0, len(dataset), batch_size)
     total, count = 0.0, 0
-    with torch.no_grad(), leaning(model):
+    with torch.no_grad(), leaning(model), unregularised(model):
         # Every process runs the model equally often: all take part in the forward of a sharded one.
         for turn in range(0, len(starts), ranks.num_processes):
             mine = turn + ranks.process_index
