@@ -70,6 +70,19 @@ def _keep_training_layout(model: nn.Module, keep: bool = True) -> None:
         keep_training_layout(model, keep)
 
 
+def _check_matched(peft_model: PeftModel, lora_config: LoraConfig) -> None:
+    if _masked_layers(peft_model):
+        return
+    layers = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
+    kinds = [(type(m).__name__, type(m.get_base_layer()).__name__) for m in layers]
+    found = {f"{peft} over {base}" if base != peft else peft for peft, base in kinds}
+    raise ValueError(
+        f"lora_config.target_modules={lora_config.target_modules!r} must match at least "
+        f"one plain nn.Linear, or 4-bit or int8 layer of bitsandbytes; the layers it "
+        f"matched became {', '.join(sorted(found))}"
+    )
+
+
 def attach(
     model: nn.Module, lora_config: LoraConfig, adapter_name: str = "default", **kwargs: Any
 ) -> PeftModel:
@@ -105,15 +118,7 @@ def attach(
         peft_model = get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
         if isinstance(config, AdaLoraConfig):  # its model asks for no custom modules
             _swap(m for m in peft_model.modules() if _is_convertible(m))
-        if not _masked_layers(peft_model):
-            layers = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
-            kinds = [(type(m).__name__, type(m.get_base_layer()).__name__) for m in layers]
-            found = {f"{peft} over {base}" if base != peft else peft for peft, base in kinds}
-            raise ValueError(
-                f"lora_config.target_modules={lora_config.target_modules!r} must match at least "
-                f"one plain nn.Linear, or 4-bit or int8 layer of bitsandbytes; the layers it "
-                f"matched became {', '.join(sorted(found))}"
-            )
+        _check_matched(peft_model, lora_config)
         if unmatched:
             warnings.warn(
                 f"lora_config.target_modules names {', '.join(map(repr, unmatched))}, and the "
