@@ -13,6 +13,7 @@ from benchmarks.frontier.ways import ALL, FULL, PARTS, Way
 from benchmarks.sections.study_numbers import Estimate
 
 PATH_BATCHES = 12
+RATES = 3  # to choose the best from
 Cell = tuple[str, int]
 
 
@@ -95,6 +96,8 @@ class Frontier:
         found = {}
         for data, seeds in by_rate.items():
             searched = next(iter(seeds.values()))
+            if len(searched) < RATES:
+                continue  # its best rate is not known yet
             best = min(searched, key=lambda rate: searched[rate][0])
             for seed, rates in seeds.items():
                 if best in rates:
