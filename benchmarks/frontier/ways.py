@@ -89,7 +89,7 @@ ONE_PASS = (
 EPOCHS = (
     FULL,
     Way("one run, last half of the blocks", opened="blocks:15", at=0.25),
-    Way(f"{ALL}, 0.65 of the steps", share=0.65),
+    Way(f"{ALL}, 0.75 of the steps", share=0.75),
     Way("one run, last 9 blocks", opened="blocks:9", at=0.25),
     Way("last half of the blocks", opened="blocks:15"),
 )
