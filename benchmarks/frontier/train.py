@@ -75,16 +75,9 @@ class Trainings:
         if way.at is not None:
             return model, self._one_run(model, rows, config, way)
         if way.opened != "all":
-            scores = self._scores(data, seed) if way.search else None
-            apply_mask(model, way.mask(list(AdapterUpdates(model).layers), scores))
+            found = self.bench.mask(data, seed, SCORING, (1.0,)) if way.search else {}
+            apply_mask(model, way.mask(list(AdapterUpdates(model).layers), found.get("scores")))
         return model, train(model, rows.dataset, config, collator=rows.collator, progress=False)
-
-    def _scores(self, data: str, seed: int) -> list[float]:
-        """Return the scores of a search with the default rate."""
-        bench = Bench(
-            replace(self.bench.plan, stage1_steps=self.full), self.bench.records, self.bench.scratch
-        )
-        return bench.mask(data, seed, SCORING, (1.0,))["scores"]
 
     def _one_run(
         self, model: PeftModel, rows: Prepared, config: TrainConfig, way: Way

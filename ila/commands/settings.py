@@ -25,8 +25,6 @@ from ila.training.rates import usual_rate
 
 # The sources of a value that the user gave, on the command line or in a file.
 _GIVEN = ("COMMANDLINE", "DEFAULT_MAP")
-
-
 _KIND = tuple(field.name for field in fields(AdapterKind))
 
 
