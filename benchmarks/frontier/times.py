@@ -8,17 +8,19 @@ forward of scoring; filling the cache, for each row.
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 
 from benchmarks.frontier.train import Trainings
 from benchmarks.frontier.ways import ALL, Way
+from benchmarks.harness.timing import Run, Watch, interleaved
+from benchmarks.model.contestants import lora
 from ila.models.edit import apply_mask
 from ila.models.lean_head import lean_head
 from ila.models.loading import find_source, load_model
@@ -28,6 +30,7 @@ from ila.search.in_place import path_scores
 
 PEFT, CACHED, FILL, SCORE = "PEFT, all layers", ", cached", "cache, a row", "scoring, a batch"
 BATCHES = 8
+WATCH = Watch(torch.device("cpu"), "cpu")
 
 
 def time_steps(trainings: Trainings, ways: Sequence[Way], rounds: int) -> None:
@@ -42,8 +45,7 @@ def time_steps(trainings: Trainings, ways: Sequence[Way], rounds: int) -> None:
 
 
 def _medians(times: Mapping[str, Sequence[float]]) -> str:
-    middle = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
-    return ", ".join(f"{name} {value:.0f} ms" for name, value in middle.items())
+    return ", ".join(f"{name} {median(values):.0f} ms" for name, values in times.items())
 
 
 class _Times:
@@ -61,12 +63,8 @@ class _Times:
         """Return name -> ms of each round; a round is the mean over the batches."""
         with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
             steps, extra = self._contestants(ways, stack, Path(folder))
-            found: dict[str, list[float]] = {name: [] for name in steps}
-            for turn in range(rounds + 1):  # the first warms up
-                for name in _turned(list(steps), turn):
-                    ms = _cpu_ms(steps[name]) / BATCHES
-                    if turn:
-                        found[name].append(ms)
+            turns = interleaved({name: _phase(run) for name, run in steps.items()}, rounds, WATCH)
+            found = {name: [ms / BATCHES for (ms,) in each] for name, each in turns.items()}
             return {**found, **extra}
 
     def _contestants(
@@ -77,8 +75,8 @@ class _Times:
         steps[ALL] = _stepper(everything, self.batches)
         updates = AdapterUpdates(everything)
         count = len(self.batches)
-        scoring = _cpu_ms(lambda: path_scores(updates, self.batches)) / count
-        extra = {SCORE: [scoring]}
+        (scoring,) = WATCH.time(_phase(lambda: path_scores(updates, self.batches)), 0)
+        extra = {SCORE: [scoring / count]}
         for way in ways:
             name = set_of(way)
             if way.opened == "all" or name in steps:
@@ -116,8 +114,7 @@ class _Times:
     def _peft(self) -> PeftModel:
         plan = self.bench.plan
         base = load_model(find_source(plan.model), plan.dtype, None, torch.device("cpu"))
-        lora = LoraConfig(r=plan.rank, lora_alpha=2 * plan.rank, target_modules="all-linear")
-        return get_peft_model(base, lora)
+        return get_peft_model(base, lora(plan.rank))
 
 
 def set_of(way: Way) -> str:
@@ -147,17 +144,11 @@ def _stepper(
     return steps
 
 
-def _turned(names: Sequence[str], turn: int) -> list[str]:
-    """Return the names, beginning with another in every round.
+def _phase(run: Callable[[], None]) -> Run:
+    """Let the whole of a run be one phase."""
 
-    >>> _turned(["a", "b", "c"], 1)
-    ['b', 'c', 'a']
-    """
-    start = turn % len(names)
-    return [*names[start:], *names[:start]]
+    def timed(mark: Callable[[], None], turn: int) -> None:
+        run()
+        mark()
 
-
-def _cpu_ms(run: Callable[[], object]) -> float:
-    began = time.process_time()
-    run()
-    return (time.process_time() - began) * 1e3
+    return timed
