@@ -86,6 +86,7 @@ ONE_PASS = (
     FULL,
     Way("one run, last half of the blocks", opened="blocks:15", at=0.25),
     Way(f"{ALL}, 0.8 of the steps", share=0.8),
+    Way("one run, last 18 blocks", opened="blocks:18", at=0.25),
     Way("no q and k", opened="no-qk"),
     Way("two runs, best 30 %", opened="top:0.3", search=True),
     Way("best 30 % by `kappa`", opened="kappa:0.3"),
@@ -100,6 +101,7 @@ EPOCHS = (
     FULL,
     Way("one run, last half of the blocks", opened="blocks:15", at=0.25),
     Way(f"{ALL}, 0.75 of the steps", share=0.75),
+    Way("one run, last 12 blocks", opened="blocks:12", at=0.25),
     Way("one run, last 9 blocks", opened="blocks:9", at=0.25),
     Way("last half of the blocks", opened="blocks:15"),
 )
