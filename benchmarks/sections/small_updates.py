@@ -51,8 +51,8 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
         table(header, rows),
         "On a CPU a bf16 y or dx of 2 MiB and more keeps the base first, because oneDNN's product "
         "with β = 1 takes longer there; so do packed weights and up to 64 rows. Time of our op "
-        "over the same code with the base first everywhere, forward and backward on a CPU, medians of "
-        f"{options['rounds']} interleaved rounds with p10–p90 "
+        "over the same code with the base first everywhere, forward and backward on a CPU, "
+        f"medians of {options['rounds']} interleaved rounds with p10–p90 "
         f"(`python -m benchmarks.small_updates --json FILE`). {quietness(found)}",
         table(["bf16, R 16", "ours / base first"], timed),
     ]
