@@ -34,7 +34,7 @@ from ila.runs.atomic import write_json_atomic
 from ila_kernels import eager, masked_lora_linear
 from ila_kernels.testing import Inputs, make_inputs
 
-M, K, N, R = 512, 1024, 1024, 16
+M, K, N, R = 256, 1024, 1024, 16
 SIZES = (1e-2, 3e-3, 1e-3, 3e-4)
 TIMED = (
     *(("SmolLM2-135M", layer, m) for m in (512, 1024) for layer in ("q", "up", "down")),

@@ -49,7 +49,7 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
         f"update that is left, bf16 with fp32 adapters, M = {options['m']}, K = N = "
         f"{options['k']}, R = {options['rank']}:",
         table(header, rows),
-        "On a CPU a bf16 y or dx of 2 MiB and more keeps the base first, because oneDNN's product "
+        "On a CPU a bf16 y or dx of 1 MiB and more keeps the base first, because oneDNN's product "
         "with β = 1 takes longer there; so do packed weights and up to 64 rows. Time of our op "
         "over the same code with the base first everywhere, forward and backward on a CPU, "
         f"medians of {options['rounds']} interleaved rounds with p10–p90 "

@@ -102,8 +102,8 @@ def test_a_bias_costs_no_more_of_the_update_than_adding_it_last():
 
 
 @pytest.mark.parametrize(("m", "columns", "dtype", "adds"), [
-    (1024, 1023, BF16, True), (1024, 1024, BF16, False), (1024, 1024, FP32, True),
-    (1024, 1024, torch.float16, True), (64, 8, BF16, False), (65, 8, BF16, True),
+    (512, 1023, BF16, True), (512, 1024, BF16, False), (512, 1024, FP32, True),
+    (512, 1024, torch.float16, True), (64, 8, BF16, False), (65, 8, BF16, True),
 ])  # fmt: skip
 def test_the_base_comes_first_on_a_cpu_where_adding_to_the_update_costs_time(
     m, columns, dtype, adds
