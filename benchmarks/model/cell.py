@@ -120,6 +120,7 @@ class ModelCell:
             "width": self.width,
             "tokens_per_step": self.material.tokens,
             "labelled": self.material.labelled,
+            "answers": self.material.answers,
             "batches": self.batches,
             "rounds": self.rounds,
             "optimizer": "AdamW",
