@@ -12,7 +12,7 @@ GEMM's fp32 accumulator, before the one rounding of y, it stays. At |update| = 1
 of it stays, and 55 % if it is added afterwards (``tests/kernels/test_small_updates.py``).
 
 Four cases keep the base first: a packed weight, whose product is another library's; few rows on a
-CPU (``SHORT_ROWS``); a large bf16 result on a CPU (``LARGE_RESULT``); and, as far as rounding goes,
+CPU (``SHORT_ROWS``); a large bf16 product on a CPU (``is_large``); and, as far as rounding goes,
 a bias, which is added to the update before the GEMM, so an update far below the bias is rounded
 against it.
 
@@ -82,11 +82,12 @@ class Grads(NamedTuple):
 # there: the update before it took 1.03 to 1.09 of the time up to 16 rows in bf16 (forward and
 # backward, one thread, medians of 60 interleaved rounds), and 0.97 to 0.99 at 64.
 SHORT_ROWS = 64
-# A bf16 result of so many elements (1 MiB) keeps the base first on a CPU: with β = 1 oneDNN's
-# product takes up to 1.07 of the time there (dx of 1024 x 1536), and forward and backward of a
-# layer 1.02 to 1.03. Below, both orders take the same time within 0.01, and so do fp32 and fp16 at
-# every size. One thread of an AMD EPYC, medians of 15 interleaved rounds.
-LARGE_RESULT = 1 << 19
+# A bf16 result of so many elements (1 MiB), or whose sums have more terms than this, keeps the base
+# first on a CPU: with β = 1 oneDNN's product takes up to 1.07 of the time there (dx of 1024 x
+# 1536), and forward and backward of a layer 1.01 to 1.03. For less, both orders take the same time within
+# 0.01, and so they do in fp32 and fp16 at every size. One thread of an AMD EPYC, medians of 15
+# interleaved rounds.
+LARGE_RESULT, LONG_SUM = 1 << 19, 1024
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -127,9 +128,10 @@ def drop(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
 
 
 def is_large(x: Tensor, columns: int) -> bool:
-    """Tell whether a product of x (M, ·) with ``columns`` columns is a large bf16 one on a CPU."""
-    on_cpu = x.device.type == "cpu"
-    return on_cpu and x.dtype == torch.bfloat16 and x.shape[0] * columns >= LARGE_RESULT
+    """Tell whether a product of x (M, K) with ``columns`` columns is a large bf16 one on a CPU."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return False
+    return x.shape[0] * columns >= LARGE_RESULT or x.shape[1] > LONG_SUM
 
 
 def base_adds(x: Tensor, weight: Tensor | PackedWeight, columns: int) -> bool:

@@ -49,8 +49,9 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
         f"update that is left, bf16 with fp32 adapters, M = {options['m']}, K = N = "
         f"{options['k']}, R = {options['rank']}:",
         table(header, rows),
-        "On a CPU a bf16 y or dx of 1 MiB and more keeps the base first, because oneDNN's product "
-        "with β = 1 takes longer there; so do packed weights and up to 64 rows. Time of our op "
+        "On a CPU a bf16 y or dx of 1 MiB and more, or of sums of more than 1024 terms, keeps the "
+        "base first, because oneDNN's product with β = 1 takes longer there; so do packed "
+        "weights and up to 64 rows. Time of our op "
         "over the same code with the base first everywhere, forward and backward on a CPU, "
         f"medians of {options['rounds']} interleaved rounds with p10–p90 "
         f"(`python -m benchmarks.small_updates --json FILE`). {quietness(found)}",

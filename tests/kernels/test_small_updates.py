@@ -112,6 +112,12 @@ def test_the_base_comes_first_on_a_cpu_where_adding_to_the_update_costs_time(
     assert eager.base_adds(x, torch.empty(columns, 4, dtype=dtype), columns) is adds
 
 
+def test_the_base_comes_first_on_a_cpu_where_its_sums_are_long():
+    for terms, adds in ((1024, True), (1025, False)):
+        x = torch.empty(128, terms, dtype=BF16)
+        assert eager.base_adds(x, torch.empty(8, terms, dtype=BF16), 8) is adds
+
+
 def test_on_another_device_the_update_comes_first_at_every_size():
     x = torch.empty(4096, 4, dtype=BF16, device="meta")
     assert eager.base_adds(x, torch.empty(4096, 4, dtype=BF16, device="meta"), 4096)
