@@ -84,9 +84,9 @@ class Grads(NamedTuple):
 SHORT_ROWS = 64
 # A bf16 result of so many elements (1 MiB), or whose sums have more terms than this, keeps the base
 # first on a CPU: with β = 1 oneDNN's product takes up to 1.07 of the time there (dx of 1024 x
-# 1536), and forward and backward of a layer 1.01 to 1.03. For less, both orders take the same time within
-# 0.01, and so they do in fp32 and fp16 at every size. One thread of an AMD EPYC, medians of 15
-# interleaved rounds.
+# 1536), and forward and backward of a layer 1.01 to 1.03. For less, both orders take the same time
+# within 0.01, and so they do in fp32 and fp16 at every size. One thread of an AMD EPYC, medians of
+# 15 interleaved rounds.
 LARGE_RESULT, LONG_SUM = 1 << 19, 1024
 _HALF = (torch.bfloat16, torch.float16)
 
