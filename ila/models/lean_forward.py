@@ -173,7 +173,7 @@ def _needed(
     asked = ("output_hidden_states", "output_attentions")
     if any(kwargs.get(name) or getattr(model.config, name, False) for name in asked):
         return None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(targets, FakeTensor):
         return None
     decoder, blocks = model.model, getattr(model.model, "layers", ())
     if not len(blocks) or not all(hasattr(block, "self_attn") for block in blocks):
