@@ -124,6 +124,7 @@ class ModelCell:
             "batches": self.batches,
             "rounds": self.rounds,
             "optimizer": "AdamW",
+            "attention": config._attn_implementation,
             "left_out": self.left_out,
         }
 

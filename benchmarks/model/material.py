@@ -36,6 +36,8 @@ def base_model(options: Options) -> nn.Module:
     folder = model_folder(options)
     if folder not in _LOADED:
         model = load_model(find_source(folder), "bfloat16", None, options.device)
+        if options.attention is not None:
+            model.set_attn_implementation(options.attention)
         _LOADED[folder] = model.requires_grad_(False)
     return _LOADED[folder]
 
