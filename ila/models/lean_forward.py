@@ -22,6 +22,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ila.data.contracts import IGNORED
+from ila.models.blocks import AFTER_BLOCKS
 from ila.models.lean_families import logit_map, output_class
 from ila.models.lean_paths import cross_entropy_sum
 from ila.models.needed_rows import NeededRows, needing
@@ -175,11 +176,11 @@ def _needed(
         return None
     if torch.compiler.is_compiling() or isinstance(targets, FakeTensor):
         return None
-    decoder, blocks = model.model, getattr(model.model, "layers", ())
-    if not len(blocks) or not all(hasattr(block, "self_attn") for block in blocks):
-        return None  # padding may reach later positions by another way than attention
-    watched = has_hooks(*(m for m in (decoder, blocks[-1], getattr(decoder, "norm", None)) if m))
-    return NeededRows.of(attention_mask, targets, None if watched else blocks[-1].mlp)
+    # In the families known here attention alone takes a position to others.
+    decoder, last = model.model, model.model.layers[-1]
+    norms = (decoder._modules[name] for name in AFTER_BLOCKS if name in decoder._modules)
+    watched = has_hooks(decoder, last, *norms)
+    return NeededRows.of(attention_mask, targets, None if watched else getattr(last, "mlp", None))
 
 
 def _loss(

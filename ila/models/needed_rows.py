@@ -1,13 +1,13 @@
 """Rows that a loss depends on: an MLP leaves out padding, and the last one all but the answers.
 
-An MLP computes every position by itself. What it gives at a position reaches the loss through the
-keys and values of later blocks, which attention masks where the position is padding, and through
-the head, which reads the positions that have a label. So, while only the loss of a batch is wanted
+An MLP computes every position by itself. Its result at a position reaches the loss through the keys
+and values of later blocks, which attention masks where the position is padding, and through the
+head, which reads the positions that have a label. So, while only the loss of a batch is wanted
 (``lean_forward``), an MLP may compute some rows and add nothing to the others:
 
     out[rows] = mlp(x[rows])    out = 0 elsewhere
 
-The loss and every gradient are those of all rows: no gradient comes back to a row left out.
+The loss and every gradient stay the same: no gradient comes back to a row that is left out.
 
 A checkpoint runs a block again outside of that forward; it finds the rows in its record
 (``ila.models.recomputation``).
@@ -33,12 +33,12 @@ MOST = 0.93
 
 @dataclass(frozen=True)
 class NeededRows:
-    """What the MLPs of one forward have to compute.
+    """The rows that the MLPs of one forward have to compute.
 
     Attributes:
         count: B·T, rows of the batch.
         tokens: Numbers of the rows that are no padding, (n,); None for all rows.
-        answers: Numbers of the rows whose next token is a label, (n,); None for those of tokens.
+        answers: Numbers of the rows whose next token is a label, (n,); None for ``tokens``.
         last: MLP of the last block, the only one that computes ``answers``.
     """
 
@@ -56,7 +56,7 @@ class NeededRows:
         Args:
             attention_mask: (B, T), 0 at padding; another shape, or None, tells nothing.
             targets: (B·T,), the next token at answers, ``IGNORED`` elsewhere.
-            last: MLP of the last block; None where other code reads what it gives.
+            last: MLP of the last block; None where other code reads its result.
         """
         labelled, tokens = targets != IGNORED, None
         if attention_mask is not None and attention_mask.dim() == 2:
