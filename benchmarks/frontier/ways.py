@@ -88,6 +88,8 @@ ONE_PASS = (
     Way(f"{ALL}, 0.8 of the steps", share=0.8),
     Way("one run, last 18 blocks", opened="blocks:18", at=0.25),
     Way("no q and k", opened="no-qk"),
+    Way("one run, last 22 blocks", opened="blocks:22", at=0.25),
+    Way(f"{ALL}, 0.9 of the steps", share=0.9),
     Way("last half of the blocks", opened="blocks:15"),
     Way("two runs, best 30 %", opened="top:0.3", search=True),
     Way("best 30 % by `kappa`", opened="kappa:0.3"),
