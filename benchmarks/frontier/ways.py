@@ -88,6 +88,7 @@ ONE_PASS = (
     Way(f"{ALL}, 0.8 of the steps", share=0.8),
     Way("one run, last 18 blocks", opened="blocks:18", at=0.25),
     Way("no q and k", opened="no-qk"),
+    Way("no q and k, 0.9 of the steps", share=0.9, opened="no-qk"),
     Way("one run, last 22 blocks", opened="blocks:22", at=0.25),
     Way(f"{ALL}, 0.9 of the steps", share=0.9),
     Way("last half of the blocks", opened="blocks:15"),
