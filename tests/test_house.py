@@ -124,6 +124,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "lean_families",
             "lean_forward",
             "lean_head",
+            "sharded",
             "edit_report",
             "edit",
             "merge",

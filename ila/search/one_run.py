@@ -47,6 +47,7 @@ from ila.training.loop import check_dataset, default_collator, held_out_loss, re
 from ila.training.packing import packing_collator
 from ila.training.switch import optimizer_names, write_switch
 from ila.training.train import (
+    ADAPTER_FILES,
     BEFORE_FILE,
     CHECKPOINTS,
     PREFIX_FOLDER,
@@ -149,10 +150,13 @@ def train_and_select(
         )
         check_training(config, peft_model, dataset, held_out)
         _claim(both)
-        if not (resume and on_main_process((both.folder / MASK).exists)):
+        has_switched = resume and on_main_process((both.folder / MASK).exists)
+        if not has_switched:
             _first_part(both, step)
         mask = LayerMask.load(both.folder / MASK)
         apply_mask(peft_model, mask, closed=selection.closed)
+        if has_switched:
+            _load_kept(both)
         metrics = _second_part(both, mask)
         on_main_process(lambda: _remove_search(both.folder))
     return metrics, mask
@@ -176,6 +180,13 @@ def _claim(both: OneRun) -> None:
     on_main_process(
         lambda: claim(both.folder, mine, marker=MARKER, resume=both.resume, beside=(RUN_MARKER,))
     )
+
+
+def _load_kept(both: OneRun) -> None:
+    """Read the updates of kept layers, which FSDP leaves out when it loads a checkpoint."""
+    start = resume_point(both.folder / CHECKPOINTS, True)
+    if start is not None and on_main_process((start / ADAPTER_FILES[0]).exists):
+        both.updates.load(start)
 
 
 def _second_part(both: OneRun, mask: LayerMask) -> Metrics:
@@ -221,7 +232,7 @@ def _first_part(both: OneRun, step: int) -> None:
     """Train all layers, choose, and write the checkpoint of the switch and the mask."""
     search = both.folder / SEARCH
     meter, trainer = _all_layers(both, step)
-    _refuse_sharded(trainer)
+    _check_processes(both, trainer)
     signal = trainer.signal
     _measure_before(both, trainer)
     start = resume_point(search, both.resume)
@@ -242,14 +253,14 @@ def _first_part(both: OneRun, step: int) -> None:
     mask = mask.with_provenance(took=took)
     apply_mask(both.updates.model, mask, closed=both.selection.closed)
     state = both.updates.state()
-    opened = {name for name, p in both.updates.model.named_parameters() if p.requires_grad}
+    trained = {name: p.requires_grad for name, p in both.updates.model.named_parameters()}
 
     def switch() -> None:
         write_switch(
             search / f"checkpoint-{step}",
             both.folder / CHECKPOINTS,
             names,
-            opened,
+            trained,
             lambda folder: both.updates.save(folder, state),
         )
         mask.save(both.folder / MASK)
@@ -257,11 +268,23 @@ def _first_part(both: OneRun, step: int) -> None:
     on_main_process(switch)
 
 
-def _refuse_sharded(trainer: Trainer) -> None:
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+def _check_processes(both: OneRun, trainer: Trainer) -> None:
+    """Raise where several processes cannot run both parts."""
+    if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2):
         raise ValueError(
-            "a run with a selection needs one process or DDP: FSDP and DeepSpeed shard the "
-            "optimiser over all layers; use ila learn, ila select and ila train --mask --from"
+            "a run with a selection needs one process, DDP or FSDP2, got DeepSpeed or FSDP1; "
+            "use ila learn, ila select and ila train --mask --from"
+        )
+    if trainer.is_fsdp_enabled and both.config.cache_prefix:
+        raise ValueError(
+            "cache_prefix must be off in a run with a selection under FSDP: one process computes "
+            "the states, and the model is sharded by then; use ila train --mask --from"
+        )
+    rounded = trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no"
+    if rounded and both.selection.method == "path":
+        raise ValueError(
+            "method must be gate_gradient in a run with a selection under FSDP in mixed precision, "
+            "got path: FSDP rounds the weights, and a resumed run would score whole ones"
         )
 
 
