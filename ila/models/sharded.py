@@ -1,8 +1,8 @@
 """Let FSDP2 gather the parameters that a model has, and no others.
 
-``fully_shard`` lists the parameters of a block once. A closed layer's adapter leaves the model, and
-would stay in the list: every step would gather it, and its gradient buffer with it. torch has no
-public call to change the lists, so this module is the one place that knows them.
+``fully_shard`` lists the parameters of a block once. A closed layer's adapter leaves the model and
+would stay in the list, so that every step gathers it for nothing. torch has no public call to
+change a list; this module alone knows them.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from ila.masks.mask import LayerMask
 from ila.models.adalora import tuner_of
 from ila.models.edit import apply_mask
 from ila.runs.atomic import write_json_atomic
-from ila.runs.checkpoints import LOGS, keep_logs
+from ila.runs.checkpoints import LOGS, is_finished, keep_logs
 from ila.runs.folder import RUN_MARKER, claim
 from ila.runs.meter import StepMeter
 from ila.runs.metrics import Metrics
@@ -43,7 +43,14 @@ from ila.search.selection import Selection, drawn_batches
 from ila.training.callbacks import LogFile, stage_callbacks
 from ila.training.config import TrainConfig
 from ila.training.evaluation import evaluate_on
-from ila.training.loop import check_dataset, default_collator, held_out_loss, resume_point, run
+from ila.training.loop import (
+    check_dataset,
+    default_collator,
+    held_out_loss,
+    resume_point,
+    run,
+    shard,
+)
 from ila.training.packing import packing_collator
 from ila.training.switch import optimizer_names, write_switch
 from ila.training.train import (
@@ -240,6 +247,8 @@ def _first_part(both: OneRun, step: int) -> None:
         signal.load(start)
         meter.load(start)
     names = optimizer_names(trainer)
+    if start is not None and is_finished(start):
+        shard(trainer)  # scores have the bits of those that follow the last step
     meter.begin()
     run(trainer, start)
     began = time.perf_counter()
@@ -279,12 +288,6 @@ def _check_processes(both: OneRun, trainer: Trainer) -> None:
         raise ValueError(
             "cache_prefix must be off in a run with a selection under FSDP: one process computes "
             "the states, and the model is sharded by then; use ila train --mask --from"
-        )
-    rounded = trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no"
-    if rounded and both.selection.method == "path":
-        raise ValueError(
-            "method must be gate_gradient in a run with a selection under FSDP in mixed precision, "
-            "got path: FSDP rounds the weights, and a resumed run would score whole ones"
         )
 
 
