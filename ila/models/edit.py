@@ -30,7 +30,7 @@ from ila.models.layer import MaskedLoraLayer, MaskedLoraLinear
 from ila.models.lean_head import plain_head
 from ila.models.mlp import make_lean, make_plain
 from ila.models.plain_blocks import plain_blocks, say_plain_blocks
-from ila.models.sharded import gather_what_is_there, reshard
+from ila.models.sharded import gather_present, reshard
 from ila.models.targets import (
     outside,
     restore_targets,
@@ -234,7 +234,7 @@ def restore(model: nn.Module) -> ConversionReport:
     for layer in layers.values():
         layer.strip()
         layer.__class__ = layer.peft_class
-    gather_what_is_there(model)
+    gather_present(model)
     close_ranks(model)
     mlps, attentions = make_plain(model), unfuse_qkv(model)
     for config in getattr(model, "peft_config", {}).values():
@@ -337,7 +337,7 @@ def apply_mask(
     for name in mask.closed:
         dropped |= set(layers[name].adapter_parameters(adapter))
         layers[name].keep(adapter) if closed == "keep" else layers[name].close(adapter)
-    gather_what_is_there(peft_model)
+    gather_present(peft_model)
     if optimizer is not None:
         _forget(optimizer, dropped)
     retarget(peft_model, adapter, all_there=closed == "keep" or not mask.closed)

@@ -21,15 +21,15 @@ _LISTED: WeakKeyDictionary[Any, tuple[Any, ...]] = WeakKeyDictionary()
 def reshard(model: nn.Module) -> None:
     """Let every block hold its shards alone, as it does between two steps.
 
-    After a forward without backward some blocks still hold gathered weights. What is closed or
-    frozen then would not be what the optimiser has.
+    After a forward without backward some blocks still hold gathered weights, which are other
+    parameters than the optimiser's: to close or freeze those would do nothing for long.
     """
     for module in _sharded(model):
         module.reshard()
 
 
-def gather_what_is_there(model: nn.Module) -> None:
-    """Take parameters that have left the model out of the lists, and put back those that returned.
+def gather_present(model: nn.Module) -> None:
+    """Take parameters that have left the model out of the lists, and put back the returned ones.
 
     All processes must call this at the same point.
     """

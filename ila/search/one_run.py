@@ -19,6 +19,7 @@ from pathlib import Path
 
 from peft import PeftModel
 from transformers import (
+    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -84,6 +85,7 @@ class OneRun:
         progress: Whether to show progress bars.
         name: Name of the run.
         callbacks: Callbacks of the user.
+        tokenizer: Tokenizer to save beside the adapter.
     """
 
     updates: AdapterUpdates
@@ -97,6 +99,7 @@ class OneRun:
     progress: bool
     name: str
     callbacks: Sequence[TrainerCallback] = ()
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def train_and_select(
@@ -112,6 +115,7 @@ def train_and_select(
     progress: bool = True,
     name: str = "run",
     callbacks: Sequence[TrainerCallback] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Metrics, LayerMask]:
     """Train all layers for a while, then the selected ones, as one run.
 
@@ -128,6 +132,7 @@ def train_and_select(
         progress: Whether to show progress bars on stderr.
         name: Name of the run in reports.
         callbacks: Callbacks for ``transformers.Trainer``, in both halves.
+        tokenizer: Tokenizer to save beside the adapter.
 
     Returns:
         The metrics of ``train`` with the times of the open layers, and with ``search``: the cost of
@@ -154,18 +159,24 @@ def train_and_select(
             progress,
             name,
             callbacks,
+            tokenizer,
         )
         check_training(config, peft_model, dataset, held_out)
-        _claim(both)
-        has_switched = resume and on_main_process((both.folder / MASK).exists)
-        if not has_switched:
-            _first_part(both, step)
-        mask = LayerMask.load(both.folder / MASK)
-        apply_mask(peft_model, mask, closed=selection.closed)
-        if has_switched:
-            _load_kept(both)
-        metrics = _second_part(both, mask)
-        on_main_process(lambda: _remove_search(both.folder))
+        return _go(both, step)
+
+
+def _go(both: OneRun, step: int) -> tuple[Metrics, LayerMask]:
+    """Run both parts; a resumed run begins in the part that it was in."""
+    _claim(both)
+    has_switched = both.resume and on_main_process((both.folder / MASK).exists)
+    if not has_switched:
+        _first_part(both, step)
+    mask = LayerMask.load(both.folder / MASK)
+    apply_mask(both.updates.model, mask, closed=both.selection.closed)
+    if has_switched:
+        _load_kept(both)
+    metrics = _second_part(both, mask)
+    on_main_process(lambda: _remove_search(both.folder))
     return metrics, mask
 
 
@@ -208,6 +219,7 @@ def _second_part(both: OneRun, mask: LayerMask) -> Metrics:
         progress=both.progress,
         name=both.name,
         callbacks=both.callbacks,
+        tokenizer=both.tokenizer,
         begun=Begun(_FILES, lambda metrics, meter: _finish(metrics, meter, mask)),
     )
 
@@ -248,7 +260,7 @@ def _first_part(both: OneRun, step: int) -> None:
         meter.load(start)
     names = optimizer_names(trainer)
     if start is not None and is_finished(start):
-        shard(trainer)  # scores have the bits of those that follow the last step
+        shard(trainer)  # scores have the same bits as right after the last step
     meter.begin()
     run(trainer, start)
     began = time.perf_counter()
@@ -279,7 +291,9 @@ def _first_part(both: OneRun, step: int) -> None:
 
 def _check_processes(both: OneRun, trainer: Trainer) -> None:
     """Raise where several processes cannot run both parts."""
-    if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2):
+    if trainer.is_deepspeed_enabled or (
+        trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
+    ):
         raise ValueError(
             "a run with a selection needs one process, DDP or FSDP2, got DeepSpeed or FSDP1; "
             "use ila learn, ila select and ila train --mask --from"

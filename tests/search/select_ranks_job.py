@@ -104,12 +104,19 @@ def blocks_of(model):
     return sorted(blocks), sum(p.numel() for p in beside)
 
 
-def one_run(tools, folder, out, size, training_args, *, closed, method, resume=False):
+def one_run(
+    tools, folder, out, size, training_args, *, closed, method, resume=False, cache_prefix=False
+):
     """Losses and the mask of one run."""
     model = tools["make_model"](folder)
     rows = tools["make_rows"]()
     config = TrainConfig(
-        steps=STEPS, batch_size=size, learning_rate=1e-2, save_every=2, training_args=training_args
+        steps=STEPS,
+        batch_size=size,
+        learning_rate=1e-2,
+        save_every=2,
+        training_args=training_args,
+        cache_prefix=cache_prefix,
     )
     selection = Selection(Choice(top=0.3), at=SWITCH, closed=closed, method=method, batches=5)
     moments = Moments()
@@ -147,6 +154,27 @@ def refused(tools, folder, out, training_args):
     return None
 
 
+def reopened(tools, folder, out, size, training_args, scores, shards):
+    """Loss of a batch and sizes that FSDP2 gathers: all layers, some dropped, all again."""
+    model, _ = tools["search"](folder, out, size, "gate_gradient", training_args)
+    batch = ila.training.loop.default_collator(model)(tools["make_rows"]()[:2])
+    mask, found = ila.LayerMask(scores), {}
+    for name, change in (
+        ("all", lambda: None),
+        ("dropped", lambda: ila.apply_mask(model, mask.top(0.3))),
+        ("kept", lambda: ila.apply_mask(model, mask.top(0.3), closed="keep")),
+        ("opened", lambda: ila.apply_mask(model, mask)),
+        ("dropped again", lambda: ila.apply_mask(model, mask.top(0.3))),
+        ("restored", lambda: ila.restore(model)),
+    ):
+        change()
+        shards.append({"gathered": [], "reduced": []})
+        with torch.no_grad():
+            loss = float(model(**batch).loss)
+        found[name] = {"loss": loss, "gathered": sorted(set(shards[-1]["gathered"]))}
+    return found
+
+
 def main(tests, folder, out, size, training_args):
     tools = runpy.run_path(str(Path(tests) / "ranks_job.py"))
     warnings.simplefilter("error")
@@ -173,6 +201,14 @@ def main(tests, folder, out, size, training_args):
 
             tools["broken_off"](place, call, run, owner=owner)
             results[f"resumed-{place}-{name}"] = run(resume=True)
+    if shards:
+        arguments = (tools, folder, out / "reopened", size, training_args)
+        results["reopened"] = reopened(*arguments, results["drop-path"]["scores"], shards)
+        arguments = (tools, folder, out / "cached", size, training_args)
+        try:
+            one_run(*arguments, closed="keep", method="path", cache_prefix=True)
+        except ValueError as error:
+            results["refused cache"] = str(error)
     results["refused"] = refused(tools, folder, out / "callback", training_args)
     Path(f"{out}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results))
     leave_process_group()

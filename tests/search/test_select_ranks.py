@@ -85,7 +85,24 @@ def test_two_processes_of_fsdp_select_as_one(run_two, tiny_model_folder, tmp_pat
         assert min(after) > beside and (after == everything) == (closed == "keep")
         assert len(found["shards"]) == job["STEPS"]
         for step, traffic in enumerate(found["shards"], 1):
-            is_before, blocks = step <= job["SWITCH"], {n for n in traffic["gathered"] if n > beside}
+            is_before, blocks = (
+                step <= job["SWITCH"],
+                {n for n in traffic["gathered"] if n > beside},
+            )
             assert blocks == set(everything if is_before else after)
             # Gradients of all adapters before the switch, of the open ones alone after it.
             assert sum(traffic["reduced"]) == (928 if is_before else found["trainable_parameters"])
+    assert "cache_prefix must be off in a run with a selection under FSDP" in two["refused cache"]
+    check_reopened(two["reopened"], everything, after)
+
+
+def check_reopened(found, everything, dropped):
+    """Assert that layers which are closed and opened again are gathered when they are there."""
+    for name in ("kept", "opened", "restored"):
+        assert found[name]["gathered"] == found["all"]["gathered"]
+        assert found[name]["loss"] == pytest.approx(found["all"]["loss"], rel=1e-6)
+    assert set(everything) <= set(found["all"]["gathered"])
+    for name in ("dropped", "dropped again"):
+        assert set(dropped) <= set(found[name]["gathered"])
+        assert set(everything).isdisjoint(found[name]["gathered"])
+        assert abs(found[name]["loss"] - found["all"]["loss"]) > 1e-3
