@@ -148,6 +148,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "card",
             "rank_schedule",
             "adapter",
+            "reducer",
             "switch",
             "train",
         ),

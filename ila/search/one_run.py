@@ -342,14 +342,9 @@ def _measure_before(both: OneRun, trainer: Trainer) -> None:
 
 
 def _chosen(both: OneRun, trainer: Trainer, signal: LayerMean, step: int) -> LayerMask:
-    """Choose the mask; every process gets the mask of the main one."""
     args = trainer.args
     own = drawn_batches(both.dataset, both.collator, args.train_batch_size, args.seed, args.device)
-    mask = both.selection.choose(both.updates, signal, own, step)
-    fields = on_main_process(
-        lambda: (dict(mask.scores), dict(mask.gates), thawed(mask.provenance)),
-    )
-    return LayerMask(*fields)
+    return both.selection.choose(both.updates, signal, own, step)
 
 
 def _finish(metrics: Metrics, meter: StepMeter, mask: LayerMask) -> Metrics:
