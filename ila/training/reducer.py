@@ -2,7 +2,7 @@
 
 DDP waits in each step for a gradient of every parameter that trained when it wrapped the model. If
 some stop to train, its buckets have to be made anew. A wrapper does so when it is unpickled; here
-it takes its own state, so that whoever holds the wrapper still holds it.
+it takes its own state, and Trainer goes on with the same object.
 """
 
 from __future__ import annotations
