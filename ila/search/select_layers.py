@@ -30,15 +30,15 @@ from ila.price.choice import Choice
 from ila.search.adapter_updates import AdapterUpdates
 from ila.search.gate_gradients import GateGradient
 from ila.search.selection import Selection, drawn_batches
-from ila.training.reducer import reduce_trained
+from ila.training.reducer import reduce_trained, wrappers_of
 
 
 class SelectLayers(TrainerCallback, ExportableState):
     """Train all layers for a while, then only the selected ones; for any ``transformers.Trainer``.
 
     Call ``trainer.add_callback(ila.SelectLayers(at=0.25, top=0.3))`` before ``trainer.train()``;
-    trainers of TRL work too. Checkpoints keep the sums or the mask, so that a run resumes before
-    and after the switch with the same callback and the same call.
+    trainers of TRL work too, and so does DDP. Checkpoints keep the sums or the mask, so that a run
+    resumes before and after the switch with the same callback and the same call.
 
     ``gate_gradient`` reads the gradients after clipping, as the optimiser gets them: a step counts
     as much as it moves.
@@ -168,11 +168,8 @@ class SelectLayers(TrainerCallback, ExportableState):
         apply_mask(model, mask, closed=self.selection.closed)
         for parameter in before - {p for p in model.parameters() if p.requires_grad}:
             optimizer.state.pop(parameter, None)
-        if args.world_size > 1 and not reduce_trained(model):
-            raise ValueError(
-                "SelectLayers needs the model itself inside DDP's wrapper, and no wrapper holds it "
-                "(a compiled model?); use `ila train --select-at`"
-            )
+        if args.world_size > 1:
+            reduce_trained(model)
         self.mask, self.signal = mask, None
 
 
@@ -184,10 +181,11 @@ def _check_model(args: TrainingArguments, model: object) -> None:
             "SelectLayers needs a LoRA adapter, got AdaLoRA; learn a mask first (ila.learn_mask)"
         )
     sharded = any(hasattr(p, "placements") for p in model.parameters())
-    if sharded or getattr(args, "deepspeed", None):
+    elsewhere = args.world_size > 1 and not wrappers_of(model)
+    if sharded or elsewhere or getattr(args, "deepspeed", None):
         raise ValueError(
-            "SelectLayers closes layers in one process and under DDP: a checkpoint of a sharded "
-            "optimiser (FSDP, DeepSpeed) would not fit the whole model that Trainer makes when it "
-            "resumes; under FSDP2 use `ila train --select-at`, which starts it again for the open "
-            "layers"
+            "SelectLayers closes layers in one process, and under DDP around the model itself: "
+            "a checkpoint of a sharded optimiser (FSDP, DeepSpeed) would not fit the whole model "
+            "that Trainer makes when it resumes; under FSDP2 use `ila train --select-at`, which "
+            "starts Trainer again for the open layers"
         )

@@ -13,20 +13,25 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def reduce_trained(model: nn.Module) -> int:
-    """Make the buckets of every DDP wrapper around a model anew; return the number of wrappers.
+def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
+    """Return the DDP wrappers around a model, found among the objects of the process.
 
-    Call it between two steps, on all processes. Trainer hands its callbacks the model without its
-    wrapper, so this looks for wrappers among the objects of the process.
+    Trainer hands its callbacks the model without its wrapper.
     """
-    wrappers = [
+    return [
         each
         for each in gc.get_objects()
         if issubclass(type(each), DistributedDataParallel) and each.module is model
     ]
-    for wrapper in wrappers:
+
+
+def reduce_trained(model: nn.Module) -> None:
+    """Make the buckets of every DDP wrapper around a model anew; nothing without one.
+
+    Call it between two steps, on all processes.
+    """
+    for wrapper in wrappers_of(model):
         hooks, wrapper._comm_hooks = wrapper._comm_hooks, []
         wrapper.__setstate__(wrapper.__getstate__())
         for hook, state in hooks:
             wrapper.register_comm_hook(state, hook)
-    return len(wrappers)

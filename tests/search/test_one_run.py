@@ -141,6 +141,22 @@ def test_the_cache_begins_with_the_selection(make_llama, rows):
     assert (one - other).abs().max() <= 16 * torch.finfo(torch.float32).eps * one.max()
 
 
+@pytest.mark.parametrize("kind", ["DeepSpeed", "FSDP1"])
+def test_an_optimiser_that_cannot_be_filtered_is_refused(
+    make_llama, rows, tmp_path, monkeypatch, kind
+):
+    make = one_run._all_layers
+
+    def sharded(*arguments):
+        meter, trainer = make(*arguments)
+        trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = kind == "DeepSpeed", kind == "FSDP1"
+        return meter, trainer
+
+    monkeypatch.setattr(one_run, "_all_layers", sharded)
+    with pytest.raises(ValueError, match="needs one process, DDP or FSDP2, got DeepSpeed or FSDP1"):
+        go(make_llama(), rows, tmp_path)
+
+
 def test_no_folder_leaves_no_files_and_a_closed_layer_is_refused(make_llama, rows, tmp_path):
     metrics, mask = go(make_llama(), rows)
     assert metrics["steps"] == STEPS

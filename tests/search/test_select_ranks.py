@@ -92,7 +92,7 @@ def test_two_processes_of_fsdp_select_as_one(run_two, tiny_model_folder, tmp_pat
             assert blocks == set(everything if is_before else after)
             # Gradients of all adapters before the switch, of the open ones alone after it.
             assert sum(traffic["reduced"]) == (928 if is_before else found["trainable_parameters"])
-    assert "SelectLayers closes layers in one process and under DDP" in two["refused"]
+    assert "SelectLayers closes layers in one process, and under DDP" in two["refused"]
     assert "cache_prefix must be off in a run with a selection under FSDP" in two["refused cache"]
     check_reopened(two["reopened"], everything, after)
 
