@@ -59,6 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--data", type=Path, help="instruction rows (examples/data/arithmetic.jsonl)")
     group.addoption("--mask", type=Path, help="a mask of the model, from `ila learn` (of SmolLM2)")
     group.addoption("--clock", choices=list(CLOCKS), default="wall", help="on a CPU")
+    group.addoption("--attention", help="transformers' name, for every model (the model's own)")
     group.addoption("--batch", metavar="ROWSxTOKENS", help="of test_model.py alone")
     group.addoption("--rounds", type=int, help="interleaved rounds of every cell")
 
@@ -69,6 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
     options = Options(
         size=given("ila_size") or "quick",
         clock=given("clock"),
+        attention=given("attention"),
         rounds=given("rounds"),
         model=given("model"),
         data=given("data") or ARITHMETIC,

@@ -4,7 +4,8 @@
 
 The share of an update that survives is ⟨y − base, update⟩ / ⟨update, update⟩, with the base product
 rounded alone; 1 is all of it. The times are of our op, forward and backward, with the update before
-the base product over the base product first: the same code with one switch.
+the base product over the base product first: the same code with one switch. In our op the update
+comes first where ``eager.base_adds`` says so; where it does not, the two are the same code.
 """
 
 from __future__ import annotations
@@ -18,20 +19,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import ila
 from benchmarks.harness.busy import Busy, load_average
 from benchmarks.harness.session import environment
 from benchmarks.harness.timing import Run, Watch, interleaved, ratio
 from benchmarks.layer.contestants import peft_layer
 from benchmarks.layer.shapes import shape
+from benchmarks.model.cell import training
+from benchmarks.model.contestants import fill_adapters, lora
 from benchmarks.peers.addmm import addmm_lora
 from ila.runs.atomic import write_json_atomic
 from ila_kernels import eager, masked_lora_linear
 from ila_kernels.testing import Inputs, make_inputs
 
-M, K, N, R = 512, 1024, 1024, 16
+M, K, N, R = 256, 1024, 1024, 16
 SIZES = (1e-2, 3e-3, 1e-3, 3e-4)
-TIMED = (("SmolLM2-135M", "q", 512), ("SmolLM2-135M", "up", 2048), ("Llama-3-8B", "q", 256))
+TIMED = (
+    *(("SmolLM2-135M", layer, m) for m in (512, 1024) for layer in ("q", "up", "down")),
+    ("SmolLM2-135M", "up", 2048),
+    ("Llama-3-8B", "k", 512),
+    ("Llama-3-8B", "q", 256),
+)
+STEPS = ((2, 128), (4, 256))  # rows and tokens of a row of a training step
+STEP_MODEL = LlamaConfig(
+    hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,
+)  # fmt: skip
 BF16 = torch.bfloat16
 
 
@@ -112,10 +127,31 @@ def seconds_ratio(model: str, layer: str, m: int, rounds: int, watch: Watch) -> 
         with base_first():
             step(mark, turn)
 
-    runs: dict[str, Run] = {"update first": step, "base first": old}
-    times = interleaved(runs, rounds, watch, calls=3)
-    new, before = ([sum(t) for t in times[name]] for name in runs)
-    return ratio(new, before)
+    return _ratio(step, old, rounds, watch, calls=3)
+
+
+def step_ratio(rows: int, width: int, rounds: int, watch: Watch) -> dict[str, float]:
+    """The same for a training step of SmolLM2-135M's shapes, random weights, all layers open."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(STEP_MODEL).to(BF16)
+    model = ila.attach(model, lora(R)).train()
+    fill_adapters(model)
+    ila.lean_head(model)
+    ids = torch.randint(STEP_MODEL.vocab_size, (rows, width))
+    step = training(model, lambda _: {"input_ids": ids, "labels": ids})
+
+    def old(mark: Callable[[], None], turn: int) -> None:
+        with base_first():
+            step(mark, turn)
+
+    return _ratio(step, old, rounds, watch)
+
+
+def _ratio(new: Run, old: Run, rounds: int, watch: Watch, calls: int = 1) -> dict[str, float]:
+    runs = {"update first": new, "base first": old}
+    times = interleaved(runs, rounds, watch, calls=calls)
+    after, before = ([sum(t) for t in times[name]] for name in runs)
+    return ratio(after, before)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -136,10 +172,14 @@ def main(arguments: list[str] | None = None) -> None:
         }
         for model, layer, m in TIMED
     ]
+    steps = [
+        {"rows": rows, "width": width, **step_ratio(rows, width, given.rounds, watch)}
+        for rows, width in STEPS
+    ]
     busy.sample()
     options = {"m": M, "k": K, "n": N, "rank": R, "rounds": given.rounds, "clock": "cpu"}
     content = {"environment": environment(cpu), "options": options, "busy": busy.as_dict()}
-    write_json_atomic(given.json, content | {"rows": rows, "timed": timed})
+    write_json_atomic(given.json, content | {"rows": rows, "timed": timed, "steps": steps})
 
 
 if __name__ == "__main__":

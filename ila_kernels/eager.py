@@ -11,9 +11,10 @@ where it is less than half of its last bit, and that is where training starts (B
 GEMM's fp32 accumulator, before the one rounding of y, it stays. At |update| = 10⁻³ |y| in bf16 all
 of it stays, and 55 % if it is added afterwards (``tests/kernels/test_small_updates.py``).
 
-Three cases keep the base first: a packed weight, whose product is another library's; few rows on a
-CPU (``SHORT_ROWS``); and, as far as rounding goes, a bias, which is added to the update before the
-GEMM, so an update far below the bias is rounded against it.
+Four cases keep the base first: a packed weight, whose product is another library's; few rows on a
+CPU (``SHORT_ROWS``); a large bf16 product on a CPU (``is_large``); and, as far as rounding goes,
+a bias, which is added to the update before the GEMM, so an update far below the bias is rounded
+against it.
 
 An update that is larger than the base is rounded at its own size first, and a small base then loses
 as much: the bound of ``testing.assert_within_rounding`` is relative to y.
@@ -81,6 +82,12 @@ class Grads(NamedTuple):
 # there: the update before it took 1.03 to 1.09 of the time up to 16 rows in bf16 (forward and
 # backward, one thread, medians of 60 interleaved rounds), and 0.97 to 0.99 at 64.
 SHORT_ROWS = 64
+# A bf16 result of so many elements (1 MiB), or whose sums have more terms than this, keeps the base
+# first on a CPU: with β = 1 oneDNN's product takes up to 1.07 of the time there (dx of 1024 x
+# 1536), and forward and backward of a layer 1.01 to 1.03. For less, both orders take the same time
+# within 0.01, and so they do in fp32 and fp16 at every size. One thread of an AMD EPYC, medians of
+# 15 interleaved rounds.
+LARGE_RESULT, LONG_SUM = 1 << 19, 1024
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -120,9 +127,22 @@ def drop(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     return x * keep_mask(seed, x.shape[0], x.shape[1], dropout_p, x.device)
 
 
-def base_adds(x: Tensor, weight: Tensor | PackedWeight) -> bool:
-    """Tell whether the base product of x (or dy) adds to the update, or is made first."""
-    return not (is_short(x) or isinstance(weight, PackedWeight))
+def is_large(x: Tensor, columns: int) -> bool:
+    """Tell whether a product of x (M, K) with ``columns`` columns is a large bf16 one on a CPU."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return False
+    return x.shape[0] * columns >= LARGE_RESULT or x.shape[1] > LONG_SUM
+
+
+def base_adds(x: Tensor, weight: Tensor | PackedWeight, columns: int) -> bool:
+    """Tell whether the base product of x (or dy) adds to the update, or is made first.
+
+    Args:
+        x: Of shape (M, ·).
+        weight: Frozen W.
+        columns: Of the result: N for y, K for dx.
+    """
+    return not (isinstance(weight, PackedWeight) or is_short(x) or is_large(x, columns))
 
 
 def shrink(x: Tensor, lora_a: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
@@ -164,7 +184,7 @@ def expand(
     scale: float,
 ) -> Tensor:
     """y = x Wᵀ + bias + γα t Bᵀ. x (M, K), t (M, R) -> y (M, N) in the dtype of x."""
-    if not base_adds(x, weight):
+    if not base_adds(x, weight, lora_b.shape[0]):
         return add_product(linear(x, weight, bias), t, lora_b.t(), scale, gate)
     return update_first(x, weight.t(), t, lora_b.t(), scale, gate, bias)
 
@@ -195,10 +215,11 @@ def full_dx(
     dropout_p: float,
 ) -> Tensor:
     """dx = dy W + γα (u A) ⊙ keep/(1−p). dy (M, N), u (M, R) -> dx (M, K) in the dtype of dy."""
-    if seed is None and not base_adds(dy, weight):
+    adds = base_adds(dy, weight, lora_a.shape[1])
+    if seed is None and not adds:
         return add_product(input_grad(dy, weight), u, lora_a, scale, gate)
     update, beta = lowrank_dx(u, lora_a, gate, seed, scale, dropout_p)
-    if base_adds(dy, weight):
+    if adds:
         # In the dtype of dy: under autocast u is not, and an addmm in place casts nothing.
         return update.to(dy.dtype).addmm_(dy, weight, beta=beta)
     return input_grad(dy, weight).add_(update, alpha=beta)

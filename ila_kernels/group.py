@@ -100,7 +100,7 @@ def shared_input_grad(
     adapted = [(u, m) for u, m in zip(us, members, strict=True) if u is not None]
     if not used:
         return None
-    first = adapted and all(eager.base_adds(dy, m.weight) for dy, m in used)
+    first = adapted and all(eager.base_adds(dy, m.weight, m.weight.shape[1]) for dy, m in used)
     dx = add_base_grads(
         _lowrank_dx(adapted, dropout_p).to(used[0][0].dtype) if first else None, used
     )

@@ -114,6 +114,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "shared_input",
             "attention",
             "mlp_probe",
+            "needed_rows",
             "mlp",
             "plain_blocks",
             "undo",

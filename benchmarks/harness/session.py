@@ -32,6 +32,7 @@ class Options:
     Attributes:
         size: ``"smoke"`` (tiny, to try the harness), ``"quick"`` (the default) or ``"full"``.
         clock: ``"wall"`` or ``"cpu"``; a GPU is always timed with its own events.
+        attention: transformers' name of the attention of every model; None for the model's own.
         rounds: Interleaved rounds; ``None`` leaves it to the benchmark.
         model: Folder, hub id or GGUF file; ``None`` unpacks the model of ``ila demo``.
         data: File of instruction rows.
@@ -42,6 +43,7 @@ class Options:
 
     size: str = "quick"
     clock: str = "wall"
+    attention: str | None = None
     rounds: int | None = None
     model: str | None = None
     data: Path | None = None

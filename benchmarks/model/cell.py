@@ -120,9 +120,11 @@ class ModelCell:
             "width": self.width,
             "tokens_per_step": self.material.tokens,
             "labelled": self.material.labelled,
+            "answers": self.material.answers,
             "batches": self.batches,
             "rounds": self.rounds,
             "optimizer": "AdamW",
+            "attention": config._attn_implementation,
             "left_out": self.left_out,
         }
 

@@ -36,6 +36,8 @@ def base_model(options: Options) -> nn.Module:
     folder = model_folder(options)
     if folder not in _LOADED:
         model = load_model(find_source(folder), "bfloat16", None, options.device)
+        if options.attention is not None:
+            model.set_attn_implementation(options.attention)
         _LOADED[folder] = model.requires_grad_(False)
     return _LOADED[folder]
 
@@ -44,8 +46,8 @@ def base_model(options: Options) -> nn.Module:
 class Material:
     """Batches of rows × width from a file of instructions.
 
-    The longest rows come first, with labels at answers; or rows are joined end to end and cut into
-    pieces of ``width`` tokens, where every token is a label.
+    Rows as they come, with labels at answers, padded to ``width``; or rows joined end to end and
+    cut into pieces of ``width`` tokens, where every token is a label.
     """
 
     rows: list[dict[str, list[int]]]
@@ -57,21 +59,26 @@ class Material:
     def read(
         cls, options: Options, batches: int, batch: int, width: int, joined: bool = False
     ) -> Material:
-        """The longest rows of ``--data``, so that little is padding; cut at ``width`` tokens."""
+        """Rows of ``--data`` at equal distances over the whole file; cut at ``width`` tokens."""
         tokenizer = load_tokenizer(find_source(model_folder(options)))
         rows, _ = encode(load_rows(str(options.data)), tokenizer, max_length=width, progress=False)
         if joined:
             return cls(join(rows, batches * batch, width), batch, width, options.device)
-        rows = sorted(rows, key=lambda row: -len(row["input_ids"]))[: batches * batch]
-        if len(rows) < batches * batch:
-            raise ValueError(f"data must have {batches * batch} rows, {options.data} has less")
-        return cls(rows, batch, width, options.device)
+        count = batches * batch
+        if len(rows) < count:
+            raise ValueError(f"data must have {count} rows, {options.data} has {len(rows)}")
+        return cls(evenly(rows, count), batch, width, options.device)
 
     @property
     def labelled(self) -> float:
         """The share of the tokens, padding left out, whose next token is a label."""
         labels = [label for row in self.rows for label in row["labels"][1:]]
         return sum(label != IGNORED for label in labels) / sum(len(r["labels"]) for r in self.rows)
+
+    @property
+    def answers(self) -> float:
+        """The share of the positions of a batch, padding included, whose next token is a label."""
+        return self.labelled * self.tokens / (self.batch * self.width)
 
     @property
     def collator(self) -> Collator:
@@ -90,6 +97,15 @@ class Material:
     def __call__(self, turn: int) -> dict[str, Tensor]:
         batch = self.collator([self.rows[i] for i in self.members(turn)])
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+
+def evenly(rows: list[dict[str, list[int]]], count: int) -> list[dict[str, list[int]]]:
+    """``count`` of the rows at equal distances, the first among them.
+
+    >>> evenly(list("abcdefg"), 3)
+    ['a', 'c', 'e']
+    """
+    return rows[:: len(rows) // count][:count]
 
 
 def join(rows: list[dict[str, list[int]]], count: int, width: int) -> list[dict[str, list[int]]]:

@@ -31,6 +31,12 @@ PEERS = (
 def _sentence(document: Mapping[str, Any]) -> str:
     cell = next(iter(document["cells"].values()))
     labels = f", {cell['labelled']:.0%} of them labels" if "labelled" in cell else ""
+    if "answers" in cell:
+        filled = cell["tokens_per_step"] / (cell["rows"] * cell["width"])
+        labels = f", as they come: {filled:.0%} of the positions are tokens, the rest is padding, "
+        labels += f"and {cell['answers']:.0%} are labels"
+    if "attention" in cell:
+        labels += f"; attention of every contestant: {cell['attention']}"
     return (
         f"{cell['model']}, {cell['dtype']}, rank {cell['rank']}; {cell['rows']} rows of at most "
         f"{cell['width']} tokens from {document['options']['data']}{labels}; {machine(document)}; "

@@ -22,8 +22,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ila.data.contracts import IGNORED
+from ila.models.blocks import AFTER_BLOCKS
 from ila.models.lean_families import logit_map, output_class
 from ila.models.lean_paths import cross_entropy_sum
+from ila.models.needed_rows import NeededRows, needing
 from ila.models.recomputation import has_hooks
 from ila.models.transforms import under_transform
 
@@ -93,9 +95,10 @@ def _forward(
         inputs |= {"labels": labels, "logits_to_keep": logits_to_keep}
         return type(self).forward(self, **inputs, **kwargs)
     passed_on = {name: value for name, value in kwargs.items() if name not in _NEUTRAL}
-    outputs = self.model(**inputs, **passed_on)
-    count = kwargs.get("num_items_in_batch")
-    loss = _loss(self, outputs.last_hidden_state, labels, kwargs.get("shift_labels"), count)
+    targets = _targets(labels, kwargs.get("shift_labels"))
+    with needing(_needed(self, attention_mask, targets, kwargs)):
+        outputs = self.model(**inputs, **passed_on)
+    loss = _loss(self, outputs.last_hidden_state, targets, kwargs.get("num_items_in_batch"))
     return output_class(self)(
         loss=loss,
         **{_CACHE: outputs.get(_CACHE)},
@@ -154,17 +157,40 @@ def _asks_for_more(kwargs: dict[str, object]) -> bool:
     )
 
 
+def _targets(labels: Tensor, shift_labels: Tensor | None) -> Tensor:
+    """Return the token that each position predicts, (B·T,); tokens < n predict n."""
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+    return shift_labels.reshape(-1)
+
+
+def _needed(
+    model: PreTrainedModel,
+    attention_mask: Tensor | None,
+    targets: Tensor,
+    kwargs: dict[str, Any],
+) -> NeededRows | None:
+    """Return the rows that the loss depends on; None for all, or where more is wanted than it."""
+    asked = ("output_hidden_states", "output_attentions")
+    if any(kwargs.get(name) or getattr(model.config, name, False) for name in asked):
+        return None
+    if torch.compiler.is_compiling() or isinstance(targets, FakeTensor):
+        return None
+    # In the families known here attention alone takes a position to others.
+    decoder, last = model.model, model.model.layers[-1]
+    norms = (decoder._modules[name] for name in AFTER_BLOCKS if name in decoder._modules)
+    watched = has_hooks(decoder, last, *norms)
+    return NeededRows.of(attention_mask, targets, None if watched else getattr(last, "mlp", None))
+
+
 def _loss(
     model: PreTrainedModel,
     hidden: Tensor,
-    labels: Tensor,
-    shift_labels: Tensor | None,
+    targets: Tensor,
     num_items_in_batch: Tensor | int | None,
 ) -> Tensor:
     """Return Σ / count, where count is the labels of the batch, or of all batches of a step."""
-    if shift_labels is None:  # tokens < n predict n
-        shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
-    targets = shift_labels.reshape(-1).to(hidden.device)
+    targets = targets.to(hidden.device)
     dtype = dtype_of(hidden)
     head = model.lm_head
     weight, bias = (p if p is None else p.detach().to(dtype) for p in (head.weight, head.bias))

@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
+T = TypeVar("T")
+
 
 class _Current(threading.local):
     """The record that this thread's forward reads and fills, and whether it runs again."""
 
-    record: dict[object, bool] | None = None
+    record: dict[object, Any] | None = None
     again: bool = False
 
 
@@ -60,19 +62,20 @@ def has_hooks(*modules: nn.Module) -> bool:
 
     Hooks that torch calls for every module do not count.
     """
-    return _recorded(modules, lambda: _have_hooks(modules))
+    return remembered(modules, lambda: _have_hooks(modules))
 
 
 def gradients_are_watched() -> bool:
     """Tell whether torch calls a hook with the gradients of every module."""
-    return _recorded(gradients_are_watched, _are_watched)
+    return remembered(gradients_are_watched, _are_watched)
 
 
 def _are_watched() -> bool:
     return bool(module_globals._global_backward_hooks or module_globals._global_backward_pre_hooks)
 
 
-def _recorded(question: object, answer: Callable[[], bool]) -> bool:
+def remembered(question: object, answer: Callable[[], T]) -> T:
+    """Return the answer of the first run of a checkpoint; ask where there is no record."""
     if torch.compiler.is_compiling() or _current.record is None:
         return answer()
     if question not in _current.record:

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.model.contestants import fill_adapters, lora
-from benchmarks.model.material import Material, join
+from benchmarks.model.material import Material, evenly, join
 from benchmarks.peers import fused_loss
 from benchmarks.peers.fused_loss import LIGER_LOSS, LOSSES, TORCH_LOSS, fuse, why_not
 
@@ -64,4 +64,13 @@ def test_joined_rows_are_all_labels():
     apart = Material(rows, 1, 3, torch.device("cpu"))
     joined = Material(join(rows, 2, 4), 1, 4, torch.device("cpu"))
     assert apart.labelled == pytest.approx(1 / 3) and joined.labelled == pytest.approx(3 / 4)
+    assert apart.answers == apart.labelled and joined.answers == joined.labelled
     assert joined(1)["labels"].tolist() == joined(1)["input_ids"].tolist() == [[2, 3, 1, 2]]
+
+
+def test_rows_come_as_they_are_and_padding_counts_among_the_positions():
+    rows = [{"input_ids": [0] * n, "labels": [-100] * (n - 2) + [0, 0]} for n in (2, 8, 4, 3, 6)]
+    some = Material(evenly(rows, 2), 2, 8, torch.device("cpu"))
+    assert [len(row["input_ids"]) for row in some.rows] == [2, 4]
+    assert some(0)["input_ids"].shape == (2, 8) and some.tokens == 6
+    assert some.labelled == pytest.approx(3 / 6) and some.answers == pytest.approx(3 / 16)

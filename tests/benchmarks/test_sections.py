@@ -163,6 +163,8 @@ def test_budgets_of_time_are_marked_as_modelled_and_say_what_would_show_them_wro
 def test_small_updates_are_measured_as_they_are_shown(monkeypatch, tmp_path):
     monkeypatch.setattr(measured, "SIZES", (1e-3,))
     monkeypatch.setattr(measured, "TIMED", (("SmolLM2-135M", "k", 80),))
+    monkeypatch.setattr(measured, "STEPS", ((1, 80),))
+    monkeypatch.setattr(measured.STEP_MODEL, "num_hidden_layers", 1)
     file = tmp_path / "small-updates.json"
     measured.main(["--json", str(file), "--rounds", "2"])
     found = json.loads(file.read_text())
@@ -174,10 +176,11 @@ def test_small_updates_are_measured_as_they_are_shown(monkeypatch, tmp_path):
     cells = [f"{row[of][name]:.2f}" for of in ("y", "dx") for name in small_updates.NAMES]
     assert f"| 0.001 | {' | '.join(cells)} |" in text
     assert f"| SmolLM2-135M k, M 80 | {found['timed'][0]['median']:.2f} (" in text
+    assert f"step of 1 × 80 tokens | {found['steps'][0]['median']:.2f} (" in text
 
 
 def test_the_two_orders_that_are_timed_differ_in_nothing_else():
     before = eager.base_adds
     with measured.base_first():
-        assert not eager.base_adds(torch.empty(4096, 8), torch.empty(8, 8))
+        assert not eager.base_adds(torch.empty(4096, 8), torch.empty(8, 8), 8)
     assert eager.base_adds is before

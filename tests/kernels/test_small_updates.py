@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ila_kernels import masked_lora_linear, masked_lora_linear_group
+from ila_kernels import eager, masked_lora_linear, masked_lora_linear_group
 from ila_kernels.testing import Inputs, make_inputs
 
 M, K, N, R = 384, 320, 352, 8
@@ -99,3 +99,43 @@ def test_a_bias_costs_no_more_of_the_update_than_adding_it_last():
     )
     last, _ = forward_share(i, base_first(i))
     assert last < 1 - noise < ours
+
+
+@pytest.mark.parametrize(("m", "columns", "dtype", "adds"), [
+    (512, 1023, BF16, True), (512, 1024, BF16, False), (512, 1024, FP32, True),
+    (512, 1024, torch.float16, True), (64, 8, BF16, False), (65, 8, BF16, True),
+])  # fmt: skip
+def test_the_base_comes_first_on_a_cpu_where_adding_to_the_update_costs_time(
+    m, columns, dtype, adds
+):
+    x = torch.empty(m, 4, dtype=dtype)
+    assert eager.base_adds(x, torch.empty(columns, 4, dtype=dtype), columns) is adds
+
+
+def test_the_base_comes_first_on_a_cpu_where_its_sums_are_long():
+    for terms, adds in ((1024, True), (1025, False)):
+        x = torch.empty(128, terms, dtype=BF16)
+        assert eager.base_adds(x, torch.empty(8, terms, dtype=BF16), 8) is adds
+
+
+def test_on_another_device_the_update_comes_first_at_every_size():
+    x = torch.empty(4096, 4, dtype=BF16, device="meta")
+    assert eager.base_adds(x, torch.empty(4096, 4, dtype=BF16, device="meta"), 4096)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_both_orders_are_the_op_up_to_rounding(outputs, monkeypatch):
+    """A group and a layer with a large result beside the same with the update first."""
+    i = make_inputs(M, K, N, R, dtype=BF16, adapter_dtype=FP32, requires=("x", "lora_a", "lora_b"))
+    leaves = (i.x, i.lora_a, i.lora_b)
+
+    def run() -> list[Tensor]:
+        each = ([t] * outputs for t in (i.weight, i.lora_a, i.lora_b))
+        ys = masked_lora_linear_group(i.x, *each)
+        return [*ys, *torch.autograd.grad(ys, leaves, [i.dy] * outputs)]
+
+    first = run()
+    monkeypatch.setattr(eager, "LARGE_RESULT", M)
+    assert not torch.equal(run()[0], first[0])  # y rounds twice
+    for found, wanted in zip(run(), first, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item())

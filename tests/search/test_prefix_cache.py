@@ -243,7 +243,7 @@ def test_a_resumed_run_ends_with_the_same_losses(make_llama, tmp_path, break_off
     expected = train(opened(make_llama()), rows, config, progress=False)["losses"]
     options = {"output_dir": tmp_path / "run", "progress": False}
     model = opened(make_llama())
-    break_off(find_blocks(model).layers[1].mlp, "forward", 10, error=killed)
+    break_off(find_blocks(model).layers[1].input_layernorm, "forward", 10, error=killed)
     with pytest.raises(killed):
         train(model, rows, config, **options)
     assert not [m for m in find_blocks(model).layers[:1].modules() if "forward" in vars(m)]
