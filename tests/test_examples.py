@@ -204,14 +204,21 @@ except SystemExit as done:
 
 
 @pytest.mark.slow
-def test_the_file_for_fsdp2_trains_on_two_processes(run_ranks, clone, tiny_model_folder, data):
+@pytest.mark.parametrize(
+    ("selection", "adapters"),
+    [([], 14), (["--select-at", "0.5", "--top", "0.3", "--closed", "drop"], 4)],
+    ids=["all layers", "one run"],
+)
+def test_the_file_for_fsdp2_trains_on_two_processes(
+    run_ranks, clone, tiny_model_folder, data, selection, adapters
+):
     (command,) = commands_of(REPOSITORY / "examples" / "fsdp2.yaml")
     more = ["--model", tiny_model_folder, "--data", data, "--epochs", "2", "--eval-every", "1"]
     more += ["--dtype", "float32", "--rank", "2", "--gradient-accumulation", "1"]
-    run_ranks(FSDP_ON_CPUS + FSDP_JOB, *command[1:], *more)
+    run_ranks(FSDP_ON_CPUS + FSDP_JOB, *command[1:], *more, *selection)
     found = json.loads((clone / "runs/fsdp/metrics.json").read_text())
     assert found["evaluations"][-1][1] == found["held_out_loss"] < found["held_out_loss_before"]
-    assert_plain_adapter(clone / "runs/fsdp", tiny_model_folder, 14)
+    assert_plain_adapter(clone / "runs/fsdp", tiny_model_folder, adapters)
 
 
 def snippets(page: str, language: str) -> list[str]:

@@ -84,7 +84,8 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
 
 def _beside(run: Path, full: bool) -> list[str]:
     """Name the card and the tokenizer beside an adapter: all files that describe no run."""
-    own = {"run.json", "train.json", "metrics.json", "before.json", "log.jsonl", *ADAPTER_FILES}
+    own = {"run.json", "train.json", "selection.json", "mask.json", "metrics.json", "before.json"}
+    own |= {"log.jsonl", *ADAPTER_FILES}
     suffixes = {".json", ".jinja", ".md", ".model", ".txt"}
     names = sorted(p.name for p in run.iterdir() if p.is_file() and p.suffix in suffixes)
     return [] if full else [name for name in names if name not in own]

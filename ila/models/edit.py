@@ -30,6 +30,7 @@ from ila.models.layer import MaskedLoraLayer, MaskedLoraLinear
 from ila.models.lean_head import plain_head
 from ila.models.mlp import make_lean, make_plain
 from ila.models.plain_blocks import plain_blocks, say_plain_blocks
+from ila.models.sharded import gather_present, reshard
 from ila.models.targets import (
     outside,
     restore_targets,
@@ -229,9 +230,11 @@ def restore(model: nn.Module) -> ConversionReport:
         return ConversionReport((), head=True)
     if not layers:
         raise ValueError("model has no MaskedLoraLinear layer to restore, and no lean head")
+    reshard(model)
     for layer in layers.values():
         layer.strip()
         layer.__class__ = layer.peft_class
+    gather_present(model)
     close_ranks(model)
     mlps, attentions = make_plain(model), unfuse_qkv(model)
     for config in getattr(model, "peft_config", {}).values():
@@ -327,12 +330,14 @@ def apply_mask(
             f"optimizer does not hold the parameters of {len(opening)} layers that the mask opens; "
             "apply the mask first, then create the optimizer"
         )
+    reshard(peft_model)
     for layer in opening:
         layer.open(adapter)
     dropped = set()
     for name in mask.closed:
         dropped |= set(layers[name].adapter_parameters(adapter))
         layers[name].keep(adapter) if closed == "keep" else layers[name].close(adapter)
+    gather_present(peft_model)
     if optimizer is not None:
         _forget(optimizer, dropped)
     retarget(peft_model, adapter, all_there=closed == "keep" or not mask.closed)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from ila.data.contracts import Batch, Collate, Dataset
+from ila.masks.checks import thawed
 from ila.masks.mask import LayerMask
 from ila.models.edit import CLOSINGS
 from ila.price.choice import Choice
+from ila.runs.processes import on_main_process
 from ila.search.adapter_updates import AdapterUpdates
 from ila.search.gate_gradients import LayerMean
 from ila.search.in_place import path_scores, shape_of
@@ -80,7 +82,7 @@ class Selection:
         batches: Callable[[int], Sequence[Batch]],
         step: int,
     ) -> LayerMask:
-        """Score the layers and choose.
+        """Score the layers and choose; every process gets the mask of the main one.
 
         Args:
             updates: Updates of the layers, every one open.
@@ -98,7 +100,11 @@ class Selection:
             "selection": {**self.as_dict(), "step": step},
             "folds": signal.folds() if self.method == "gate_gradient" else [],
         }
-        return self.choice.cut(scores, shape).with_provenance(**provenance)
+        mask = self.choice.cut(scores, shape).with_provenance(**provenance)
+        fields = on_main_process(
+            lambda: (dict(mask.scores), dict(mask.gates), thawed(mask.provenance))
+        )
+        return LayerMask(*fields)
 
 
 def drawn_batches(
