@@ -44,6 +44,7 @@ from ila.training.callbacks import LogFile, stage_callbacks
 from ila.training.config import TrainConfig
 from ila.training.evaluation import evaluate_on
 from ila.training.loop import check_dataset, default_collator, held_out_loss, resume_point, run
+from ila.training.loraplus import with_loraplus
 from ila.training.packing import packing_collator
 from ila.training.switch import optimizer_names, write_switch
 from ila.training.train import (
@@ -277,7 +278,9 @@ def _all_layers(both: OneRun, step: int) -> tuple[StepMeter, SignalTrainer]:
     log = LogFile(both.folder / "log.jsonl", "train")
     title = f"Training {both.name}, all layers to step {step}"
     own = stage_callbacks(title, log, progress=both.progress, also_save=save, more=both.callbacks)
-    trainer = both.updates.trainer_class(SignalTrainer)(
+    trainer = both.updates.trainer_class(
+        with_loraplus(SignalTrainer, both.config.loraplus_lr_ratio)
+    )(
         both.updates.model,
         args,
         packing_collator() if both.config.packing else both.collator,
