@@ -170,6 +170,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "one_run",
         ),
         "reports": ("texts", "phases", "versus", "tables", "explained", "figures", "pareto"),
+        "plugins": ("take_over", "options", "axolotl"),
         "__init__": (),
         "commands": (
             "config_file",
