@@ -27,7 +27,12 @@ def main() -> None:
     callbacks = [ila.TakeOver(options.mask)]
     if options.select_at is not None:
         callbacks.append(ila.SelectLayers(at=options.select_at, top=options.top))
-    run_exp(yaml.safe_load(Path(options.config).read_text(encoding="utf-8")), callbacks)
+    given = yaml.safe_load(Path(options.config).read_text(encoding="utf-8"))
+    # LLaMA-Factory's own checkpointing knows transformers' blocks by the function they hand over;
+    # Trainer's does the same work, and leaves out the frozen blocks.
+    given["gradient_checkpointing"] = not given.get("disable_gradient_checkpointing", False)
+    given["disable_gradient_checkpointing"] = True
+    run_exp(given, callbacks)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class IlaPlugin(BasePlugin):
         asked = [name for name in KERNELS if cfg.get(name)]
         if asked:
             raise ValueError(
-                f"{asked[0]} and {type(self).__name__} compute the same layers: drop one"
+                f"{asked[0]} and {type(self).__name__} compute the same layers; leave one out"
             )
         for name in KERNELS:
             cfg[name] = False

@@ -47,6 +47,12 @@ class PluginOptions:
     lean_head: bool | None = None
 
     def __post_init__(self) -> None:
+        for name in ("select_at", "top", "freeze"):
+            value = getattr(self, name)
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float)
+            ):
+                raise ValueError(f"{PREFIX}{name} must be a number, got {value!r}")
         beside = (*_CHOICE, "speed", "objective", "score")
         asked = [name for name in beside if getattr(self, name) is not None]
         if self.select_at is None and asked:

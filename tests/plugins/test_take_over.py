@@ -116,7 +116,8 @@ def test_options_make_the_callbacks():
     [
         ({"ila_tob": 0.3}, "ila_tob is no option; .*; ila_top is close to it"),
         ({"ila_top": 0.3}, "ila_top selects in the middle of a run; give ila_select_at too"),
-        ({"ila_select_at": 0.25}, "top"),
+        ({"ila_select_at": 0.25}, "exactly one of .*top"),
+        ({"ila_select_at": 0.25, "ila_top": "much"}, "ila_top must be a number, got 'much'"),
         ({"ila_select_at": 2.5, "ila_top": 0.3}, "at must be a share in"),
         ({"ila_select_at": 0.25, "ila_top": 0.3, "ila_mask": "m"}, "leave out ila_mask"),
         ({"ila_closed": "keep"}, "give ila_mask"),
