@@ -10,6 +10,7 @@ import typer
 
 from ila.commands import train, train_once
 from ila.commands.adapter_kinds import ADALORA, AdapterKind
+from ila.commands.hub import Hub, take_hub
 from ila.commands.inputs import Inputs
 from ila.commands.option_tables import CHOICE, INPUTS, SEARCH, Given
 from ila.commands.resolved import resolved
@@ -72,6 +73,7 @@ class TrainSettings:
         written: Text of ``config.yaml``.
         note: Remark for the screen.
         given: Options of the command, by name.
+        hub: Place to upload the adapter to.
     """
 
     config: TrainConfig
@@ -80,9 +82,17 @@ class TrainSettings:
     written: dict[str, object]
     note: str
     given: Given
+    hub: Hub | None = None
 
     def run(self) -> tuple[Metrics, str]:
-        """Train; return the metrics and a note on the rows."""
+        """Train, and upload where that is asked for; return the metrics and a note."""
+        hub = None if self.hub is None else self.hub.make()
+        metrics, note = self._train()
+        if hub is not None:
+            note = f"{note}\n{hub.upload(self.given['out'], self.given['mask'])}"
+        return metrics, note
+
+    def _train(self) -> tuple[Metrics, str]:
         given = self.given
         common = {"resume": given["resume"], "written": self.written}
         if self.selection is not None:
@@ -115,7 +125,10 @@ def train_settings(context: typer.Context, given: Given) -> TrainSettings:
     folder = given["cache_folder"]
     if folder is not None and not given["cache_prefix"]:
         raise ValueError("--cache-folder says where --cache-prefix keeps its file; give both")
-    fields = trainer_fields(given, context.obj, "steps or epochs")
+    read = trainer_fields(given, context.obj, "steps or epochs")
+    fields, hub = take_hub(read, given["out"])
+    if hub is not None and given["full"]:
+        raise ValueError("push_to_hub uploads an adapter, and --full trains none")
     rate = usual if given["learning_rate"] is None else given["learning_rate"]
     names = ("steps", "epochs", "cache_limit_gib", *_SHARED)
     config = TrainConfig(
@@ -126,8 +139,8 @@ def train_settings(context: typer.Context, given: Given) -> TrainSettings:
         training_args=fields,
     )
     _check_held_out(given)
-    written = _written({**given, "steps": config.steps}, inputs, fields, rate)
-    return TrainSettings(config, inputs, selection, written, note, given)
+    written = _written({**given, "steps": config.steps}, inputs, read, rate)
+    return TrainSettings(config, inputs, selection, written, note, given, hub)
 
 
 def _inputs(given: Given) -> Inputs:

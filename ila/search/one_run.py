@@ -19,6 +19,7 @@ from pathlib import Path
 
 from peft import PeftModel
 from transformers import (
+    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -77,6 +78,7 @@ class OneRun:
         progress: Whether to show progress bars.
         name: Name of the run.
         callbacks: Callbacks of the user.
+        tokenizer: Tokenizer to save beside the adapter.
     """
 
     updates: AdapterUpdates
@@ -90,6 +92,7 @@ class OneRun:
     progress: bool
     name: str
     callbacks: Sequence[TrainerCallback] = ()
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def train_and_select(
@@ -105,6 +108,7 @@ def train_and_select(
     progress: bool = True,
     name: str = "run",
     callbacks: Sequence[TrainerCallback] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Metrics, LayerMask]:
     """Train all layers for a while, then the selected ones, as one run.
 
@@ -121,6 +125,7 @@ def train_and_select(
         progress: Whether to show progress bars on stderr.
         name: Name of the run in reports.
         callbacks: Callbacks for ``transformers.Trainer``, in both halves.
+        tokenizer: Tokenizer to save beside the adapter.
 
     Returns:
         The metrics of ``train`` with the times of the open layers, and with ``search``: the cost of
@@ -147,6 +152,7 @@ def train_and_select(
             progress,
             name,
             callbacks,
+            tokenizer,
         )
         check_training(config, peft_model, dataset, held_out)
         _claim(both)
@@ -191,6 +197,7 @@ def _second_part(both: OneRun, mask: LayerMask) -> Metrics:
         progress=both.progress,
         name=both.name,
         callbacks=both.callbacks,
+        tokenizer=both.tokenizer,
         begun=Begun(_FILES, lambda metrics, meter: _finish(metrics, meter, mask)),
     )
 
