@@ -148,11 +148,7 @@ def train_and_select(
             Path(folder),
             held_out,
             default_collator(peft_model) if collator is None else collator,
-            resume,
-            progress,
-            name,
-            callbacks,
-            tokenizer,
+            *(resume, progress, name, callbacks, tokenizer),
         )
         check_training(config, peft_model, dataset, held_out)
         _claim(both)
