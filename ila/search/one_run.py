@@ -52,6 +52,7 @@ from ila.training.loop import (
     run,
     shard,
 )
+from ila.training.loraplus import with_loraplus
 from ila.training.packing import packing_collator
 from ila.training.switch import optimizer_names, write_switch
 from ila.training.train import (
@@ -155,11 +156,7 @@ def train_and_select(
             Path(folder),
             held_out,
             default_collator(peft_model) if collator is None else collator,
-            resume,
-            progress,
-            name,
-            callbacks,
-            tokenizer,
+            *(resume, progress, name, callbacks, tokenizer),
         )
         check_training(config, peft_model, dataset, held_out)
         return _go(both, step)
@@ -317,7 +314,9 @@ def _all_layers(both: OneRun, step: int) -> tuple[StepMeter, SignalTrainer]:
     log = LogFile(both.folder / "log.jsonl", "train")
     title = f"Training {both.name}, all layers to step {step}"
     own = stage_callbacks(title, log, progress=both.progress, also_save=save, more=both.callbacks)
-    trainer = both.updates.trainer_class(SignalTrainer)(
+    trainer = both.updates.trainer_class(
+        with_loraplus(SignalTrainer, both.config.loraplus_lr_ratio)
+    )(
         both.updates.model,
         args,
         packing_collator() if both.config.packing else both.collator,
