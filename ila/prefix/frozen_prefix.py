@@ -67,6 +67,7 @@ class Prefix:
                 "cache_prefix needs a model that is not sharded yet: one process computes the "
                 "states, and a sharded model runs on all; load it again"
             )
+        _refuse_balance(model)
         _refuse_positions_of_a_batch(blocks)
         _refuse_random(blocks, depth)
         _refuse_company(blocks, depth)
@@ -189,6 +190,15 @@ class Prefix:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+def _refuse_balance(model: nn.Module) -> None:
+    """Refuse a loss with a part for the balance of experts: it reads the routers of all blocks."""
+    if getattr(getattr(model, "config", None), "output_router_logits", False):
+        raise ValueError(
+            "cache_prefix would not be exact: with output_router_logits=True the loss has a part "
+            "for the balance of experts, which reads the routers of the prefix too"
+        )
 
 
 def _refuse_positions_of_a_batch(blocks: Blocks) -> None:

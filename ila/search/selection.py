@@ -11,6 +11,7 @@ import torch
 from ila.data.contracts import Batch, Collate, Dataset
 from ila.masks.mask import LayerMask
 from ila.models.edit import CLOSINGS
+from ila.models.tensors import record_of_tensors
 from ila.price.choice import Choice
 from ila.search.adapter_updates import AdapterUpdates
 from ila.search.gate_gradients import LayerMean
@@ -97,6 +98,7 @@ class Selection:
             "search": {"config": {"method": self.method}},
             "selection": {**self.as_dict(), "step": step},
             "folds": signal.folds() if self.method == "gate_gradient" else [],
+            **record_of_tensors(updates.layers),
         }
         return self.choice.cut(scores, shape).with_provenance(**provenance)
 
