@@ -19,7 +19,7 @@ called ``weight`` has the name of its module, as a linear layer has.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from peft.tuners.lora.layer import ParamWrapper
@@ -31,7 +31,7 @@ from ila.models.layer import PEFT, MaskedLoraLayer, Route, _Parts
 _REASON = "an adapted tensor: PEFT adds its update to W"
 L = TypeVar("L", bound=nn.Module)
 _INNER = "base_layer."
-_ADAPTER_IN = re.compile(r"(?:base_layer\.)*lora_\w+\.([^.]+)(?:\..*)?")
+_SAVED = re.compile(r"(?P<part>(?:base_layer\.)*lora_[AB])\.(?:(?P<adapter>[^.]+)\.)?weight")
 
 
 class MaskedTensor(MaskedLoraLayer, ParamWrapper):
@@ -51,10 +51,8 @@ class MaskedTensor(MaskedLoraLayer, ParamWrapper):
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return A (E, R, K) and B (E, N, R) of E experts; updates are ``scaling[adapter] B A``."""
-        a = self.lora_A[adapter].weight
-        return a.reshape(self.num_experts, -1, a.shape[-1]), self.by_expert(
-            self.lora_B[adapter].weight
-        )
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        return a.reshape(self.num_experts, -1, a.shape[-1]), self.by_expert(b)
 
     def by_expert(self, b: Tensor) -> Tensor:
         """Return B (E, N, R), or its gradient, from PEFT's layout (N, R · E)."""
@@ -88,31 +86,45 @@ class MaskedTensor(MaskedLoraLayer, ParamWrapper):
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
         """Return the state; see the module on names inside a wrapper whose adapter is set aside."""
         state = super(MaskedLoraLayer, self).state_dict(*args, prefix=prefix, **kwargs)
-        _move(state, prefix + _INNER, prefix, self._is_set_aside)
+        self._move(state, prefix + _INNER, prefix)
         return state
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        _move(state_dict, prefix, prefix + _INNER, self._is_set_aside)
+        self._move(state_dict, prefix, prefix + _INNER)
         super(MaskedLoraLayer, self)._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _is_set_aside(self, name: str) -> bool:
-        """Tell whether a name below this wrapper is of an adapter that is set aside here."""
-        found = _ADAPTER_IN.fullmatch(name)
-        return found is not None and self.is_closed(found[1])
+    def _move(self, state: dict[str, Any], before: str, after: str) -> None:
+        """Give another prefix to the weights inside whose adapter is set aside here."""
+        ends = {
+            name: self._inside(name.removeprefix(before))
+            for name in state
+            if name.startswith(before)
+        }
+        # All are taken out first: the new name of one may be the old name of another.
+        moved = {after + end: state.pop(name) for name, end in ends.items() if end is not None}
+        state.update(moved)
+
+    def _inside(self, name: str) -> str | None:
+        """Return a name below this wrapper with its adapter; None if that is not set aside here.
+
+        PEFT reads a saved name without the adapter where it does not find it in the model.
+        """
+        found = _SAVED.fullmatch(name)
+        if found is None or not self._closed:
+            return None
+        if found["adapter"] is None and len(self._closed) > 1:
+            raise RuntimeError(
+                f"{name} may be of adapter {' or '.join(map(repr, self._closed))}, which are all "
+                "closed here; open the others before loading one"
+            )
+        adapter = found["adapter"] or next(iter(self._closed))
+        return f"{found['part']}.{adapter}.weight" if self.is_closed(adapter) else None
 
 
 # PEFT finds the wrapper of a tensor for a second adapter by the name of its class.
 MaskedTensor.__name__ = ParamWrapper.__name__
-
-
-def _move(state: dict[str, Any], before: str, after: str, is_moved: Callable[[str], bool]) -> None:
-    """Give entries another prefix; ``is_moved`` gets the rest of a name."""
-    names = {n: n.removeprefix(before) for n in state if n.startswith(before)}
-    # All are taken out first: the new name of one may be the old name of another.
-    moved = {after + rest: state.pop(n) for n, rest in names.items() if is_moved(rest)}
-    state.update(moved)
 
 
 def named_layers(model: nn.Module, kind: type[L]) -> dict[str, L]:
