@@ -305,7 +305,8 @@ def apply_mask(
 
     Args:
         peft_model: A model from ``attach``, or converted by ``convert``.
-        mask: A mask with the names of this model's ``MaskedLoraLinear`` layers.
+        mask: A mask with the names of this model's layers: ``MaskedLoraLinear`` ones, and the
+            tensors of experts and routers that PEFT adapts (``ila.models.tensors``).
         closed: ``"drop"`` or ``"keep"``; it holds for every layer that the mask closes.
         adapter_name: The adapter to mask; ``None`` means the active one.
         optimizer: If given, the parameters and state of closed layers are removed from it.

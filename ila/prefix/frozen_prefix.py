@@ -157,12 +157,14 @@ class Prefix:
         """
         if len(rows) < 2:
             return
+        # Models compute norms and routers in float32, over float64 weights too.
+        rounding = max(torch.finfo(dtype).eps for dtype in (states.dtype, torch.float32))
         for row, together in zip(rows, states, strict=True):
             with self._same_random_numbers():
                 alone, _ = self.states([row])
             one, other = (values[: len(row)].double() for values in (alone[0], together))
             error = float((one - other).norm() / one.norm().clamp_min(1e-30))
-            if error > math.sqrt(torch.finfo(states.dtype).eps):
+            if error > math.sqrt(rounding):
                 raise ValueError(
                     "cache_prefix would not be exact: the states of a row depend on the other rows "
                     f"of its batch; alone they differ by {error:.2g} of their norm"

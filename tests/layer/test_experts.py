@@ -1,6 +1,7 @@
 """Experts and routers of a mixture are layers of a mask: adapted tensors, computed by PEFT."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -258,6 +259,44 @@ def test_opened_and_restored_the_model_is_what_peft_made(base, tiny, how):
     assert {n: p.requires_grad for n, p in model.named_parameters()} == {
         n: p.requires_grad for n, p in plain.named_parameters()
     }
+
+
+def test_a_converted_model_has_the_same_layers(base, tiny):
+    config = tiny.config(target_modules="all-linear")
+    ours = tiny.attached(config, copy.deepcopy(base)).eval()
+    plain = tiny.plain(config, base).eval()
+    expected = plain(tiny.tokens()).logits
+    report = ila.convert(plain)
+    assert list(report.swapped) and set(report.swapped) == set(masked_layers(ours, "default"))
+    assert torch.equal(plain(tiny.tokens()).logits, expected)
+    for model in (ours, plain):
+        ila.apply_mask(model, mask_of(model, CLOSED["outer tensors"]))
+    tiny.assert_equal(tiny.state_of(ours), tiny.state_of(plain))
+
+
+@pytest.mark.parametrize("closed", ["drop", "keep"])
+def test_tensors_are_scored_and_closed_between_two_steps(model, tiny, closed):
+    ids = tiny.tokens()
+    batches = [{"input_ids": ids, "labels": ids.roll(i, 0)} for i in range(5)]
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = tiny.state_of(model)
+    mask = ila.select_layers(model, batches, optimizer=optimizer, closed=closed, top=0.5)
+    assert len(mask) == 14 and len(mask.open) == 7
+    assert len(mask.provenance["target_parameters"]) == 6
+    held = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    assert held == {p for p in model.parameters() if p.requires_grad}
+    assert sum(p.numel() for p in held) == Adapter(model).counts()["trainable_parameters"]
+    ila.apply_mask(model, mask_of(model, lambda name: False))
+    tiny.assert_equal(tiny.state_of(model), before)
+
+
+def test_the_callback_refuses_to_drop_tensors_of_one_module(model):
+    alone = SimpleNamespace(world_size=1, deepspeed=None)
+    state = SimpleNamespace(max_steps=4, global_step=0, stateful_callbacks={})
+    ila.SelectLayers(at=2, top=0.5).on_train_begin(alone, state, None, model=model)
+    dropping = ila.SelectLayers(at=2, top=0.5, closed="drop")
+    with pytest.raises(ValueError, match=r"closed='keep' where two tensors .* got 'drop'"):
+        dropping.on_train_begin(alone, state, None, model=model)
 
 
 def test_a_second_adapter_finds_its_wrappers(model, tiny):
