@@ -262,13 +262,14 @@ def test_opened_and_restored_the_model_is_what_peft_made(base, tiny, how):
 
 
 def test_a_converted_model_has_the_same_layers(base, tiny):
-    config = tiny.config(target_modules="all-linear")
-    ours = tiny.attached(config, copy.deepcopy(base)).eval()
-    plain = tiny.plain(config, base).eval()
-    expected = plain(tiny.tokens()).logits
+    config, base = tiny.config(target_modules="all-linear"), base.double()
+    ours = tiny.attached(config, copy.deepcopy(base))
+    plain = tiny.plain(config, base)
+    expected = tiny.run(plain)
     report = ila.convert(plain)
     assert list(report.swapped) and set(report.swapped) == set(masked_layers(ours, "default"))
-    assert torch.equal(plain(tiny.tokens()).logits, expected)
+    tiny.assert_close(tiny.run(plain), expected, 1e-10)
+    tiny.assert_equal(tiny.run(plain), tiny.run(ours))
     for model in (ours, plain):
         ila.apply_mask(model, mask_of(model, CLOSED["outer tensors"]))
     tiny.assert_equal(tiny.state_of(ours), tiny.state_of(plain))
