@@ -53,10 +53,13 @@ def retarget(peft_model: PeftModel, adapter: str, all_there: bool) -> None:
     held = {name for name, module in names.items() if _holds(module, adapter)}
     config.target_modules = {_short(name, held, names) for name in held}
     tensors = {name: module for name, module in names.items() if isinstance(module, ParamWrapper)}
-    open_tensors = [name for name, module in tensors.items() if adapter in module.lora_A]
-    if len(open_tensors) < len(tensors):
+    if any(adapter in getattr(module, "_closed", ()) for module in tensors.values()):
         config._ila_target_parameters = config.target_parameters
-        config.target_parameters = {parameter_name(name, names[name]) for name in open_tensors}
+        config.target_parameters = {
+            parameter_name(name, module)
+            for name, module in tensors.items()
+            if adapter in module.lora_A
+        }
 
 
 class Outside(NamedTuple):
