@@ -105,6 +105,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "recomputation",
             "transforms",
             "layer",
+            "tensors",
             "adalora",
             "quantized",
             "blocks",

@@ -26,6 +26,7 @@ from ila.masks.mask import LayerMask
 from ila.masks.objective import LAYERS
 from ila.models.adalora import tuner_of
 from ila.models.edit import apply_mask
+from ila.models.tensors import MaskedTensor, named_layers
 from ila.price.choice import Choice
 from ila.search.adapter_updates import AdapterUpdates
 from ila.search.gate_gradients import GateGradient
@@ -104,6 +105,8 @@ class SelectLayers(TrainerCallback, ExportableState):
     ) -> None:
         """Start to gather, or apply the mask of the checkpoint."""
         _check_model(args, model)
+        if self.selection.closed == "drop":
+            _refuse_tensors(model)
         self.step, self.mask = self.selection.step(state.max_steps), None
         mine = self.selection.as_dict()
         saved = state.stateful_callbacks.setdefault("SelectLayers", {})
@@ -171,6 +174,21 @@ class SelectLayers(TrainerCallback, ExportableState):
         if args.world_size > 1:
             reduce_trained(model)
         self.mask, self.signal = mask, None
+
+
+def _refuse_tensors(model: nn.Module) -> None:
+    """Refuse to drop tensors of one module: a run that resumes loads before it closes them."""
+    tensors = [name for name, m in named_layers(model, MaskedTensor).items() if _is_nested(m)]
+    if tensors:
+        raise ValueError(
+            "SelectLayers needs closed='keep' where two tensors of one module have adapters, got "
+            f"'drop': the names of their saved weights ({tensors[0]}) depend on which are open, so "
+            "no checkpoint of the open ones could be resumed; `ila train --select-at` drops them"
+        )
+
+
+def _is_nested(layer: MaskedTensor) -> bool:
+    return isinstance(layer.base_layer, MaskedTensor)
 
 
 def _check_model(args: TrainingArguments, model: object) -> None:

@@ -12,6 +12,7 @@ from ila.data.contracts import Batch, Collate, Dataset
 from ila.masks.checks import thawed
 from ila.masks.mask import LayerMask
 from ila.models.edit import CLOSINGS
+from ila.models.tensors import record_of_tensors
 from ila.price.choice import Choice
 from ila.runs.processes import on_main_process
 from ila.search.adapter_updates import AdapterUpdates
@@ -99,6 +100,7 @@ class Selection:
             "search": {"config": {"method": self.method}},
             "selection": {**self.as_dict(), "step": step},
             "folds": signal.folds() if self.method == "gate_gradient" else [],
+            **record_of_tensors(updates.layers),
         }
         mask = self.choice.cut(scores, shape).with_provenance(**provenance)
         fields = on_main_process(
