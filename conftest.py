@@ -7,6 +7,7 @@ collect_ignore_glob = [
     for package, path in (
         ("triton", "ila_kernels/kernels/*"),
         ("bitsandbytes", "ila/models/quantized.py"),
+        ("axolotl", "ila/plugins/axolotl.py"),
     )
     if find_spec(package) is None
 ]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ila.models.explain import explain as explain
     from ila.models.layer import MaskedLoraLinear as MaskedLoraLinear
     from ila.models.lean_head import lean_head as lean_head
+    from ila.plugins.take_over import TakeOver as TakeOver
     from ila.search.in_place import select_layers as select_layers
     from ila.search.learn import SearchConfig as SearchConfig
     from ila.search.learn import learn_mask as learn_mask
@@ -36,6 +37,7 @@ _HOME = {
     "MaskedLoraLinear": "models.layer",
     "SearchConfig": "search.learn",
     "SelectLayers": "search.select_layers",
+    "TakeOver": "plugins.take_over",
     "apply_mask": "models.edit",
     "attach": "models.edit",
     "convert": "models.edit",
@@ -54,6 +56,7 @@ __all__ = [
     "MaskedLoraLinear",
     "SearchConfig",
     "SelectLayers",
+    "TakeOver",
     "__version__",
     "apply_mask",
     "attach",

@@ -91,6 +91,79 @@ def test_loop_example_trains_what_the_mask_opens(
     assert_plain_adapter(out, tiny_model_folder, 7)
 
 
+def mask_of(model: Path, file: Path) -> list[str]:
+    """Write a mask that opens the best half of the layers; return their options."""
+    base = AutoModelForCausalLM.from_pretrained(model)
+    names = [name for name, _ in base.named_modules() if name.endswith("_proj")]
+    scores = {f"base_model.model.{name}": float(index) for index, name in enumerate(names)}
+    ila.LayerMask(scores).top(0.5).save(file)
+    return ["--mask", str(file)]
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Forget accelerate's shared state: it keeps the first script's gradient accumulation."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def test_accelerate_example_selects_or_takes_a_mask(
+    tiny_model_folder, data, tmp_path, monkeypatch, capsys, fresh_accelerate
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = {"model": tiny_model_folder, "data": data, "steps": 20}
+    out = tmp_path / "selected"
+    accumulated = {"gradient-accumulation": 2}
+    run_example("accelerate_loop.py", monkeypatch, out=out, **options, **accumulated)
+    printed = capsys.readouterr().out
+    assert "4 of 14 layers open from step 6 on" in printed and "step 20: loss" in printed
+    assert_plain_adapter(out, tiny_model_folder, 14)  # the others keep what they learned
+    mask_of(tiny_model_folder, tmp_path / "mask.json")
+    masked = {"mask": tmp_path / "mask.json", "out": tmp_path / "masked"}
+    run_example("accelerate_loop.py", monkeypatch, **options, **masked)
+    assert "7 of 14 layers open" in capsys.readouterr().out
+    assert_plain_adapter(tmp_path / "masked", tiny_model_folder, 7)
+
+
+LOOP_JOB = """
+import runpy, sys
+sys.argv = ["accelerate_loop.py", *sys.argv[1:]]
+runpy.run_path("examples/accelerate_loop.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_accelerate_example_runs_on_two_processes(
+    run_ranks, tiny_model_folder, data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(REPOSITORY)
+    more = mask_of(tiny_model_folder, tmp_path / "mask.json")
+    out = tmp_path / "out"
+    run_ranks(LOOP_JOB, "--model", tiny_model_folder, "--data", data, "--out", out, *more)
+    assert_plain_adapter(out, tiny_model_folder, 7)
+
+
+# TRL asks transformers by names that transformers 5 is renaming.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+@pytest.mark.parametrize("masked", [False, True], ids=["selection", "mask"])
+def test_sft_example_trains_on_our_layers(tiny_model_folder, tmp_path, monkeypatch, masked):
+    pytest.importorskip("trl")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rows = [{"prompt": f"a b {letter}", "completion": f" {letter} a"} for letter in "cdefghij"]
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"model": tiny_model_folder, "data": data, "out": out, "steps": 8}
+    if masked:
+        mask_of(tiny_model_folder, tmp_path / "mask.json")
+        options["mask"] = tmp_path / "mask.json"
+    run_example("train_with_sft.py", monkeypatch, **options)
+    assert_plain_adapter(out, tiny_model_folder, 7 if masked else 14)
+
+
 # TRL asks transformers by names that transformers 5 is renaming.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
@@ -204,14 +277,21 @@ except SystemExit as done:
 
 
 @pytest.mark.slow
-def test_the_file_for_fsdp2_trains_on_two_processes(run_ranks, clone, tiny_model_folder, data):
+@pytest.mark.parametrize(
+    ("selection", "adapters"),
+    [([], 14), (["--select-at", "0.5", "--top", "0.3", "--closed", "drop"], 4)],
+    ids=["all layers", "one run"],
+)
+def test_the_file_for_fsdp2_trains_on_two_processes(
+    run_ranks, clone, tiny_model_folder, data, selection, adapters
+):
     (command,) = commands_of(REPOSITORY / "examples" / "fsdp2.yaml")
     more = ["--model", tiny_model_folder, "--data", data, "--epochs", "2", "--eval-every", "1"]
     more += ["--dtype", "float32", "--rank", "2", "--gradient-accumulation", "1"]
-    run_ranks(FSDP_ON_CPUS + FSDP_JOB, *command[1:], *more)
+    run_ranks(FSDP_ON_CPUS + FSDP_JOB, *command[1:], *more, *selection)
     found = json.loads((clone / "runs/fsdp/metrics.json").read_text())
     assert found["evaluations"][-1][1] == found["held_out_loss"] < found["held_out_loss_before"]
-    assert_plain_adapter(clone / "runs/fsdp", tiny_model_folder, 14)
+    assert_plain_adapter(clone / "runs/fsdp", tiny_model_folder, adapters)
 
 
 def snippets(page: str, language: str) -> list[str]:

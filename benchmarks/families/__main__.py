@@ -78,9 +78,9 @@ transformers {transformers.__version__}.
 
 {table(HEADER, map(row, trials))}
 
-A mixture of experts keeps its experts in tensors of their own. PEFT adapts them, no mask closes
-them, and so backward goes down to the first block that has some. `target_modules` that names the
-layers of the attention alone gives the prefix back.
+A mixture of experts keeps all experts of a block in two tensors, and its router in one. PEFT adapts
+them (`target_parameters`; `all-linear` names them too), and a mask opens and closes each:
+[the guide](guide.md#mixtures-of-experts) tells how. PEFT's own code computes an open one.
 
 ## Bytes that a block keeps for backward
 

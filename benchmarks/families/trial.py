@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 import ila
@@ -23,6 +24,7 @@ from ila.masks.names import QKV
 from ila.models.blocks import find_blocks, frozen_blocks
 from ila.models.edit import masked_layers
 from ila.models.mlp import LEAN
+from ila.models.tensors import named_layers
 from ila.prefix.cache import PrefixCache
 from ila.training.loop import default_collator
 
@@ -108,7 +110,8 @@ def scattered(names: list[str]) -> list[str]:
 def below_the_last(model: nn.Module, names: list[str]) -> list[str]:
     """Return the layers that are closed when some of the last block alone are open."""
     last = {id(m) for m in find_blocks(model).layers[-1].modules()}
-    inside = [name for name in names if id(model.get_submodule(name)) in last]
+    layers = masked_layers(model, "default")
+    inside = [name for name in names if id(layers[name]) in last]
     return [name for name in names if name not in inside[::2]]
 
 
@@ -121,8 +124,9 @@ def compare(ours: PeftModel, plain: PeftModel, closed: list[str]) -> None:
     """Raise unless loss and gradients are those of plain PEFT with the same layers closed."""
     ila.apply_mask(ours, _mask(ours, closed))
     oracle = copy.deepcopy(plain)
+    layers = named_layers(oracle, LoraLayer)
     for name in closed:
-        layer = oracle.get_submodule(name)
+        layer = layers[name]
         nn.init.zeros_(layer.lora_B["default"].weight)
         for parameter in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
             parameter.requires_grad_(False)

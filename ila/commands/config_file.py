@@ -19,6 +19,8 @@ from ila.boundary import InputError, reading
 VERBS = ("learn", "select", "train")
 # Nothing of the kind "read another file", and nothing that `set` would hide.
 _NOT_HERE = ("config", "set", "help")
+# Options that are text, with true and false among their values.
+_WORDS = ("init_lora_weights",)
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -118,6 +120,8 @@ def _options(command: Any) -> dict[str, Any]:
 
 def _converted(parameter: Any, context: typer.Context, value: object, file: Path) -> object:
     """Return the value of an option as the command line would read it."""
+    if isinstance(value, bool) and parameter.name in _WORDS:
+        value = str(value).lower()
     if isinstance(value, dict | list) or (isinstance(value, bool) is not _is_flag(parameter)):
         kind = "true or false" if _is_flag(parameter) else "one number or text"
         raise InputError(f"config {file}: {parameter.name} must be {kind}, got {value!r:.80}")

@@ -57,7 +57,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
         _check_config(run)
     if not merge:
         with write_folder_atomic(out) as folder:
-            for name in (*files, *_beside(run, full)):
+            for name in (*files, *(() if full else beside(run))):
                 shutil.copyfile(run / name, folder / name)
         return "Changed weights" if full else "Adapter"
     inputs = description["inputs"]
@@ -82,12 +82,13 @@ def export(run: Path, out: Path, *, merge: bool = False) -> str:
     return f"Merged model (dense; trained over {packed})" if packed else "Merged model"
 
 
-def _beside(run: Path, full: bool) -> list[str]:
+def beside(run: Path) -> list[str]:
     """Name the card and the tokenizer beside an adapter: all files that describe no run."""
-    own = {"run.json", "train.json", "metrics.json", "before.json", "log.jsonl", *ADAPTER_FILES}
+    own = {"run.json", "train.json", "selection.json", "mask.json", "metrics.json", "before.json"}
+    own |= {"verdicts.json", "log.jsonl", *ADAPTER_FILES}
     suffixes = {".json", ".jinja", ".md", ".model", ".txt"}
     names = sorted(p.name for p in run.iterdir() if p.is_file() and p.suffix in suffixes)
-    return [] if full else [name for name in names if name not in own]
+    return [name for name in names if name not in own]
 
 
 def _check_config(run: Path) -> None:

@@ -25,6 +25,7 @@ from ila.commands.resolved import write_resolved
 from ila.data.contracts import Row
 from ila.data.encoding import Collator, DataSummary, encode, pad_token_id
 from ila.data.rows import fingerprint, load_rows, split_indices
+from ila.models.base_starts import takes_base
 from ila.models.edit import attach, masked_layers, single_adapter
 from ila.models.loading import (
     LOAD_IN,
@@ -87,6 +88,11 @@ class Inputs(AdapterKind):
         self.check_kind()
         if self.load_in not in (None, *LOAD_IN):
             raise ValueError(f"load_in must be one of {LOAD_IN}, got {self.load_in!r}")
+        if self.load_in is not None and takes_base(self.init_lora_weights):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} changes base weights, and packing "
+                "them again would round the change away; leave out load_in"
+            )
 
     def located(self) -> Inputs:
         """Make local paths absolute: another command may read the run from another folder."""

@@ -35,6 +35,7 @@ ADAPTER: Table = {
     "orth_reg_weight": (options.OrthWeight, None),
     "use_rslora": (options.RsLora, False),
     "use_dora": (options.Dora, False),
+    "init_lora_weights": (options.InitWeights, None),
 }
 DATA: Table = {
     "data": (options.Data, ...),
@@ -68,6 +69,7 @@ FIELDS: Table = {
 TRAINER: Table = {
     "batch_size": (options.BatchSize, 8),
     "learning_rate": (options.LearningRate, None),
+    "loraplus_lr_ratio": (options.LoraPlus, None),
     "eval_every": (options.EvalEvery, None),
     "packing": (options.Packing, False),
     **FIELDS,

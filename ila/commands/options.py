@@ -51,6 +51,17 @@ RsLora = Annotated[
 Dora = Annotated[
     bool, typer.Option("--use-dora", help="Train DoRA; PEFT's own code computes its layers.")
 ]
+InitWeights = Annotated[
+    str | None,
+    typer.Option(
+        help="Start of LoRA's A and B, as in PEFT: true, false, gaussian, orthogonal, mica, olora, "
+        "pissa or pissa_niter_N."
+    ),
+]
+LoraPlus = Annotated[
+    float | None,
+    typer.Option(help="LoRA+: learning rate of B over that of A; by default both are equal."),
+]
 BatchSize = Annotated[int, typer.Option(help="Rows that one device takes in one step.")]
 Accumulate = Annotated[int, typer.Option(help="Batches that make one optimiser step.")]
 ByLength = Annotated[

@@ -18,6 +18,7 @@ from ila.masks.rules import bare, chosen_by
 from ila.models.edit import masked_layers
 from ila.models.loading import Source, find_source, identity, load_model
 from ila.models.sizes import load_config
+from ila.models.tensors import record_of_tensors
 from ila.runs.processes import processes
 from ila.search.spectra import SPECTRA, by_weights
 
@@ -79,6 +80,7 @@ def select_of_model(inputs: Inputs, layers: str, share: Share, out: Path) -> Cho
         versions=versions(),
         search={"config": {"method": layers if weighed else "layers"}},
         selection=selection,
+        **record_of_tensors(found),
     )
     mask.save(out)
     return Chosen(mask, [*chosen.notes, _depth(mask)])

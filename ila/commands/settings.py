@@ -10,12 +10,14 @@ import typer
 
 from ila.commands import train, train_once
 from ila.commands.adapter_kinds import ADALORA, AdapterKind
+from ila.commands.hub import Hub, take_hub
 from ila.commands.inputs import Inputs
 from ila.commands.option_tables import CHOICE, INPUTS, SEARCH, Given
 from ila.commands.resolved import resolved
 from ila.commands.trainer_fields import trainer_fields
 from ila.masks.mask import LayerMask
 from ila.masks.objective import LAYERS
+from ila.models.base_starts import takes_base
 from ila.price.choice import Choice
 from ila.runs.metrics import Metrics
 from ila.search.config import SearchConfig
@@ -25,6 +27,8 @@ from ila.training.rates import usual_rate
 
 # The sources of a value that the user gave, on the command line or in a file.
 _GIVEN = ("COMMANDLINE", "DEFAULT_MAP")
+# Fields of both configurations, under the names of their options.
+_SHARED = ("batch_size", "eval_every", "packing", "loraplus_lr_ratio")
 _KIND = tuple(field.name for field in fields(AdapterKind))
 
 
@@ -39,11 +43,17 @@ class SearchSettings(NamedTuple):
 def search_settings(context: typer.Context, given: Given) -> SearchSettings:
     """Make the settings of ``ila learn`` from its options."""
     usual = _usual_rate(context, given["full"])
+    if takes_base(given["init_lora_weights"]):
+        raise ValueError(
+            f"--init-lora-weights {given['init_lora_weights']} moves a part of W into the adapter, "
+            "and a search scores updates that begin at zero: learn the mask without, and give the "
+            "option to ila train"
+        )
     inputs = _inputs(given)
     fields = trainer_fields(given, context.obj, "stage1_steps and stage2_steps")
     rate = usual if given["learning_rate"] is None else given["learning_rate"]
     config = SearchConfig(
-        **{name: given[name] for name in (*SEARCH, "batch_size", "eval_every", "packing")},
+        **{name: given[name] for name in (*SEARCH, *_SHARED)},
         learning_rate=rate,
         save_every=given["save_every"] or None,
         training_args=fields,
@@ -63,6 +73,7 @@ class TrainSettings:
         written: Text of ``config.yaml``.
         note: Remark for the screen.
         given: Options of the command, by name.
+        hub: Place to upload the adapter to.
     """
 
     config: TrainConfig
@@ -71,9 +82,17 @@ class TrainSettings:
     written: dict[str, object]
     note: str
     given: Given
+    hub: Hub | None = None
 
     def run(self) -> tuple[Metrics, str]:
-        """Train; return the metrics and a note on the rows."""
+        """Train, and upload where that is asked for; return the metrics and a note."""
+        hub = None if self.hub is None else self.hub.make()
+        metrics, note = self._train()
+        if hub is not None:
+            note = f"{note}\n{hub.upload(self.given['out'], self.given['mask'])}"
+        return metrics, note
+
+    def _train(self) -> tuple[Metrics, str]:
         given = self.given
         common = {"resume": given["resume"], "written": self.written}
         if self.selection is not None:
@@ -106,9 +125,12 @@ def train_settings(context: typer.Context, given: Given) -> TrainSettings:
     folder = given["cache_folder"]
     if folder is not None and not given["cache_prefix"]:
         raise ValueError("--cache-folder says where --cache-prefix keeps its file; give both")
-    fields = trainer_fields(given, context.obj, "steps or epochs")
+    read = trainer_fields(given, context.obj, "steps or epochs")
+    fields, hub = take_hub(read, given["out"])
+    if hub is not None and given["full"]:
+        raise ValueError("push_to_hub uploads an adapter, and --full trains none")
     rate = usual if given["learning_rate"] is None else given["learning_rate"]
-    names = ("steps", "epochs", "batch_size", "eval_every", "packing", "cache_limit_gib")
+    names = ("steps", "epochs", "cache_limit_gib", *_SHARED)
     config = TrainConfig(
         **{name: given[name] for name in names},
         learning_rate=rate,
@@ -117,8 +139,8 @@ def train_settings(context: typer.Context, given: Given) -> TrainSettings:
         training_args=fields,
     )
     _check_held_out(given)
-    written = _written({**given, "steps": config.steps}, inputs, fields, rate)
-    return TrainSettings(config, inputs, selection, written, note, given)
+    written = _written({**given, "steps": config.steps}, inputs, read, rate)
+    return TrainSettings(config, inputs, selection, written, note, given, hub)
 
 
 def _inputs(given: Given) -> Inputs:
@@ -150,7 +172,7 @@ def _source(context: typer.Context, name: str) -> str:
 def _usual_rate(context: typer.Context, full: bool) -> float:
     """Return the default learning rate; raise if --full meets an option of adapters."""
     if full:
-        for name in ("rank", "alpha", "dropout", "load_in", *_KIND):
+        for name in ("rank", "alpha", "dropout", "load_in", "loraplus_lr_ratio", *_KIND):
             if _source(context, name) in _GIVEN:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} does nothing here: --full trains no adapter")
@@ -180,6 +202,11 @@ def _selection(given: Given) -> Selection | None:
         return None
     if given["adapter"] == ADALORA:
         raise ValueError("--select-at needs --adapter lora; ila learn and --mask take adalora too")
+    if takes_base(given["init_lora_weights"]):
+        raise ValueError(
+            f"--select-at scores updates that begin at zero; --init-lora-weights "
+            f"{given['init_lora_weights']} goes with --mask, or with all layers"
+        )
     if given["mask"] is not None or given["full"]:
         other = "--full" if given["full"] else "--mask"
         raise ValueError(f"--select-at selects layers of an adapter itself; leave out {other}")
@@ -197,6 +224,8 @@ def _check_layers(given: Given, selection: Selection | None) -> None:
         raise ValueError("--from goes on from an adapter with --mask; it does nothing here")
     if given["start"] is not None and given["adapter"] == ADALORA:
         raise ValueError("--from needs --adapter lora: the ranks of AdaLoRA begin anew")
+    if given["start"] is not None and given["init_lora_weights"] is not None:
+        raise ValueError("--from goes on with the weights of an adapter; no --init-lora-weights")
     unclosed = selection is None and (given["mask"] is None or given["full"])
     if given["closed"] is not None and unclosed:
         raise ValueError("--closed says how layers close; give --mask or --select-at")

@@ -20,6 +20,7 @@ from ila.commands.inputs import (
 from ila.masks.mask import LayerMask
 from ila.masks.provenance import Provenance
 from ila.models.adalora import set_total_step
+from ila.models.base_starts import start_from_base, takes_base
 from ila.models.edit import apply_mask
 from ila.models.loading import same_layers
 from ila.models.open_weights import OpenLayers, open_layers
@@ -73,17 +74,18 @@ def train_selected(
     config, inputs = replace(config, seed=inputs.seed), inputs.located()
     check_folder(out, inputs, resume, "train")
     with owning(out):
-        layers = _Layers(mask_file, closed, start, full)
+        layers = _Layers(mask_file, closed, start, full, inputs.init_lora_weights)
         return _train_owned(inputs, config, out, layers, resume, progress, written)
 
 
 class _Layers(NamedTuple):
-    """The layers to train: mask, way to close the others, first adapter, own weights."""
+    """The layers to train: mask, way to close the others, first adapter, own weights, start."""
 
     mask_file: Path | None
     closed: str
     start: Path | None
     full: bool
+    init: str | None
 
 
 def _train_owned(
@@ -95,7 +97,7 @@ def _train_owned(
     progress: bool,
     written: Mapping[str, object] | None,
 ) -> tuple[Metrics, str]:
-    mask_file, closed, start, full = layers
+    mask_file, closed, start, full, _ = layers
     refuse_packed(full, inputs)
     check_folder(out, inputs, resume, "train")  # again: it may have had an owner until now
     mask = None if mask_file is None else LayerMask.load(mask_file)
@@ -142,6 +144,8 @@ def _opened(
         return open_layers(model, mask)
     if mask is not None:
         apply_mask(model, mask, closed=layers.closed)
+    if takes_base(layers.init):
+        start_from_base(model, layers.init)
     return model
 
 

@@ -61,6 +61,7 @@ def train_once(
             resume=resume,
             progress=progress,
             name=out.name,
+            tokenizer=prepared.tokenizer,
         )
         on_main_process(lambda: _describe(mask, description, config, inputs, out))
         return metrics, f"{prepared.note}\n{padding}"

@@ -2,7 +2,8 @@
 
 The search makes a mask. ``top`` and ``without_bottom`` cut it, ``jaccard`` and ``spearman`` compare
 two, and a small JSON file keeps one. *Layer* means one linear module: `q_proj`, `k_proj`, `v_proj`,
-`o_proj`, `gate_proj`, `up_proj` or `down_proj` of a block.
+`o_proj`, `gate_proj`, `up_proj` or `down_proj` of a block. In a mixture of experts a tensor that
+PEFT adapts, such as `mlp.experts.down_proj`, is a layer too.
 """
 
 import json

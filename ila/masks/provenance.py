@@ -120,6 +120,11 @@ class Provenance:
         return self._read(str, "model", "dtype")
 
     @property
+    def target_parameters(self) -> Mapping[str, object]:
+        """Layer -> the tensor that PEFT adapts there, of the layers that are tensors of experts."""
+        return self._search_record("target_parameters")
+
+    @property
     def full(self) -> bool:
         """Whether the layers' own weights were trained."""
         return bool(self._at("full"))
@@ -137,7 +142,10 @@ class Provenance:
     @property
     def config(self) -> Mapping[str, object]:
         """Configuration of the search; empty if the mask has none."""
-        return self._record("search", "config") or self._record("config")
+        return self._search_record("config")
+
+    def _search_record(self, key: str) -> Mapping[str, object]:
+        return self._record("search", key) or self._record(key)
 
     def _record(self, *keys: str) -> Mapping[str, object]:
         record = self._at(*keys)

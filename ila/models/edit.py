@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.adalora import SVDLinear
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -30,12 +31,14 @@ from ila.models.layer import MaskedLoraLayer, MaskedLoraLinear
 from ila.models.lean_head import plain_head
 from ila.models.mlp import make_lean, make_plain
 from ila.models.plain_blocks import plain_blocks, say_plain_blocks
+from ila.models.sharded import gather_present, reshard
 from ila.models.targets import (
     outside,
     restore_targets,
     retarget,
     unmatched_targets,
 )
+from ila.models.tensors import MaskedTensor, layer_name, named_layers
 from ila.models.undo import Snapshot
 from ila.models.untuned import read_verdicts_of
 
@@ -50,17 +53,18 @@ def _dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs
     base = target.get_base_layer() if isinstance(target, LoraLayer) else target
     if kwargs.pop("parameter_name", None) is not None or config.fan_in_fan_out:
         return None
-    masked = next((masked for masked in _masked_classes() if masked.covers(base)), None)
+    kinds = (kind for kind in _masked_classes() if kind is not MaskedTensor)
+    masked = next((masked for masked in kinds if masked.covers(base)), None)
     return None if masked is None else masked(target, adapter_name, config=config, **kwargs)
 
 
 def _masked_classes() -> tuple[type[MaskedLoraLayer], ...]:
     """Return our layer classes; with bitsandbytes' bases if a module has loaded bitsandbytes."""
     if "bitsandbytes" not in sys.modules:
-        return (MaskedLoraLinear, MaskedSvdLinear)
+        return (MaskedLoraLinear, MaskedSvdLinear, MaskedTensor)
     from ila.models.quantized import CLASSES
 
-    return (MaskedLoraLinear, MaskedSvdLinear, *CLASSES)
+    return (MaskedLoraLinear, MaskedSvdLinear, MaskedTensor, *CLASSES)
 
 
 def _keep_training_layout(model: nn.Module, keep: bool = True) -> None:
@@ -78,7 +82,7 @@ def _check_matched(peft_model: PeftModel, lora_config: LoraConfig) -> None:
     found = {f"{peft} over {base}" if base != peft else peft for peft, base in kinds}
     raise ValueError(
         f"lora_config.target_modules={lora_config.target_modules!r} must match at least "
-        f"one plain nn.Linear, or 4-bit or int8 layer of bitsandbytes; the layers it "
+        f"one plain nn.Linear, 4-bit or int8 layer of bitsandbytes, or parameter; the layers it "
         f"matched became {', '.join(sorted(found))}"
     )
 
@@ -116,8 +120,9 @@ def attach(
     before = Snapshot(model, copies=str(config.init_lora_weights).lower() == "olora")
     try:
         peft_model = get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
-        if isinstance(config, AdaLoraConfig):  # its model asks for no custom modules
-            _swap(m for m in peft_model.modules() if _is_convertible(m))
+        # PEFT asks for no custom module here: AdaLoRA's model, and the wrappers of tensors.
+        unasked = SVDLinear if isinstance(config, AdaLoraConfig) else ParamWrapper
+        _swap([m for m in peft_model.modules() if type(m) is unasked and _is_convertible(m)])
         _check_matched(peft_model, lora_config)
         if unmatched:
             warnings.warn(
@@ -135,7 +140,8 @@ def attach(
     fuse_qkv(peft_model)
     say_plain_blocks(peft_model)
     _keep_training_layout(peft_model)
-    read_verdicts_of(model, list(_masked_layers(peft_model).values()))
+    layers = _masked_layers(peft_model).values()
+    read_verdicts_of(model, [each for each in layers if not isinstance(each, MaskedTensor)])
     return peft_model
 
 
@@ -175,9 +181,9 @@ def convert(model: nn.Module) -> ConversionReport:
             continue
         reason = _why_not_convertible(module)
         if reason is None:
-            swap[name] = module
+            swap[layer_name(name, module)] = module
         else:
-            left[name] = reason
+            left[layer_name(name, module)] = reason
     if not swap:
         reasons = sorted(set(left.values())) or ["it has no LoRA layers"]
         raise ValueError(f"model has no layer that can be converted: {'; '.join(reasons)}")
@@ -229,9 +235,11 @@ def restore(model: nn.Module) -> ConversionReport:
         return ConversionReport((), head=True)
     if not layers:
         raise ValueError("model has no MaskedLoraLinear layer to restore, and no lean head")
+    reshard(model)
     for layer in layers.values():
         layer.strip()
         layer.__class__ = layer.peft_class
+    gather_present(model)
     close_ranks(model)
     mlps, attentions = make_plain(model), unfuse_qkv(model)
     for config in getattr(model, "peft_config", {}).values():
@@ -244,7 +252,10 @@ def restore(model: nn.Module) -> ConversionReport:
 
 
 def masked_layers(model: nn.Module, adapter: str) -> dict[str, MaskedLoraLayer]:
-    """Module name -> layer, for every ``MaskedLoraLayer`` with this adapter, open or closed."""
+    """Layer name -> layer, for every ``MaskedLoraLayer`` with this adapter, open or closed.
+
+    The name of a layer is that of its module, or of the tensor that PEFT adapts in it.
+    """
     return {
         name: layer
         for name, layer in _masked_layers(model).items()
@@ -253,7 +264,7 @@ def masked_layers(model: nn.Module, adapter: str) -> dict[str, MaskedLoraLayer]:
 
 
 def _masked_layers(model: nn.Module) -> dict[str, MaskedLoraLayer]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, MaskedLoraLayer)}
+    return named_layers(model, MaskedLoraLayer)
 
 
 def single_adapter(peft_model: PeftModel, adapter_name: str | None) -> str:
@@ -297,7 +308,8 @@ def apply_mask(
 
     Args:
         peft_model: A model from ``attach``, or converted by ``convert``.
-        mask: A mask with the names of this model's ``MaskedLoraLinear`` layers.
+        mask: A mask with the names of this model's layers: ``MaskedLoraLinear`` ones, and the
+            tensors of experts and routers that PEFT adapts (``ila.models.tensors``).
         closed: ``"drop"`` or ``"keep"``; it holds for every layer that the mask closes.
         adapter_name: The adapter to mask; ``None`` means the active one.
         optimizer: If given, the parameters and state of closed layers are removed from it.
@@ -327,12 +339,14 @@ def apply_mask(
             f"optimizer does not hold the parameters of {len(opening)} layers that the mask opens; "
             "apply the mask first, then create the optimizer"
         )
+    reshard(peft_model)
     for layer in opening:
         layer.open(adapter)
     dropped = set()
     for name in mask.closed:
         dropped |= set(layers[name].adapter_parameters(adapter))
         layers[name].keep(adapter) if closed == "keep" else layers[name].close(adapter)
+    gather_present(peft_model)
     if optimizer is not None:
         _forget(optimizer, dropped)
     retarget(peft_model, adapter, all_there=closed == "keep" or not mask.closed)

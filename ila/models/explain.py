@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 import torch
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -27,6 +27,7 @@ from ila.models.lean_head import HeadRoute, head_route
 from ila.models.mlp import LEAN, LeanMLP, MlpRoute, lean_mlps
 from ila.models.plain_blocks import by_kind, plain_blocks
 from ila.models.shared_input import partners, sharers
+from ila.models.tensors import MaskedTensor, named_layers
 from ila_kernels.config import resolve_impl
 from ila_kernels.device import call_of
 from ila_kernels.roofline import Problem, saved_bytes
@@ -164,7 +165,7 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
     """
     if tokens < 1:
         raise ValueError(f"tokens must be ≥ 1, got {tokens}")
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    layers = named_layers(model, LoraLayer)
     if not layers:
         raise ValueError("model has no LoRA layer to explain")
     gathered = _gathered_by_fsdp(model, layers)
@@ -239,6 +240,8 @@ def _masked_row(layer: MaskedLoraLayer, gathered: bool) -> tuple[bool, str, str]
     if adapter is not None:
         is_open = not all(layer.is_kept(a) for a in layer.active_adapters)
         reason = reason if is_open else f"kept by a mask: its adapter learns no more; {reason}"
+        if isinstance(layer, MaskedTensor):
+            return is_open, path, reason
         weight = layer.base_layer.weight
         if not weight.is_floating_point():
             return is_open, "eager", f"{reason}; W is packed: bitsandbytes' products"
@@ -305,9 +308,11 @@ def _needs(layer: LoraLayer, x: bool) -> set[str]:
 def _saved(
     layer: LoraLayer, dtype: torch.dtype | None, path: str, needs: set[str], tokens: int
 ) -> int | None:
+    active = [a for a in layer.active_adapters if a in layer.lora_A]
+    if isinstance(layer, ParamWrapper) and active and needs:
+        return None  # PEFT keeps W + ΔW where a gradient passes, for a kept tensor too
     if not needs & {"lora_a", "lora_b", "gate", "weight"}:
         return 0
-    active = [a for a in layer.active_adapters if a in layer.lora_A]
     if dtype is None or len(active) > 1 or (path == PEFT and not _is_plain(layer, active)):
         return None
     if not active:

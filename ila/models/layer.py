@@ -237,7 +237,7 @@ class MaskedLoraLayer:
             RuntimeError: If the base layer was sharded since: no code would add up the gradients
                 of the processes for an adapter put back now.
         """
-        if adapter in self._closed and _is_sharded(_weight(self.get_base_layer())):
+        if adapter in self._closed and _is_sharded(self.weight):
             parameters = _parameters_in({"lora_A": self._closed[adapter]["lora_A"]})
             if not any(_is_sharded(parameter) for parameter in parameters):
                 raise RuntimeError(
@@ -370,9 +370,19 @@ class MaskedLoraLayer:
         """Return A (R, K) and B (N, R) of an adapter; the update is ``scaling[adapter] B A``."""
         return self.lora_A[adapter].weight, self.lora_B[adapter].weight
 
+    def by_expert(self, b: torch.Tensor) -> torch.Tensor:
+        """Return B (N, R), or its gradient, in the layout of ``factors``."""
+        return b
+
     def linear_part(self, adapter: str) -> nn.Parameter:
         """Return a parameter P in which the update is linear: γ dL/dγ = ⟨dL/dP, P⟩."""
         return self.lora_B[adapter].weight
+
+    def why_not_scored(self) -> str | None:
+        """Say why no gate can scale the update of this layer; None if one can."""
+        route = self.route()
+        # FSDP gathers a sharded layer before it runs; forward raises if it did not.
+        return None if route.path == FUSED or route is SHARDED else route.reason
 
     def gate(self, adapter: str) -> torch.Tensor | None:
         """γ = σ(s), one element, or ``None`` (γ = 1) where the adapter has no score."""

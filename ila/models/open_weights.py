@@ -11,7 +11,7 @@ the result, which holds the changed weights alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from ila.masks.mask import LayerMask
 from ila.masks.names import PEFT_PREFIX
 from ila.models.edit import apply_mask, masked_layers, single_adapter
 from ila.models.layer import MaskedLoraLayer
+from ila.models.tensors import MaskedTensor
 from ila.runs.metrics import LayerCounts
 
 CHANGED_FILE = "changed.safetensors"
@@ -106,11 +107,13 @@ def open_layers(peft_model: PeftModel, mask: LayerMask | None = None) -> OpenLay
             train) or shares its weight with another module, as an output layer may share with the
             embedding.
     """
-    layers = masked_layers(peft_model, single_adapter(peft_model, None))
+    found = masked_layers(peft_model, single_adapter(peft_model, None))
+    tensors = {name for name, layer in found.items() if isinstance(layer, MaskedTensor)}
+    layers = {name: layer for name, layer in found.items() if name not in tensors}
     opened = list(layers) if mask is None else mask.open
-    _check(peft_model, {name: layers[name] for name in opened if name in layers})
+    _check(peft_model, {name: found[name] for name in opened if name in found})
     if mask is not None:
-        apply_mask(peft_model, mask)
+        apply_mask(peft_model, _with_closed(mask, tensors))
     model = peft_model.unload()
     vars(model).pop("peft_config", None)
     names = tuple(name.removeprefix(PEFT_PREFIX) for name in opened)
@@ -125,6 +128,13 @@ def open_layers(peft_model: PeftModel, mask: LayerMask | None = None) -> OpenLay
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             parameter.requires_grad_(True)
     return OpenLayers(model, names, len(layers), dtypes)
+
+
+def _with_closed(mask: LayerMask, names: Iterable[str]) -> LayerMask:
+    """Return a mask that closes layers which it does not know."""
+    unknown = [name for name in names if name not in mask.scores]
+    scores, gates = dict.fromkeys(unknown, 0.0), dict.fromkeys(unknown, False)
+    return LayerMask({**mask.scores, **scores}, {**mask.gates, **gates})
 
 
 def load_changed(model: nn.Module, folder: str | Path) -> None:
@@ -169,6 +179,11 @@ def _check(model: nn.Module, layers: Mapping[str, MaskedLoraLayer]) -> None:
         holders.setdefault(id(parameter), []).append(name)
     for name, layer in layers.items():
         base = layer.get_base_layer()
+        if isinstance(layer, MaskedTensor):
+            raise ValueError(
+                f"layer {name!r} must be a plain nn.Linear to train its weight, and is a tensor "
+                "that PEFT adapts; close it, or train adapters"
+            )
         if type(base) is not nn.Linear:
             raise ValueError(
                 f"layer {name!r} must be a plain nn.Linear to train its weight, got "

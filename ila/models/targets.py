@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from peft import PeftModel
@@ -12,6 +12,7 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from ila.masks.names import PEFT_PREFIX
+from ila.models.tensors import parameter_name
 
 
 def unmatched_targets(model: nn.Module, targets: object) -> list[str]:
@@ -51,6 +52,14 @@ def retarget(peft_model: PeftModel, adapter: str, all_there: bool) -> None:
     names = {name.removeprefix(PEFT_PREFIX): m for name, m in peft_model.named_modules()}
     held = {name for name, module in names.items() if _holds(module, adapter)}
     config.target_modules = {_short(name, held, names) for name in held}
+    tensors = {name: module for name, module in names.items() if isinstance(module, ParamWrapper)}
+    if any(adapter in getattr(module, "_closed", ()) for module in tensors.values()):
+        config._ila_target_parameters = config.target_parameters
+        config.target_parameters = {
+            parameter_name(name, module)
+            for name, module in tensors.items()
+            if adapter in module.lora_A
+        }
 
 
 class Outside(NamedTuple):
@@ -67,19 +76,19 @@ class Outside(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{self.parameters:,} parameters are trained whatever a mask closes, in "
-            f"{', '.join(self.kinds)}: a mask chooses among linear layers"
+            f"{', '.join(self.kinds)}: a mask chooses among layers with an adapter"
         )
 
 
 NOTHING_OUTSIDE = Outside(0, ())
 
 
-def outside(model: nn.Module, layers: Iterable[str]) -> Outside:
-    """Count the parameters outside the layers of a mask: experts, embeddings, modules_to_save."""
-    within = tuple(f"{name}." for name in layers)
+def outside(model: nn.Module, layers: Mapping[str, nn.Module]) -> Outside:
+    """Count the parameters outside the layers of a mask: embeddings, modules_to_save."""
+    within = {parameter for layer in layers.values() for parameter in layer.parameters()}
     count, kinds = 0, {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not name.startswith(within):
+        if parameter.requires_grad and parameter not in within:
             count += parameter.numel()
             owner = re.split(r"\.(?:base_layer|lora_|modules_to_save|token_adapter)", name)[0]
             owner = name.rpartition(".")[0] if owner == name else owner
@@ -88,7 +97,7 @@ def outside(model: nn.Module, layers: Iterable[str]) -> Outside:
 
 
 def _holds(module: nn.Module, adapter: str) -> bool:
-    """Tell whether an adapter of a module is there; tensors of experts are named elsewhere."""
+    """Tell whether an adapter of a module is there; tensors are in ``target_parameters``."""
     return (
         isinstance(module, LoraLayer)
         and not isinstance(module, ParamWrapper)
@@ -107,5 +116,6 @@ def _short(name: str, held: set[str], names: Iterable[str]) -> str:
 
 def restore_targets(config: Any) -> None:
     """Undo ``retarget`` in a configuration."""
-    if "_ila_target_modules" in config.__dict__:
-        config.target_modules = config.__dict__.pop("_ila_target_modules")
+    for name in ("target_modules", "target_parameters"):
+        if f"_ila_{name}" in config.__dict__:
+            setattr(config, name, config.__dict__.pop(f"_ila_{name}"))

@@ -21,6 +21,8 @@ def read_verdicts_of(model: nn.Module, layers: Sequence[MaskedLoraLayer]) -> Non
     Several processes of one training do that together, when the training begins
     (``ila.training.verdicts``).
     """
+    if not layers:
+        return
     device = _device_of(layers)
     if device.type != "cuda" or _has_partners():
         return
@@ -42,7 +44,7 @@ def say_untuned(device: torch.device, layers: int | None = None, model: str = "M
 
 
 def _device_of(layers: Sequence[MaskedLoraLayer]) -> torch.device:
-    return layers[0].get_base_layer().weight.device
+    return layers[0].weight.device
 
 
 def _has_partners() -> bool:

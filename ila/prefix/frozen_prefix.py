@@ -67,6 +67,7 @@ class Prefix:
                 "cache_prefix needs a model that is not sharded yet: one process computes the "
                 "states, and a sharded model runs on all; load it again"
             )
+        _refuse_balance(model)
         _refuse_positions_of_a_batch(blocks)
         _refuse_random(blocks, depth)
         _refuse_company(blocks, depth)
@@ -156,12 +157,14 @@ class Prefix:
         """
         if len(rows) < 2:
             return
+        # Models compute norms and routers in float32, over float64 weights too.
+        rounding = max(torch.finfo(dtype).eps for dtype in (states.dtype, torch.float32))
         for row, together in zip(rows, states, strict=True):
             with self._same_random_numbers():
                 alone, _ = self.states([row])
             one, other = (values[: len(row)].double() for values in (alone[0], together))
             error = float((one - other).norm() / one.norm().clamp_min(1e-30))
-            if error > math.sqrt(torch.finfo(states.dtype).eps):
+            if error > math.sqrt(rounding):
                 raise ValueError(
                     "cache_prefix would not be exact: the states of a row depend on the other rows "
                     f"of its batch; alone they differ by {error:.2g} of their norm"
@@ -189,6 +192,15 @@ class Prefix:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+def _refuse_balance(model: nn.Module) -> None:
+    """Refuse a loss with a part for the balance of experts: it reads the routers of all blocks."""
+    if getattr(getattr(model, "config", None), "output_router_logits", False):
+        raise ValueError(
+            "cache_prefix would not be exact: with output_router_logits=True the loss has a part "
+            "for the balance of experts, which reads the routers of the prefix too"
+        )
 
 
 def _refuse_positions_of_a_batch(blocks: Blocks) -> None:

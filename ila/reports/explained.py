@@ -42,7 +42,11 @@ def explained(explanation: Explanation) -> Group:
     places = {row.module: parse_module_name(row.module) for row in explanation}
     kinds = [kind for kind in KINDS if any(p and p[1] == kind for p in places.values())]
     kinds += sorted({p[1] for p in places.values() if p} - set(kinds))
-    letters = {places[row.module]: letter(row) for row in explanation if places[row.module]}
+    letters: dict[tuple[int, str], str] = {}
+    for row in explanation:
+        place = places[row.module]
+        if place is not None:  # a block may have down_proj twice: its experts' and its own
+            letters[place] = letters.get(place, "") + letter(row)
     table = Table(box=None, padding=(0, 1))
     table.add_column("block", justify="right")
     for kind in kinds:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from peft import PeftModel
 
 from ila.models.edit import masked_layers
-from ila.models.layer import FUSED, SHARDED, MaskedLoraLayer
+from ila.models.layer import MaskedLoraLayer
 from ila.search import stage2
 from ila.search.gate_gradients import GateGradient, LayerMean
 from ila.training.adapter import Adapter
@@ -47,6 +47,6 @@ def _check_layers(layers: Mapping[str, MaskedLoraLayer], adapter: str) -> None:
     for name, layer in layers.items():
         if not layer.is_open(adapter):
             raise ValueError(f"layer {name!r} is closed; the search needs every layer open")
-        route = layer.route()
-        if route.path != FUSED and route is not SHARDED:  # forward raises if it is not gathered
-            raise ValueError(f"layer {name!r} cannot be scored: {route.reason}")
+        reason = layer.why_not_scored()
+        if reason is not None:
+            raise ValueError(f"layer {name!r} cannot be scored: {reason}")

@@ -56,12 +56,13 @@ def by_position(names: Sequence[str], method: str, seed: int) -> dict[str, float
 def update_norms(layers: Mapping[str, MaskedLoraLayer], adapter: str) -> dict[str, float]:
     """Return ‖α B A‖_F of each layer.
 
-    ‖α B A‖_F² = α² tr((A Aᵀ)(Bᵀ B)): two R x R products in fp64, and no N x K product.
+    ‖α B A‖_F² = α² tr((A Aᵀ)(Bᵀ B)): two R x R products in fp64, and no N x K product. The update
+    of a tensor of experts is all of theirs.
     """
     norms = {}
     for name, layer in layers.items():
         a, b = _adapter(layer, adapter)
-        square = ((a @ a.t()) * (b.t() @ b)).sum().clamp(min=0.0)
+        square = ((a @ a.mT) * (b.mT @ b)).sum().clamp(min=0.0)
         norms[name] = abs(layer.scaling[adapter]) * math.sqrt(square.item())
     return norms
 
@@ -71,6 +72,7 @@ class GradientNorm(LayerMean):
 
     dB = α ∇W Aᵀ, and E‖∇W Aᵀ‖² = ‖∇W‖² ‖A‖²/K if the entries of A (R, K) are independent, as PEFT
     draws them: so ‖∇W‖ ≈ ‖dB‖ √K / (α ‖A‖), from R random directions of K, with no N x K gradient.
+    For a tensor of experts ‖∇W‖² is the sum over experts.
     """
 
     def __init__(self, layers: Mapping[str, MaskedLoraLayer], adapter: str):
@@ -79,16 +81,19 @@ class GradientNorm(LayerMean):
         with torch.no_grad():
             self.factors = [self._factor(layer) for layer in layers.values()]
 
-    def _factor(self, layer: MaskedLoraLayer) -> float:
+    def _factor(self, layer: MaskedLoraLayer) -> Tensor:
         a, _ = _adapter(layer, self.adapter)
         scale = abs(layer.scaling[self.adapter])
-        return math.sqrt(a.shape[1]) / (scale * a.norm().item() * _weight_norm(layer))
+        return math.sqrt(a.shape[-1]) / (scale * _norms(a) * _weight_norm(layer))
 
     def values(self) -> list[Tensor]:
-        gradients = (layer.lora_B[self.adapter].weight.grad for layer in self.layers.values())
+        layers = self.layers.values()
+        gradients = (layer.lora_B[self.adapter].weight.grad for layer in layers)
         return [
-            torch.zeros((), device=self.device) if grad is None else factor * grad.double().norm()
-            for grad, factor in zip(gradients, self.factors, strict=True)
+            torch.zeros((), device=self.device)
+            if grad is None
+            else _whole(factor * _norms(layer.by_expert(grad.double())))
+            for layer, grad, factor in zip(layers, gradients, self.factors, strict=True)
         ]
 
 
@@ -164,8 +169,18 @@ def _alignment(layer: MaskedLoraLayer, adapter: str) -> Callable[[Tensor, Tensor
     return alignment
 
 
+def _norms(matrices: Tensor) -> Tensor:
+    """Return ‖·‖_F of a matrix, or of each matrix of a stack."""
+    return matrices.norm() if matrices.dim() == 2 else matrices.norm(dim=(1, 2))
+
+
+def _whole(norms: Tensor) -> Tensor:
+    """Return the norm of a stack from the norms of its matrices."""
+    return norms if norms.dim() == 0 else norms.norm()
+
+
 def _adapter(layer: MaskedLoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """Return A (R, K) and B (N, R) in fp64."""
+    """Return A (R, K) and B (N, R) in fp64; stacks of them for a tensor of experts."""
     a, b = layer.factors(adapter)
     return a.detach().double(), b.detach().double()
 

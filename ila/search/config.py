@@ -46,6 +46,8 @@ class SearchConfig:
         eval_every: Steps of stage 1 between two measurements of the held-out loss; None measures
             none.
         packing: Whether to put the rows of a batch one after the other, without padding.
+        loraplus_lr_ratio: LoRA+ in stage 1: learning rate of B over that of A; None trains both at
+            one rate.
     """
 
     method: str = "path"
@@ -62,12 +64,15 @@ class SearchConfig:
     training_args: Mapping[str, Any] = field(default_factory=dict)
     eval_every: int | None = None
     packing: bool = False
+    loraplus_lr_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
         check_counts(self, ("stage1_steps", "stage2_steps", "batch_size", "stability_window"))
         check_positive(self, ("learning_rate", "score_learning_rate"))
+        if self.loraplus_lr_ratio is not None:
+            check_positive(self, ("loraplus_lr_ratio",))
         if not 0.0 <= self.epsilon < float("inf"):
             raise ValueError(f"epsilon must be ≥ 0, got {self.epsilon!r}")
         if not abs(self.score_init) < 30.0:
@@ -81,7 +86,7 @@ class SearchConfig:
         check_training_args(self.training_args, "stage1_steps and stage2_steps")
 
     def as_dict(self) -> dict[str, object]:
-        """Return the fields, for JSON; older records lack the last two."""
+        """Return the fields, for JSON; older records lack the last three."""
         fields = {**asdict(self), "training_args": dict(self.training_args)}
-        optional = ("eval_every", "packing")
+        optional = ("eval_every", "packing", "loraplus_lr_ratio")
         return {name: value for name, value in fields.items() if value or name not in optional}

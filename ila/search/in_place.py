@@ -13,6 +13,7 @@ from ila.data.contracts import IGNORED, Batch
 from ila.masks.mask import LayerMask
 from ila.models.edit import apply_mask
 from ila.models.lean_head import leaning
+from ila.models.tensors import record_of_tensors
 from ila.price.choice import Choice
 from ila.price.shapes import Shape
 from ila.search.adapter_updates import AdapterUpdates
@@ -56,7 +57,10 @@ def select_layers(
     scores = path_scores(updates, batches, loss)
     shape = shape_of(updates, batches[0]) if chosen.budget is not None else None
     mask = chosen.cut(scores, shape).with_provenance(
-        search={"config": {"method": "path"}}, selection=chosen.as_dict(), closed=closed
+        search={"config": {"method": "path"}},
+        selection=chosen.as_dict(),
+        closed=closed,
+        **record_of_tensors(updates.layers),
     )
     apply_mask(model, mask, closed=closed, optimizer=optimizer)
     return mask

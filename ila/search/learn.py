@@ -21,11 +21,13 @@ from transformers import TrainerCallback
 
 from ila.data.contracts import Collate, Dataset
 from ila.masks.mask import LayerMask, spread_of
+from ila.masks.rules import bare
 from ila.models.adalora import tuner_of
 from ila.models.open_weights import OpenLayers
+from ila.models.tensors import MaskedTensor, record_of_tensors
 from ila.runs.processes import on_main_process, owning
 from ila.search.adapter_updates import AdapterUpdates
-from ila.search.baselines import POSITIONS, UNTRAINED
+from ila.search.baselines import FORWARD, POSITIONS, UNTRAINED
 from ila.search.config import METHODS, SEARCHES, SearchConfig
 from ila.search.methods import Scored, parameters, score
 from ila.search.stage import Search, Updates
@@ -126,18 +128,30 @@ def begin(
     """
     full = isinstance(peft_model, OpenLayers)
     updates: Updates = WeightUpdates(peft_model) if full else AdapterUpdates(peft_model)
-    if full and config.method in set(METHODS) - {*SEARCHES, *POSITIONS}:
-        raise ValueError(
-            f"method must be one of {(*SEARCHES, *POSITIONS)} where weights are trained in full, "
-            f"got {config.method!r}"
-        )
-    if config.method in UNTRAINED and config.method not in POSITIONS and tuner_of(updates.model):
-        raise ValueError(
-            f"method must not be {config.method!r} for AdaLoRA, whose E begins at 0; use 'path'"
-        )
+    _check_method(config.method, updates)
     check_dataset(dataset)
     collator = default_collator(updates.model) if collator is None else collator
     return Search(updates, dataset, collator, config, **more)
+
+
+def _check_method(method: str, updates: Updates) -> None:
+    """Raise unless a method can score these updates."""
+    full = isinstance(updates, WeightUpdates)
+    if full and method in set(METHODS) - {*SEARCHES, *POSITIONS}:
+        raise ValueError(
+            f"method must be one of {(*SEARCHES, *POSITIONS)} where weights are trained in full, "
+            f"got {method!r}"
+        )
+    if method in UNTRAINED and method not in POSITIONS and tuner_of(updates.model):
+        raise ValueError(
+            f"method must not be {method!r} for AdaLoRA, whose E begins at 0; use 'path'"
+        )
+    tensors = [name for name, each in updates.layers.items() if isinstance(each, MaskedTensor)]
+    if method in FORWARD and tensors:
+        raise ValueError(
+            f"method must not be {method!r} where experts have adapters: it reads x and y of a "
+            f"linear layer, and {bare(tensors[0])} is a tensor that PEFT adapts; use 'path'"
+        )
 
 
 def mask_of(search: Search, stage1: Stage1, scored: Scored) -> LayerMask:
@@ -155,5 +169,6 @@ def mask_of(search: Search, stage1: Stage1, scored: Scored) -> LayerMask:
         "parameters": parameters(search.updates),
         "folds": [list(fold) for fold in scored.folds],
         "spread": spread_of(scored.scores),
+        **record_of_tensors(search.updates.layers),
     }
     return LayerMask(scored.scores, provenance=provenance)

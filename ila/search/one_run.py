@@ -19,6 +19,7 @@ from pathlib import Path
 
 from peft import PeftModel
 from transformers import (
+    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -32,7 +33,7 @@ from ila.masks.mask import LayerMask
 from ila.models.adalora import tuner_of
 from ila.models.edit import apply_mask
 from ila.runs.atomic import write_json_atomic
-from ila.runs.checkpoints import LOGS, keep_logs
+from ila.runs.checkpoints import LOGS, is_finished, keep_logs
 from ila.runs.folder import RUN_MARKER, claim
 from ila.runs.meter import StepMeter
 from ila.runs.metrics import Metrics
@@ -43,10 +44,19 @@ from ila.search.selection import Selection, drawn_batches
 from ila.training.callbacks import LogFile, stage_callbacks
 from ila.training.config import TrainConfig
 from ila.training.evaluation import evaluate_on
-from ila.training.loop import check_dataset, default_collator, held_out_loss, resume_point, run
+from ila.training.loop import (
+    check_dataset,
+    default_collator,
+    held_out_loss,
+    resume_point,
+    run,
+    shard,
+)
+from ila.training.loraplus import with_loraplus
 from ila.training.packing import packing_collator
 from ila.training.switch import optimizer_names, write_switch
 from ila.training.train import (
+    ADAPTER_FILES,
     BEFORE_FILE,
     CHECKPOINTS,
     PREFIX_FOLDER,
@@ -76,6 +86,7 @@ class OneRun:
         progress: Whether to show progress bars.
         name: Name of the run.
         callbacks: Callbacks of the user.
+        tokenizer: Tokenizer to save beside the adapter.
     """
 
     updates: AdapterUpdates
@@ -89,6 +100,7 @@ class OneRun:
     progress: bool
     name: str
     callbacks: Sequence[TrainerCallback] = ()
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def train_and_select(
@@ -104,6 +116,7 @@ def train_and_select(
     progress: bool = True,
     name: str = "run",
     callbacks: Sequence[TrainerCallback] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Metrics, LayerMask]:
     """Train all layers for a while, then the selected ones, as one run.
 
@@ -120,6 +133,7 @@ def train_and_select(
         progress: Whether to show progress bars on stderr.
         name: Name of the run in reports.
         callbacks: Callbacks for ``transformers.Trainer``, in both halves.
+        tokenizer: Tokenizer to save beside the adapter.
 
     Returns:
         The metrics of ``train`` with the times of the open layers, and with ``search``: the cost of
@@ -142,19 +156,24 @@ def train_and_select(
             Path(folder),
             held_out,
             default_collator(peft_model) if collator is None else collator,
-            resume,
-            progress,
-            name,
-            callbacks,
+            *(resume, progress, name, callbacks, tokenizer),
         )
         check_training(config, peft_model, dataset, held_out)
-        _claim(both)
-        if not (resume and on_main_process((both.folder / MASK).exists)):
-            _first_part(both, step)
-        mask = LayerMask.load(both.folder / MASK)
-        apply_mask(peft_model, mask, closed=selection.closed)
-        metrics = _second_part(both, mask)
-        on_main_process(lambda: _remove_search(both.folder))
+        return _go(both, step)
+
+
+def _go(both: OneRun, step: int) -> tuple[Metrics, LayerMask]:
+    """Run both parts; a resumed run begins in the part that it was in."""
+    _claim(both)
+    has_switched = both.resume and on_main_process((both.folder / MASK).exists)
+    if not has_switched:
+        _first_part(both, step)
+    mask = LayerMask.load(both.folder / MASK)
+    apply_mask(both.updates.model, mask, closed=both.selection.closed)
+    if has_switched:
+        _load_kept(both)
+    metrics = _second_part(both, mask)
+    on_main_process(lambda: _remove_search(both.folder))
     return metrics, mask
 
 
@@ -178,6 +197,13 @@ def _claim(both: OneRun) -> None:
     )
 
 
+def _load_kept(both: OneRun) -> None:
+    """Read the updates of kept layers, which FSDP leaves out when it loads a checkpoint."""
+    start = resume_point(both.folder / CHECKPOINTS, True)
+    if start is not None and on_main_process((start / ADAPTER_FILES[0]).exists):
+        both.updates.load(start)
+
+
 def _second_part(both: OneRun, mask: LayerMask) -> Metrics:
     return train(
         both.updates.model,
@@ -190,6 +216,7 @@ def _second_part(both: OneRun, mask: LayerMask) -> Metrics:
         progress=both.progress,
         name=both.name,
         callbacks=both.callbacks,
+        tokenizer=both.tokenizer,
         begun=Begun(_FILES, lambda metrics, meter: _finish(metrics, meter, mask)),
     )
 
@@ -221,7 +248,7 @@ def _first_part(both: OneRun, step: int) -> None:
     """Train all layers, choose, and write the checkpoint of the switch and the mask."""
     search = both.folder / SEARCH
     meter, trainer = _all_layers(both, step)
-    _refuse_sharded(trainer)
+    _check_processes(both, trainer)
     signal = trainer.signal
     _measure_before(both, trainer)
     start = resume_point(search, both.resume)
@@ -229,6 +256,8 @@ def _first_part(both: OneRun, step: int) -> None:
         signal.load(start)
         meter.load(start)
     names = optimizer_names(trainer)
+    if start is not None and is_finished(start):
+        shard(trainer)  # scores have the same bits as right after the last step
     meter.begin()
     run(trainer, start)
     began = time.perf_counter()
@@ -242,14 +271,14 @@ def _first_part(both: OneRun, step: int) -> None:
     mask = mask.with_provenance(took=took)
     apply_mask(both.updates.model, mask, closed=both.selection.closed)
     state = both.updates.state()
-    opened = {name for name, p in both.updates.model.named_parameters() if p.requires_grad}
+    trained = {name: p.requires_grad for name, p in both.updates.model.named_parameters()}
 
     def switch() -> None:
         write_switch(
             search / f"checkpoint-{step}",
             both.folder / CHECKPOINTS,
             names,
-            opened,
+            trained,
             lambda folder: both.updates.save(folder, state),
         )
         mask.save(both.folder / MASK)
@@ -257,11 +286,19 @@ def _first_part(both: OneRun, step: int) -> None:
     on_main_process(switch)
 
 
-def _refuse_sharded(trainer: Trainer) -> None:
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+def _check_processes(both: OneRun, trainer: Trainer) -> None:
+    """Raise where several processes cannot run both parts."""
+    if trainer.is_deepspeed_enabled or (
+        trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
+    ):
         raise ValueError(
-            "a run with a selection needs one process or DDP: FSDP and DeepSpeed shard the "
-            "optimiser over all layers; use ila learn, ila select and ila train --mask --from"
+            "a run with a selection needs one process, DDP or FSDP2, got DeepSpeed or FSDP1; "
+            "use ila learn, ila select and ila train --mask --from"
+        )
+    if trainer.is_fsdp_enabled and both.config.cache_prefix:
+        raise ValueError(
+            "cache_prefix must be off in a run with a selection under FSDP: one process computes "
+            "the states, and the model is sharded by then; use ila train --mask --from"
         )
 
 
@@ -277,7 +314,9 @@ def _all_layers(both: OneRun, step: int) -> tuple[StepMeter, SignalTrainer]:
     log = LogFile(both.folder / "log.jsonl", "train")
     title = f"Training {both.name}, all layers to step {step}"
     own = stage_callbacks(title, log, progress=both.progress, also_save=save, more=both.callbacks)
-    trainer = both.updates.trainer_class(SignalTrainer)(
+    trainer = both.updates.trainer_class(
+        with_loraplus(SignalTrainer, both.config.loraplus_lr_ratio)
+    )(
         both.updates.model,
         args,
         packing_collator() if both.config.packing else both.collator,
@@ -302,14 +341,9 @@ def _measure_before(both: OneRun, trainer: Trainer) -> None:
 
 
 def _chosen(both: OneRun, trainer: Trainer, signal: LayerMean, step: int) -> LayerMask:
-    """Choose the mask; every process gets the mask of the main one."""
     args = trainer.args
     own = drawn_batches(both.dataset, both.collator, args.train_batch_size, args.seed, args.device)
-    mask = both.selection.choose(both.updates, signal, own, step)
-    fields = on_main_process(
-        lambda: (dict(mask.scores), dict(mask.gates), thawed(mask.provenance)),
-    )
-    return LayerMask(*fields)
+    return both.selection.choose(both.updates, signal, own, step)
 
 
 def _finish(metrics: Metrics, meter: StepMeter, mask: LayerMask) -> Metrics:

@@ -26,18 +26,20 @@ from ila.masks.mask import LayerMask
 from ila.masks.objective import LAYERS
 from ila.models.adalora import tuner_of
 from ila.models.edit import apply_mask
+from ila.models.tensors import MaskedTensor, named_layers
 from ila.price.choice import Choice
 from ila.search.adapter_updates import AdapterUpdates
 from ila.search.gate_gradients import GateGradient
 from ila.search.selection import Selection, drawn_batches
+from ila.training.reducer import reduce_trained, wrappers_of
 
 
 class SelectLayers(TrainerCallback, ExportableState):
     """Train all layers for a while, then only the selected ones; for any ``transformers.Trainer``.
 
     Call ``trainer.add_callback(ila.SelectLayers(at=0.25, top=0.3))`` before ``trainer.train()``;
-    trainers of TRL work too. Checkpoints keep the sums or the mask, so that a run resumes before
-    and after the switch with the same callback and the same call.
+    trainers of TRL work too, and so does DDP. Checkpoints keep the sums or the mask, so that a run
+    resumes before and after the switch with the same callback and the same call.
 
     ``gate_gradient`` reads the gradients after clipping, as the optimiser gets them: a step counts
     as much as it moves.
@@ -61,8 +63,8 @@ class SelectLayers(TrainerCallback, ExportableState):
 
     Raises:
         ValueError: If an argument is out of range. When training begins: if the model has no layer
-            to score, several processes train it (under DDP, ``ila train --select-at`` does), or
-            the checkpoint is of another selection.
+            to score, it is sharded (under FSDP2, ``ila train --select-at`` does), or the
+            checkpoint is of another selection.
     """
 
     def __init__(
@@ -102,7 +104,9 @@ class SelectLayers(TrainerCallback, ExportableState):
         **kwargs: object,
     ) -> None:
         """Start to gather, or apply the mask of the checkpoint."""
-        _check_alone(args, model)
+        _check_model(args, model)
+        if self.selection.closed == "drop":
+            _refuse_tensors(model)
         self.step, self.mask = self.selection.step(state.max_steps), None
         mine = self.selection.as_dict()
         saved = state.stateful_callbacks.setdefault("SelectLayers", {})
@@ -111,7 +115,7 @@ class SelectLayers(TrainerCallback, ExportableState):
         if not isinstance(saved, dict) or saved["args"] != mine:
             raise ValueError("the checkpoint was written with another SelectLayers; give that one")
         if "mask" in saved:
-            self._apply(LayerMask(**saved["mask"]), model, optimizer)
+            self._apply(LayerMask(**saved["mask"]), args, model, optimizer)
             return
         if state.global_step > self.step:
             raise ValueError(
@@ -158,17 +162,36 @@ class SelectLayers(TrainerCallback, ExportableState):
             args.device,
         )
         mask = self.selection.choose(AdapterUpdates(model), self.signal, own, self.step)
-        self._apply(mask, model, optimizer)
+        self._apply(mask, args, model, optimizer)
 
-    def _apply(self, mask: LayerMask, model: PeftModel, optimizer: Optimizer) -> None:
+    def _apply(
+        self, mask: LayerMask, args: TrainingArguments, model: PeftModel, optimizer: Optimizer
+    ) -> None:
         before = {p for p in model.parameters() if p.requires_grad}
         apply_mask(model, mask, closed=self.selection.closed)
         for parameter in before - {p for p in model.parameters() if p.requires_grad}:
             optimizer.state.pop(parameter, None)
+        if args.world_size > 1:
+            reduce_trained(model)
         self.mask, self.signal = mask, None
 
 
-def _check_alone(args: TrainingArguments, model: object) -> None:
+def _refuse_tensors(model: nn.Module) -> None:
+    """Refuse to drop tensors of one module: a run that resumes loads before it closes them."""
+    tensors = [name for name, m in named_layers(model, MaskedTensor).items() if _is_nested(m)]
+    if tensors:
+        raise ValueError(
+            "SelectLayers needs closed='keep' where two tensors of one module have adapters, got "
+            f"'drop': the names of their saved weights ({tensors[0]}) depend on which are open, so "
+            "no checkpoint of the open ones could be resumed; `ila train --select-at` drops them"
+        )
+
+
+def _is_nested(layer: MaskedTensor) -> bool:
+    return isinstance(layer.base_layer, MaskedTensor)
+
+
+def _check_model(args: TrainingArguments, model: object) -> None:
     if not isinstance(model, PeftModel):
         raise ValueError(f"SelectLayers needs a PeftModel, got {type(model).__name__}")
     if tuner_of(model) is not None:
@@ -176,9 +199,11 @@ def _check_alone(args: TrainingArguments, model: object) -> None:
             "SelectLayers needs a LoRA adapter, got AdaLoRA; learn a mask first (ila.learn_mask)"
         )
     sharded = any(hasattr(p, "placements") for p in model.parameters())
-    if args.world_size > 1 or sharded or getattr(args, "deepspeed", None):
+    elsewhere = args.world_size > 1 and not wrappers_of(model)
+    if sharded or elsewhere or getattr(args, "deepspeed", None):
         raise ValueError(
-            "SelectLayers closes layers of one process: DDP, FSDP and DeepSpeed have made their "
-            "buckets and shards by then; under DDP use `ila train --select-at`, which starts it "
-            "again for the open layers"
+            "SelectLayers closes layers in one process, and under DDP around the model itself: "
+            "a checkpoint of a sharded optimiser (FSDP, DeepSpeed) would not fit the whole model "
+            "that Trainer makes when it resumes; under FSDP2 use `ila train --select-at`, which "
+            "starts Trainer again for the open layers"
         )

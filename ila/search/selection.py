@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from ila.data.contracts import Batch, Collate, Dataset
+from ila.masks.checks import thawed
 from ila.masks.mask import LayerMask
 from ila.models.edit import CLOSINGS
+from ila.models.tensors import record_of_tensors
 from ila.price.choice import Choice
+from ila.runs.processes import on_main_process
 from ila.search.adapter_updates import AdapterUpdates
 from ila.search.gate_gradients import LayerMean
 from ila.search.in_place import path_scores, shape_of
@@ -80,7 +83,7 @@ class Selection:
         batches: Callable[[int], Sequence[Batch]],
         step: int,
     ) -> LayerMask:
-        """Score the layers and choose.
+        """Score the layers and choose; every process gets the mask of the main one.
 
         Args:
             updates: Updates of the layers, every one open.
@@ -97,8 +100,13 @@ class Selection:
             "search": {"config": {"method": self.method}},
             "selection": {**self.as_dict(), "step": step},
             "folds": signal.folds() if self.method == "gate_gradient" else [],
+            **record_of_tensors(updates.layers),
         }
-        return self.choice.cut(scores, shape).with_provenance(**provenance)
+        mask = self.choice.cut(scores, shape).with_provenance(**provenance)
+        fields = on_main_process(
+            lambda: (dict(mask.scores), dict(mask.gates), thawed(mask.provenance))
+        )
+        return LayerMask(*fields)
 
 
 def drawn_batches(

@@ -6,6 +6,7 @@
     kappa         −σ₁ / (σ_min + 1e-8): the best conditioned W scores highest. KappaTune,
                   arXiv 2506.16289, in the definition of ``peft.find_kappa_target_modules``
 
+The score of a tensor of experts is the mean over experts, as PEFT's function has it for kappa.
 Singular values are computed in float32 at least; a packed W is unpacked for them. PEFT's function
 returns names alone, would count the factors of an adapter as layers, and leaves out a W with a side
 above 16384: here every layer is scored.
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ila.masks.rules import within_kinds
 from ila.models.layer import MaskedLoraLayer
+from ila.models.tensors import MaskedTensor
 from ila.runs.progress import bar
 from ila_kernels.quant import PackedWeight
 
@@ -44,12 +46,14 @@ def by_weights(
     """
     if method not in SPECTRA:
         raise ValueError(f"method must be one of {SPECTRA}, got {method!r}")
+    measure = condition_number if method == "kappa" else signal_to_noise
     scores = {}
     for name, layer in bar(layers.items(), f"Singular values: {method}", show=progress):
         weight = whole_weight(layer)
         if not torch.isfinite(weight).all():
             raise ValueError(f"the weight of {name} must be finite, and has other values")
-        score = condition_number(weight) if method == "kappa" else signal_to_noise(weight)
+        matrices = weight if weight.dim() == 3 else [weight]
+        score = sum(map(measure, matrices)) / len(matrices)
         scores[name] = -score if method == "kappa" else score
     return within_kinds(scores) if method == "snr" else scores
 
@@ -79,7 +83,12 @@ def condition_number(weight: Tensor) -> float:
 
 
 def whole_weight(layer: MaskedLoraLayer) -> Tensor:
-    """Return W (N, K) of a layer's base, dense; a packed one is unpacked to float32."""
+    """Return W (N, K) of a layer's base, dense; a packed one is unpacked to float32.
+
+    Of experts it is their tensor, one W for each.
+    """
+    if isinstance(layer, MaskedTensor):
+        return layer.weight.detach()
     base = layer.get_base_layer()
     x = torch.empty(0, base.in_features, dtype=base.weight.dtype, device=base.weight.device)
     if not x.is_floating_point():

@@ -33,6 +33,7 @@ from ila.training.arguments import arguments
 from ila.training.checks import check_settings
 from ila.training.evaluation import evaluated
 from ila.training.loop import losses
+from ila.training.loraplus import with_loraplus
 
 
 class Stage1(Course):
@@ -138,7 +139,7 @@ def run_stage1(search: Search) -> Stage1:
     stable = StopWhenStable(config.epsilon, config.stability_window)
     trained = train_stage(
         search,
-        SignalTrainer,
+        with_loraplus(SignalTrainer, config.loraplus_lr_ratio),
         stage="stage1",
         title=f"Stage 1: {search.updates.label}",
         steps=config.stage1_steps,

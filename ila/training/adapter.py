@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from ila.boundary import reading
 from ila.models.adalora import tuner_of, whole_ranks, with_closed_ranks
+from ila.models.base_starts import give_back_base, take_base
 from ila.models.edit import masked_layers, single_adapter
 from ila.models.layer import MaskedLoraLayer
 from ila.models.merge import check_same_tensors
@@ -40,6 +41,8 @@ def save_adapter(
 ) -> None:
     """Write one adapter into ``folder`` itself; PEFT gives all but "default" a subfolder.
 
+    The files belong to the pretrained base, even if the adapter began with a part of it.
+
     Args:
         peft_model: Model with the adapter.
         adapter: Name of the adapter.
@@ -55,6 +58,7 @@ def save_adapter(
         for path in (folder / adapter).iterdir():
             path.replace(folder / path.name)
         (folder / adapter).rmdir()
+    give_back_base(peft_model, folder)
     write_card(folder, peft_model, adapter)
 
 
@@ -68,7 +72,7 @@ def load_adapter(peft_model: PeftModel, adapter: str, folder: Path) -> None:
         weights = load_peft_weights(str(folder), device="cpu")
         config = peft_model.peft_config[adapter]
         if not isinstance(config, AdaLoraConfig):
-            _load(peft_model, adapter, weights, folder)
+            _load(peft_model, adapter, take_base(peft_model, weights), folder)
             return
         pattern = PeftConfig.from_pretrained(str(folder)).rank_pattern
         with whole_ranks(config):

@@ -38,9 +38,12 @@ _FIXED = {
     "disable_tqdm": "the argument progress decides it",
     "save_only_model": "a run resumes from the optimiser's state in its checkpoints",
     "load_best_model_at_end": "a run keeps the weights of its last step",
-    "push_to_hub": "a run writes into its own folder; upload that when it is finished",
+    **dict.fromkeys(("hub_strategy", "hub_always_push"), "a run uploads once, at its end"),
+    "hub_token": "a run writes its options into files; log in instead (hf auth login)",
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "Trainer does not read it"),
 }
+# `ila train` alone uploads.
+HUB_FIELDS = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision")
 # Newer versions of transformers have the second names, older ones only the first.
 _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -84,6 +87,8 @@ def check_training_args(extra: Mapping[str, object], steps: str) -> None:
     """
     for name in extra:
         reason = why_not(name, steps)
+        if name in HUB_FIELDS:
+            reason = "`ila train` alone uploads; see peft_model.push_to_hub in Python"
         if reason is not None:
             raise ValueError(f"training_args must not set {name!r}: {reason}")
     unknown = sorted(set(extra) - set(TrainingArguments.__dataclass_fields__))

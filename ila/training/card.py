@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from ila.models.base_starts import starts_of
 from ila.runs.atomic import write_text_atomic
 from ila.runs.metrics import Metrics
 
@@ -19,19 +20,25 @@ def write_card(
     """Write the card of an adapter, in place of the empty one that PEFT writes.
 
     Args:
-        folder: Folder of the adapter.
+        folder: Folder of the adapter, with its configuration.
         peft_model: Model with the adapter.
         adapter: Name of the adapter.
         metrics: Metrics of a finished training; the card leaves out names, times and memory.
     """
     config = peft_model.peft_config[adapter]
-    rank = getattr(config, "init_r", config.r)
+    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    rank = saved.get("init_r", saved["r"])
     base = str(config.base_model_name_or_path or "")
     head = {"base_model": base, "library_name": "peft", "pipeline_tag": "text-generation"}
     tags = ["base_model:adapter:" + base, "lora", "transformers"]
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items())]
     lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---", "", "# LoRA adapter", ""]
-    lines += [f"For the base model `{base}`: rank {rank}, alpha {config.lora_alpha}."]
+    lines += [f"For the base model `{base}`: rank {rank}, alpha {saved['lora_alpha']:g}."]
+    if starts_of(peft_model):
+        lines += [
+            f"It began as `{config.init_lora_weights}` of rank {config.r}. The file holds the "
+            "learned change alone, of twice that rank, for the pretrained base."
+        ]
     lines += ["" if metrics is None else f"\n{_training(metrics)}\n"]
     lines += [
         "```python",

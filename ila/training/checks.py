@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from ila.data.contracts import Dataset
 from ila.training.arguments import check_usable
+from ila.training.loraplus import check_loraplus
 from ila.training.packing import check_packing
 
 
@@ -18,6 +19,7 @@ class Settings(Protocol):
     training_args: object
     eval_every: int | None
     packing: bool
+    loraplus_lr_ratio: float | None
 
 
 def check_settings(
@@ -45,5 +47,6 @@ def check_settings(
             f"eval_every={config.eval_every} needs held-out rows to evaluate on, got none"
         )
     check_usable(args, config.training_args, model)
+    check_loraplus(config.loraplus_lr_ratio, args, model)
     if config.packing:
         check_packing(model, dataset)

@@ -12,7 +12,7 @@ from ila.training.arguments import check_training_args
 
 STEPS = 400
 # Fields that a record has only where they are set: older records do not have them.
-_OPTIONAL = ("epochs", "eval_every", "packing")
+_OPTIONAL = ("epochs", "eval_every", "packing", "loraplus_lr_ratio")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class TrainConfig:
         eval_every: Steps between two measurements of the held-out loss; None measures it only
             before and after the training.
         packing: Whether to put the rows of a batch one after the other, without padding.
+        loraplus_lr_ratio: LoRA+: learning rate of B over that of A, which is ``learning_rate``;
+            None trains both at one rate.
     """
 
     steps: int | None = None
@@ -48,6 +50,7 @@ class TrainConfig:
     epochs: float | None = None
     eval_every: int | None = None
     packing: bool = False
+    loraplus_lr_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.epochs is None:
@@ -61,6 +64,8 @@ class TrainConfig:
             check_positive(self, ("epochs",))
         check_counts(self, ("batch_size",))
         check_positive(self, ("learning_rate",))
+        if self.loraplus_lr_ratio is not None:
+            check_positive(self, ("loraplus_lr_ratio",))
         check_every(self, ("save_every", "eval_every"))
         if not self.cache_limit_gib > 0:
             raise ValueError(f"cache_limit_gib must be positive, got {self.cache_limit_gib!r}")

@@ -88,6 +88,13 @@ def run(trainer: Trainer, resume_from: Path | None) -> None:
                 callback.close()
 
 
+def shard(trainer: Trainer) -> None:
+    """Shard the model of a trainer as its training would; nothing without FSDP2."""
+    if trainer.is_fsdp_enabled and not isinstance(trainer.model, FSDPModule):
+        with _unprepared_after(trainer.model):
+            trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
+
+
 @contextmanager
 def _unprepared_after(model: nn.Module) -> Iterator[None]:
     """Remove the attributes that accelerate sets on a model inside the block."""

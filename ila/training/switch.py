@@ -20,22 +20,27 @@ from ila.runs.checkpoints import MARKER, mark_complete
 from ila.runs.meter import StepMeter
 
 _OPTIMIZER, _STATE = "optimizer.pt", "trainer_state.json"
+# Of FSDP with FULL_STATE_DICT: by the names of the parameters.
+_NAMED_OPTIMIZER, _NAMED_MODEL = "optimizer.bin", "pytorch_model_fsdp.bin"
 
 
 def write_switch(
     checkpoint: Path,
     folder: Path,
     names: Sequence[Sequence[str]],
-    opened: Collection[str],
+    trained: Mapping[str, bool],
     save: Callable[[Path], None],
 ) -> Path:
     """Write the first checkpoint of the open layers into ``folder``, whole or not at all.
+
+    Checkpoints that FSDP writes in shards keep the moments of closed layers: torch loads the
+    entries of the parameters that are there. Each later checkpoint has the open ones alone.
 
     Args:
         checkpoint: Last checkpoint of the run with all layers.
         folder: Folder for ``checkpoint-N``.
         names: Names of the parameters in each group of that run's optimiser.
-        opened: Names of the parameters that train from now on.
+        trained: Name -> whether it trains from now on, for each parameter that the model has.
         save: Writes the adapter, with its mask applied, into a folder.
 
     Returns:
@@ -46,8 +51,7 @@ def write_switch(
     with write_folder_atomic(target, replace=True) as made:
         shutil.copytree(checkpoint, made, dirs_exist_ok=True)
         (made / MARKER).unlink()
-        state = torch.load(made / _OPTIMIZER, map_location="cpu", weights_only=True)
-        torch.save(filtered(state, names, opened), made / _OPTIMIZER)
+        _filter(made, names, trained)
         save(made)
         _go_on(made / _STATE)
         # Time and memory count the later steps only.
@@ -55,6 +59,20 @@ def write_switch(
         (made / StepMeter.FILE).write_text(json.dumps(empty), encoding="utf-8")
         mark_complete(made, int(checkpoint.name.rpartition("-")[2]))
     return target
+
+
+def _filter(folder: Path, names: Sequence[Sequence[str]], trained: Mapping[str, bool]) -> None:
+    """Remove closed layers from the optimiser's state, and parameters that are not there."""
+    opened = {name for name, trains in trained.items() if trains}
+
+    def change(name: str, by: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        if (folder / name).exists():
+            state = torch.load(folder / name, map_location="cpu", weights_only=True)
+            torch.save(by(state), folder / name)
+
+    change(_OPTIMIZER, lambda state: filtered(state, names, opened))
+    change(_NAMED_OPTIMIZER, lambda state: filtered_by_name(state, opened))
+    change(_NAMED_MODEL, lambda state: {n: t for n, t in state.items() if n in trained})
 
 
 def _go_on(file: Path) -> None:
@@ -85,6 +103,21 @@ def filtered(
             if old in state["state"]:
                 moments[new] = state["state"][old]
         count += len(kept)
+    return {**state, "state": moments, "param_groups": groups}
+
+
+def filtered_by_name(state: Mapping[str, Any], opened: Collection[str]) -> dict[str, Any]:
+    """Return an optimiser's state dict by names, as FSDP writes it, with the open parameters alone.
+
+    >>> state = {"state": {"a": 1, "b": 2}, "param_groups": [{"lr": 0.1, "params": ["a", "b"]}]}
+    >>> filtered_by_name(state, {"b"})
+    {'state': {'b': 2}, 'param_groups': [{'lr': 0.1, 'params': ['b']}]}
+    """
+    groups = [
+        {**group, "params": [name for name in group["params"] if name in opened]}
+        for group in state["param_groups"]
+    ]
+    moments = {name: entry for name, entry in state["state"].items() if name in opened}
     return {**state, "state": moments, "param_groups": groups}
 
 

@@ -46,6 +46,7 @@ from ila.training.loop import (
     resume_point,
     run,
 )
+from ila.training.loraplus import with_loraplus
 from ila.training.packing import packing_collator
 from ila.training.trained import Trained
 from ila.training.verdicts import FILE as VERDICTS
@@ -213,7 +214,8 @@ class _Training:
         own = stage_callbacks(
             title, log, progress=progress, also_save=meter.save, more=self.callbacks
         )
-        trainer = self.part.trainer_class(HeldOutTrainer)(
+        kind = with_loraplus(HeldOutTrainer, self.config.loraplus_lr_ratio)
+        trainer = self.part.trainer_class(kind)(
             self.part.model,
             args,
             packing_collator() if self.config.packing else self.collator,

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
@@ -75,6 +76,28 @@ def test_the_rate_follows_the_share_that_is_open(learn, train, ila, tmp_path, mo
         assert found.code == 0, found.err
         assert json.loads((out / "metrics.json").read_text())["config"]["learning_rate"] == rate
         assert ("Learning rate" in found.out) == (rate != 2e-4)
+
+
+@pytest.mark.parametrize("closed", ["keep", "drop"])
+def test_what_one_command_exports_is_what_plain_peft_computes_and_merges(
+    train, ila, tmp_path, tiny_model_folder, closed
+):
+    run = tmp_path / "run"
+    options = ("--select-at", "2", "--top", "0.3", "--closed", closed, "--learning-rate", "0.05")
+    assert train(run, *options).code == 0
+    assert ila("export", run, "--out", tmp_path / "plain").code == 0
+    assert {path.name for path in (tmp_path / "plain").iterdir()} == {
+        *("adapter_model.safetensors", "adapter_config.json", "README.md"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    assert ila("export", run, "--merge", "--out", tmp_path / "merged").code == 0
+    base = LlamaForCausalLM.from_pretrained(tiny_model_folder)
+    plain = PeftModel.from_pretrained(base, str(tmp_path / "plain"))
+    assert sum(hasattr(m, "lora_A") for m in plain.modules()) == (14 if closed == "keep" else 4)
+    expected = plain.merge_and_unload().state_dict()
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    assert set(merged) == set(expected)
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.1])

@@ -121,9 +121,9 @@ class BrokenOffError(BaseException):
     """What a kill looks like from inside."""
 
 
-def broken_off(name, call, run, *, after=False):
-    """Run until the given call of a method of ``Trainer``, before or after its work."""
-    original, calls = getattr(Trainer, name), 0
+def broken_off(name, call, run, *, after=False, owner=Trainer):
+    """Run until the given call of a method, before or after its work."""
+    original, calls = getattr(owner, name), 0
 
     def breaking(self, *args, **kwargs):
         nonlocal calls
@@ -134,13 +134,13 @@ def broken_off(name, call, run, *, after=False):
             original(self, *args, **kwargs)
         raise BrokenOffError
 
-    setattr(Trainer, name, breaking)
+    setattr(owner, name, breaking)
     try:
         run()
     except BrokenOffError:
         return
     finally:
-        setattr(Trainer, name, original)
+        setattr(owner, name, original)
     raise AssertionError(f"{name} was not called {call} times")
 
 

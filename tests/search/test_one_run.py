@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import LlamaForCausalLM, Trainer
 
 import ila
 from ila.masks.mask import LayerMask
@@ -140,6 +141,22 @@ def test_the_cache_begins_with_the_selection(make_llama, rows):
     assert (one - other).abs().max() <= 16 * torch.finfo(torch.float32).eps * one.max()
 
 
+@pytest.mark.parametrize("kind", ["DeepSpeed", "FSDP1"])
+def test_an_optimiser_that_cannot_be_filtered_is_refused(
+    make_llama, rows, tmp_path, monkeypatch, kind
+):
+    make = one_run._all_layers
+
+    def sharded(*arguments):
+        meter, trainer = make(*arguments)
+        trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = kind == "DeepSpeed", kind == "FSDP1"
+        return meter, trainer
+
+    monkeypatch.setattr(one_run, "_all_layers", sharded)
+    with pytest.raises(ValueError, match="needs one process, DDP or FSDP2, got DeepSpeed or FSDP1"):
+        go(make_llama(), rows, tmp_path)
+
+
 def test_no_folder_leaves_no_files_and_a_closed_layer_is_refused(make_llama, rows, tmp_path):
     metrics, mask = go(make_llama(), rows)
     assert metrics["steps"] == STEPS
@@ -147,3 +164,29 @@ def test_no_folder_leaves_no_files_and_a_closed_layer_is_refused(make_llama, row
     ila.apply_mask(model, mask, closed="keep")
     with pytest.raises(ValueError, match="is closed; the search needs every layer open"):
         go(model, rows)
+
+
+@pytest.mark.parametrize("closed", ["keep", "drop"])
+def test_plain_peft_reads_its_adapter_with_the_same_logits_and_merges_the_same(
+    make_llama, rows, tmp_path, tiny_model_folder, closed
+):
+    def base():
+        return LlamaForCausalLM.from_pretrained(tiny_model_folder).eval()
+
+    model = make_llama()
+    selection = Selection(Choice(top=0.3), at=SWITCH, closed=closed)
+    _, mask = go(model, rows, tmp_path, selection, learning_rate=5e-2)
+    plain = PeftModel.from_pretrained(base(), str(tmp_path)).eval()
+    assert not masked_layers(plain, "default")
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    found, expected = model.eval()(ids).logits, plain(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # logits of magnitude 3
+    assert (expected - base()(ids).logits).abs().max() > 1e-2
+    merged, theirs, bare = (
+        m.state_dict() for m in (model.merge_and_unload(), plain.merge_and_unload(), base())
+    )
+    assert set(merged) == set(theirs)
+    assert all(torch.equal(merged[name], theirs[name]) for name in theirs)
+    names = {n: f"{n.removeprefix('base_model.model.')}.weight" for n in (*mask.open, *mask.closed)}
+    changed = {n for n, name in names.items() if not torch.equal(merged[name], bare[name])}
+    assert changed == (set(names) if closed == "keep" else set(mask.open))

@@ -181,9 +181,10 @@ def test_resumed_before_at_and_after_the_switch_it_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("closed", ["keep", "drop"])
 @pytest.mark.parametrize("kind", [sft_trainer, dpo_trainer])
 def test_trainers_of_trl_select_as_trainer_does(
-    make, rows, tmp_path, tiny_model_folder, family, kind
+    make, rows, tmp_path, tiny_model_folder, family, kind, closed
 ):
     pytest.importorskip("trl")
 
@@ -192,13 +193,13 @@ def test_trainers_of_trl_select_as_trainer_does(
         model.name_or_path = model.config._name_or_path = str(tiny_model_folder)
         return kind(model, folder, rows)
 
-    chosen = ila.SelectLayers(at=SWITCH, blocks="last:1")
+    chosen = ila.SelectLayers(at=SWITCH, blocks="last:1", closed=closed)
     found = run(build(tmp_path / "one"), chosen)
     assert all(".layers.1." in name for name in chosen.mask.open) and len(chosen.mask.open) == 7
     without = run(build(tmp_path / "all"))
     assert found[0][:SWITCH] == without[0][:SWITCH] and found[0] != without[0]
     switch = tmp_path / "all" / f"checkpoint-{SWITCH}"
-    assert_same(run(build(tmp_path / "hand"), ByHand(chosen.mask, "keep"), switch), found)
+    assert_same(run(build(tmp_path / "hand"), ByHand(chosen.mask, closed), switch), found)
 
 
 @pytest.mark.parametrize("closed", ["keep", "drop"])
