@@ -2,7 +2,7 @@
 
 Recorded in milliseconds of the CPU time of this process: PEFT's own step on all layers, with
 transformers' loss; a step of all layers and of every set of open layers with this library; the
-forward of scoring; filling the cache, for each row.
+forward of scoring; the singular values of all weights; filling the cache, for each row.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from ila.models.loading import find_source, load_model
 from ila.prefix.cache import PrefixCache
 from ila.search.adapter_updates import AdapterUpdates
 from ila.search.in_place import path_scores
+from ila.search.spectra import by_weights
 
 PEFT, CACHED, FILL, SCORE = "PEFT, all layers", ", cached", "cache, a row", "scoring, a batch"
+SCAN = "singular values"
 BATCHES = 8
 WATCH = Watch(torch.device("cpu"), "cpu")
 
@@ -84,7 +86,10 @@ class _Times:
             model = self._ours()
             names = list(AdapterUpdates(model).layers)
             closed = "drop" if way.at is None else "keep"
-            apply_mask(model, way.mask(names, self._known_scores(names)), closed=closed)
+            scores = self._known_scores(names)
+            if way.by_weights is not None:
+                scores, extra[f"{SCAN}, {way.by_weights}"] = _scanned(updates, way.by_weights)
+            apply_mask(model, way.mask(names, scores), closed=closed)
             steps[name] = _stepper(model, self.batches)
             if self.part == "epochs" and way.opened.startswith("blocks"):
                 cache = self._cache(model, folder / name.replace(" ", "-"))
@@ -115,6 +120,13 @@ class _Times:
         plan = self.bench.plan
         base = load_model(find_source(plan.model), plan.dtype, None, torch.device("cpu"))
         return get_peft_model(base, lora(plan.rank))
+
+
+def _scanned(updates: AdapterUpdates, method: str) -> tuple[list[float], list[float]]:
+    """Return the scores of all layers by their base weights, and the ms that they took."""
+    found: dict[str, float] = {}
+    ms = WATCH.time(_phase(lambda: found.update(by_weights(updates.layers, method))), 0)
+    return list(found.values()), ms
 
 
 def set_of(way: Way) -> str:

@@ -75,9 +75,15 @@ class Trainings:
         if way.at is not None:
             return model, self._one_run(model, rows, config, way)
         if way.opened != "all":
-            found = self.bench.mask(data, seed, SCORING, (1.0,)) if way.search else {}
-            apply_mask(model, way.mask(list(AdapterUpdates(model).layers), found.get("scores")))
+            apply_mask(
+                model, way.mask(list(AdapterUpdates(model).layers), self._scores(data, seed, way))
+            )
         return model, train(model, rows.dataset, config, collator=rows.collator, progress=False)
+
+    def _scores(self, data: str, seed: int, way: Way) -> list[float] | None:
+        if way.by_weights is not None:
+            return self.bench.mask(data, seed, Scoring(way.by_weights), ())["scores"]
+        return self.bench.mask(data, seed, SCORING, (1.0,))["scores"] if way.search else None
 
     def _one_run(
         self, model: PeftModel, rows: Prepared, config: TrainConfig, way: Way

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from ila.masks.mask import LayerMask
 from ila.price.choice import Choice
+from ila.search.spectra import SPECTRA
 
 ALL = "all layers"
 _QK = re.compile(r"\.(q|k)_proj$")
@@ -30,7 +31,8 @@ class Way:
         name: Name in tables.
         share: Steps, as a share of the steps of a full run.
         opened: Layers that train from the switch on, or from the start: ``"all"``, ``"blocks:N"``,
-            ``"no-qk"``, ``"top:SHARE"`` (by ``path`` scores).
+            ``"no-qk"``, ``"top:SHARE"`` (by ``path`` scores), ``"snr:SHARE"`` or ``"kappa:SHARE"``
+            (by the singular values of the base weights).
         at: Time of the switch as a share of the run's own steps; None trains from scratch.
         search: Whether a run before this one makes the scores.
     """
@@ -58,6 +60,12 @@ class Way:
         kind, _, value = self.opened.partition(":")
         return Choice(blocks=int(value)) if kind == "blocks" else Choice(top=float(value))
 
+    @property
+    def by_weights(self) -> str | None:
+        """The method that scores the layers from the base weights alone, if one does."""
+        kind = self.opened.partition(":")[0]
+        return kind if kind in SPECTRA else None
+
     def mask(self, names: Sequence[str], scores: Sequence[float] | None = None) -> LayerMask:
         """Return the mask of a training from scratch.
 
@@ -78,11 +86,17 @@ ONE_PASS = (
     FULL,
     Way("one run, last half of the blocks", opened="blocks:15", at=0.25),
     Way(f"{ALL}, 0.8 of the steps", share=0.8),
+    Way("one run, last 18 blocks", opened="blocks:18", at=0.25),
     Way("no q and k", opened="no-qk"),
-    Way("one run, best 30 %", opened="top:0.3", at=0.25),
+    Way("no q and k, 0.9 of the steps", share=0.9, opened="no-qk"),
+    Way("one run, last 22 blocks", opened="blocks:22", at=0.25),
+    Way(f"{ALL}, 0.9 of the steps", share=0.9),
     Way("last half of the blocks", opened="blocks:15"),
-    Way(f"{ALL}, 0.6 of the steps", share=0.6),
     Way("two runs, best 30 %", opened="top:0.3", search=True),
+    Way("best 30 % by `kappa`", opened="kappa:0.3"),
+    Way("best 30 % by `snr`", opened="snr:0.3"),
+    Way("one run, best 30 %", opened="top:0.3", at=0.25),
+    Way(f"{ALL}, 0.6 of the steps", share=0.6),
     Way("one run, last 9 blocks", opened="blocks:9", at=0.25),
     Way("one run, last half from the middle on", opened="blocks:15", at=0.5),
 )
@@ -90,6 +104,7 @@ EPOCHS = (
     FULL,
     Way("one run, last half of the blocks", opened="blocks:15", at=0.25),
     Way(f"{ALL}, 0.75 of the steps", share=0.75),
+    Way("one run, last 12 blocks", opened="blocks:12", at=0.25),
     Way("one run, last 9 blocks", opened="blocks:9", at=0.25),
     Way("last half of the blocks", opened="blocks:15"),
 )

@@ -16,7 +16,7 @@ from benchmarks.sections.study_numbers import Estimate
 PAGE = "study"
 TITLE = "Which way to train pays: loss against total time"
 ORDER = 1
-FIGURE = "frontier.png"
+FIGURE, SAYS = "frontier.png", "Share of the gain lost against total time"
 PARTS = {"one pass": "One pass: no row is seen twice", "epochs": "Three epochs over few rows"}
 
 
@@ -30,7 +30,7 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
     found = frontier(results)
     if found is None:
         return []
-    parts = [_rule(found), picture(FIGURE, "Share of the gain lost against total time")]
+    parts = [_rule(found), picture(FIGURE, SAYS)]
     for part in found.parts:
         points = found.points(part)
         parts += [f"**{PARTS[part]}.** {_setting(found, part)}", _table(points)]
@@ -53,7 +53,8 @@ def summary(results: Mapping[str, Any]) -> list[str]:
             f"{point.time:.2f} of PEFT's time on all layers, search included, and loses "
             f"{said.mean * 100:.1f} % of the gain ({said.low * 100:.1f} … {said.high * 100:.1f}), "
             f"each at its best learning rate. This library on all layers for fewer steps "
-            f"({other.time:.2f}) {_against(behind)}."
+            f"({other.time:.2f}) {_against(behind)}.",
+            f"![{SAYS}](docs/figures/{FIGURE})",
         ]
     return []
 
@@ -79,7 +80,8 @@ def _rule(found: Frontier) -> str:
         "seed of each data set, used for the other seeds too. Total time counts every step, the "
         "scores and the cache; step times were measured in turns, as CPU time of one thread, and "
         "are relative to PEFT on all layers with transformers' loss. PEFT's layers give the same "
-        "losses as ours with all layers open, so one training stands for both."
+        "losses as ours with all layers open, so one training stands for both. `kappa` and `snr` "
+        "score layers by the singular values of their weights; the scan counts."
     )
 
 

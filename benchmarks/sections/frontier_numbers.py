@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.frontier.times import CACHED, FILL, PEFT, SCORE, set_of
+from benchmarks.frontier.times import CACHED, FILL, PEFT, SCAN, SCORE, set_of
 from benchmarks.frontier.ways import ALL, FULL, PARTS, Way
 from benchmarks.sections.study_numbers import Estimate
 
@@ -137,6 +137,8 @@ def _total(
     total = 0.0
     if way.search:
         total = full * ms[ALL] + PATH_BATCHES * ms[SCORE]
+    if way.by_weights is not None:
+        total = ms[f"{SCAN}, {way.by_weights}"]
     if way.at is not None:
         before = round(way.at * steps)
         scoring = PATH_BATCHES * ms[SCORE] if way.opened.startswith("top") else 0.0

@@ -1,0 +1,158 @@
+"""The frontier: ways to train, each at its best rate, their total times, and the sentences."""
+
+import json
+
+import pytest
+
+from benchmarks.frontier import run as frontier
+from benchmarks.frontier import train as training
+from benchmarks.frontier.times import CACHED, FILL, PEFT, SCAN, SCORE
+from benchmarks.frontier.ways import ALL, FULL, ONE_PASS, PARTS, Way
+from benchmarks.sections import frontier as section
+from benchmarks.sections.frontier_numbers import PATH_BATCHES, Frontier, gap, rival
+
+HALF = Way("one run", opened="blocks:1", at=0.25)
+CUT = Way("cut", share=0.5)
+TWICE = Way("two runs", opened="top:0.3", search=True)
+KAPPA = Way("kappa", opened="kappa:0.3")
+MS = {
+    PEFT: [10.0], ALL: [8.0], SCORE: [3.0], f"{SCAN}, kappa": [30.0],
+    "blocks:1, kept": [4.0], "top:0.3, from scratch": [6.0], "kappa:0.3, from scratch": [5.0],
+}  # fmt: skip
+
+
+def line(way, data, seed, rate, loss, part="one pass", **key):
+    common = {"limit": 100, "held_out": 0.6, "full": 60, "model": "m", "rank": 8}
+    common |= {"batch_rows": 2, "max_length": 9, "part": part, "data": data, "seed": seed}
+    key = {**common, **way.key(), "learning_rate": rate, "steps": way.steps(60), **key}
+    return {"kind": "frontier", "key": key, "result": {"before": 2.0, "held_out_loss": loss}}
+
+
+def trained(way, losses, part="one pass"):
+    """Two sets and two seeds; the best of three rates on seed 0 is 2e-3."""
+    lines = []
+    for data in losses:
+        for seed, loss in enumerate(losses[data]):
+            rates = {1e-3: 0.1, 2e-3: 0.0, 3e-3: 0.2} if seed == 0 else {2e-3: 0.0}
+            lines += [line(way, data, seed, r, loss + more, part) for r, more in rates.items()]
+    return lines
+
+
+def times(part="one pass", data=("a", "b"), **ms):
+    key = {"part": part}
+    return [
+        {"kind": "frontier times", "key": key | {"data": name}, "result": MS | ms} for name in data
+    ]
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    monkeypatch.setitem(PARTS, "one pass", (FULL, HALF, CUT, TWICE, KAPPA))
+    base = {"kind": "base", "key": {"limit": 100}, "result": {"rows": 40}}
+    return [
+        base,
+        *trained(FULL, {"a": [1.0, 1.2], "b": [1.5, 1.4]}),
+        *trained(HALF, {"a": [1.1, 1.2], "b": [1.6, 1.4]}),
+        *trained(CUT, {"a": [1.2, 1.36], "b": [1.6, 1.52]}),
+        *trained(TWICE, {"a": [1.0, 1.0]}),
+        *trained(KAPPA, {"a": [1.0, 1.0]}),
+        *times(),
+    ]
+
+
+def test_total_time_counts_steps_scores_and_scans(lines):
+    points = {point.way: point for point in Frontier(lines).points("one pass")}
+    steps, full = 60, 60 * 10.0
+    expected = {
+        FULL: steps * 8 / full,
+        HALF: (15 * 8 + 45 * 4) / full,
+        CUT: 30 * 8 / full,
+        TWICE: (steps * 8 + PATH_BATCHES * 3 + steps * 6) / full,
+        KAPPA: (30 + steps * 5) / full,
+    }
+    assert {way: point.time for way, point in points.items()} == pytest.approx(expected)
+
+
+def test_the_cache_is_paid_for_in_the_part_that_uses_it(lines, monkeypatch):
+    monkeypatch.setitem(PARTS, "epochs", (FULL, HALF))
+    extra = {"blocks:1, kept" + CACHED: [2.0], f"{FILL}, blocks:1, kept": [1.5]}
+    lines += trained(FULL, {"a": [1.0]}, "epochs") + trained(HALF, {"a": [1.0]}, "epochs")
+    lines += times("epochs", ("a",), **extra)
+    whole, half = Frontier(lines).points("epochs")
+    assert whole.time == 0.8
+    assert half.time == pytest.approx((15 * 8 + 40 * 1.5 + 45 * 2) / 600)
+
+
+def test_each_way_is_at_the_rate_that_was_best_on_the_first_seed(lines):
+    whole, half, *_ = Frontier(lines).points("one pass")
+    assert half.rates == {"a": 2e-3, "b": 2e-3} and whole.estimate().mean == 0.0
+    assert half.lost == pytest.approx({("a", 0): 0.1, ("a", 1): 0.0, ("b", 0): 0.2, ("b", 1): 0.0})
+    # A better loss at another rate on a later seed counts for nothing.
+    again = Frontier([*lines, line(HALF, "a", 1, 1e-3, 0.5)]).points("one pass")[1]
+    assert again.lost == half.lost
+    # Two rates are no search.
+    few = [found for found in lines if found["key"].get("learning_rate") != 3e-3]
+    assert Frontier(few).points("one pass") == []
+
+
+def test_the_rival_is_the_cut_that_takes_as_long(lines):
+    points = Frontier(lines).points("one pass")
+    _, half, cut, *_ = points
+    assert half.time > cut.time and rival(points, half).way == FULL
+    assert rival(points, cut).way == CUT
+    assert gap(half, cut).mean == pytest.approx((0.1 + 0.0 + 0.2 + 0.0) / 4 - 0.2)
+
+
+def test_the_page_and_the_front_say_what_the_numbers_say(lines):
+    text = "\n".join(section.markdown({"frontier": lines}))
+    assert "| one run | 0.50 | +7.5 % (" in text and "| PEFT, all layers | 1.00 | +0.0 % (" in text
+    assert "it loses +7.5 % of the gain" in text and "worse on 2 of 2 data sets" in text
+    said, shown = section.summary({"frontier": lines})
+    assert "takes 0.50 of PEFT's time" in said and shown.endswith("(docs/figures/frontier.png)")
+
+
+def test_a_way_opens_the_layers_that_its_name_says():
+    names = [f"layers.{block}.{kind}" for block in range(4) for kind in ("q_proj", "up_proj")]
+    scores = [1.0, 2.0, 8.0, 7.0, 3.0, 4.0, 5.0, 6.0]
+    assert Way("", opened="blocks:1").mask(names).open == tuple(names[-2:])
+    assert Way("", opened="top:0.25").mask(names, scores).open == tuple(names[2:4])
+    assert Way("", opened="kappa:0.25").mask(names, scores).open == tuple(names[2:4])
+    assert [way.by_weights for way in (KAPPA, TWICE, HALF)] == ["kappa", None, None]
+    distinct = {(way.opened, way.at, way.share, way.search) for way in ONE_PASS}
+    assert len(distinct) == len(ONE_PASS) == len({way.name for way in ONE_PASS})
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [(["--data", "rows.json"], "NAME=FILE"), (["--part", "x"], "invalid choice")],
+)
+def test_bad_options_are_named(options, says, capsys):
+    with pytest.raises(SystemExit):
+        frontier.parse(["--model", "m", "--out", "o", *options])
+    assert says in capsys.readouterr().err
+
+
+def test_every_way_trains_and_a_second_command_trains_nothing(
+    tiny_model_folder, tmp_path, monkeypatch
+):
+    rows = [{"instruction": f"add {i}", "output": str(i % 7)} for i in range(600)]
+    data, out = tmp_path / "rows.json", tmp_path / "found.jsonl"
+    data.write_text(json.dumps(rows))
+    ways = (FULL, HALF, Way("no q and k", opened="no-qk"), TWICE, KAPPA)
+    monkeypatch.setitem(PARTS, "one pass", ways)
+    monkeypatch.setattr(training, "SCORING", training.Scoring("path", 1.0, stage2_steps=5))
+    command = ["frontier", "--model", str(tiny_model_folder), "--data", f"a={data}"]
+    command += ["--out", str(out), "--part", "one pass", "--steps", "4", "--seeds", "0", "1"]
+    monkeypatch.setattr("sys.argv", command)
+    frontier.main()
+    found = [json.loads(text) for text in out.read_text().splitlines()]
+    cells = [item["key"] for item in found if item["kind"] == "frontier"]
+    assert {(key["opened"], key["seed"]) for key in cells} == {
+        (way.opened, seed) for way in ways for seed in (0, 1)
+    }
+    assert all(len([k for k in cells if k["opened"] == way.opened]) >= 4 for way in ways)
+    whole = out.read_bytes()
+    monkeypatch.setattr(training.Trainings, "_train", None)
+    frontier.main()
+    assert out.read_bytes() == whole
+    assert len(Frontier(found).points("one pass")) == len(ways)
