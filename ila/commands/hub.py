@@ -6,6 +6,7 @@ the adapter, its card, the tokenizer and the mask, and no file that describes th
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from huggingface_hub import HfApi, get_token
 
 from ila.boundary import InputError, in_one_line
 from ila.commands.export import beside
+from ila.runs.atomic import write_json_atomic
 from ila.runs.processes import on_main_process
 from ila.training.arguments import HUB_FIELDS
 from ila.training.card import CARD
@@ -73,7 +75,8 @@ class Hub:
                 shutil.copyfile(run / file, folder / file)
             mask = run / MASK if mask_file is None else mask_file
             if mask.exists():
-                shutil.copyfile(mask, folder / MASK)
+                found = json.loads(mask.read_text(encoding="utf-8"))
+                write_json_atomic(folder / MASK, _without_folders(found))
             text = (folder / CARD).read_text(encoding="utf-8")
             (folder / CARD).write_text(_without_local_base(text), encoding="utf-8")
             remedy = f"the adapter is whole in {run}; the same command with --resume uploads again"
@@ -115,6 +118,15 @@ def _asking(repository: str, state: str) -> Iterator[None]:
         text, token = in_one_line(error), get_token()
         text = text.replace(token, "…") if token else text
         raise InputError(f"push_to_hub to {repository!r} failed: {text}; {state}") from None
+
+
+def _without_folders(value: object) -> object:
+    """Return a JSON value in which paths of this machine are the names of their files."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _without_local_base(card: str) -> str:

@@ -56,6 +56,17 @@ OURS = {"adapter_model.safetensors", "adapter_config.json", "README.md", "mask.j
 OF_THE_RUN = {"run.json", "train.json", "metrics.json", "log.jsonl", "config.yaml", "heatmap.png"}
 
 
+def assert_the_mask(files, mask_file, tmp_path):
+    """The mask is whole, and names no folder of this machine."""
+    uploaded = tmp_path / "uploaded.json"
+    uploaded.write_bytes(files["mask.json"])
+    mask = LayerMask.load(mask_file)
+    assert LayerMask.load(uploaded).open == mask.open
+    assert LayerMask.load(uploaded).scores == mask.scores
+    here = str(tmp_path.parent)
+    assert here in mask_file.read_text() and here not in uploaded.read_text()
+
+
 def test_a_training_under_a_mask_uploads_adapter_card_tokenizer_and_mask(
     train, hub, mask_file, tmp_path, tiny_model_folder
 ):
@@ -72,7 +83,7 @@ def test_a_training_under_a_mask_uploads_adapter_card_tokenizer_and_mask(
     files = hub["files"]
     assert set(files) > OURS and {"tokenizer.json", "tokenizer_config.json"} < set(files)
     assert not (OF_THE_RUN | {"verdicts.json"}) & set(files)
-    assert files["mask.json"] == mask_file.read_bytes()
+    assert_the_mask(files, mask_file, tmp_path)
     assert files["adapter_model.safetensors"] == (out / "adapter_model.safetensors").read_bytes()
     assert len(load_file(out / "adapter_model.safetensors")) == 2 * len(
         LayerMask.load(mask_file).open
@@ -91,7 +102,7 @@ def test_one_run_uploads_its_own_mask_under_the_name_of_its_folder(train, hub, t
     )
     assert answer.code == 0, answer.err
     assert hub["upload"][0] == "me/chosen" and set(hub["files"]) > OURS | {"tokenizer.json"}
-    assert hub["files"]["mask.json"] == (tmp_path / "chosen/mask.json").read_bytes()
+    assert_the_mask(hub["files"], tmp_path / "chosen/mask.json", tmp_path)
 
 
 def test_an_upload_that_fails_is_one_line_and_resume_uploads_again(ila, train, hub, tmp_path):
