@@ -163,7 +163,7 @@ def _draw(found: Frontier, path: Path) -> None:
         axis.annotate(
             "PEFT, all layers",
             (1.0, 0.0),
-            (4, 9),
+            (4, -25),
             textcoords="offset points",
             ha="right",
             fontsize=8.5,
@@ -185,9 +185,9 @@ def _mark(axis: Any, point: Point) -> None:
     half = [[(said.mean - said.low) * 100], [(said.high - said.mean) * 100]]
     bars = half if said.count > 1 else None
     axis.errorbar([point.time], [said.mean * 100], yerr=bars, fmt="o", color=colour, capsize=2)
-    below = point.way == FULL
+    below = point.way == FULL or said.mean < 0
     place = {
-        "xytext": (-4, -14) if below else (6, 4),
+        "xytext": (4, -13) if below else (6, 4),
         "textcoords": "offset points",
         "fontsize": 8.5,
         "color": INK,
