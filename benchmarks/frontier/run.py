@@ -47,7 +47,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
     parser.add_argument("--part", choices=PARTS, action="append")
-    parser.add_argument("--ways", type=int, help="the first so many ways of each part")
+    parser.add_argument("--way", action="append", metavar="NAME", help="these ways alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", help="to begin with")
     parser.add_argument("--steps", type=int, default=STEPS, help="of a full run")
@@ -56,6 +56,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if any("=" not in item for item in options.data):
         parser.error(f"--data must be NAME=FILE, got {options.data}")
+    known = {way.name for ways in PARTS.values() for way in ways}
+    if unknown := set(options.way or ()) - known:
+        parser.error(f"--way must be of {sorted(known)}, got {sorted(unknown)}")
     return options
 
 
@@ -76,6 +79,11 @@ def plan_of(options: argparse.Namespace, part: str) -> Plan:
         rank=RANK,
         dtype="auto",
     )
+
+
+def chosen(ways: Sequence[Way], names: Sequence[str] | None) -> tuple[Way, ...]:
+    """Return the ways that have these names, in their own order; all without names."""
+    return tuple(way for way in ways if names is None or way.name in names)
 
 
 def run_part(trainings: Trainings, ways: tuple[Way, ...], options: argparse.Namespace) -> None:
@@ -120,7 +128,7 @@ def main() -> None:
     with closing(records), tempfile.TemporaryDirectory() as scratch:
         for part in options.part or PARTS:
             bench = Bench(plan_of(options, part), records, Path(scratch))
-            ways = PARTS[part][: options.ways]
+            ways = chosen(PARTS[part], options.way)
             trainings = Trainings(bench, part, options.steps, screen)
             if options.time:
                 from benchmarks.frontier.times import time_steps
