@@ -10,6 +10,8 @@ seeds at the rate that was best there for the same data. Two parts:
 - ``one pass``: no row is seen twice.
 - ``epochs``: few rows, three times each, where the prefix cache pays.
 
+Ways to choose few layers (``benchmarks.frontier.methods``) train in one pass too.
+
 ``--time`` measures step times instead, in turns, with the CPU time of this process.
 """
 
@@ -24,8 +26,9 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.frontier.methods import METHODS, PARTS
 from benchmarks.frontier.train import Trainings
-from benchmarks.frontier.ways import PARTS, Way
+from benchmarks.frontier.ways import Way
 from benchmarks.study.cells import Bench, Plan
 from benchmarks.study.records import Records
 
@@ -129,6 +132,8 @@ def main() -> None:
         for part in options.part or PARTS:
             bench = Bench(plan_of(options, part), records, Path(scratch))
             ways = chosen(PARTS[part], options.way)
+            if options.time and options.way is None:
+                ways = tuple(way for way in ways if way not in METHODS)
             trainings = Trainings(bench, part, options.steps, screen)
             if options.time:
                 from benchmarks.frontier.times import time_steps

@@ -19,6 +19,7 @@ from peft import PeftModel, get_peft_model
 
 from benchmarks.frontier.train import Trainings
 from benchmarks.frontier.ways import ALL, Way
+from benchmarks.harness.session import allocator, processor
 from benchmarks.harness.timing import Run, Watch, interleaved
 from benchmarks.model.contestants import lora
 from ila.models.edit import apply_mask
@@ -40,6 +41,7 @@ def time_steps(trainings: Trainings, ways: Sequence[Way], rounds: int) -> None:
     plan = trainings.bench.plan
     for data in plan.data:
         key = {**plan.common(), "data": data, "part": trainings.part, "rounds": rounds}
+        key |= {"processor": processor(), "allocator": allocator()}
         if trainings.bench.records.get("frontier times", key) is None:
             times = _Times(trainings, data).measured(ways, rounds)
             trainings.bench.records.add("frontier times", key, times)
@@ -99,9 +101,10 @@ class _Times:
         return steps, extra
 
     def _known_scores(self, names: Sequence[str]) -> list[float]:
-        """Return the scores of this data that the records hold, else equal ones."""
+        """Return the ``path`` scores of this data that the records hold, else equal ones."""
         for key, mask in self.bench.records.of("mask"):
-            if key["data"] == self.data and len(mask["scores"]) == len(names):
+            known = key["data"] == self.data and key["method"] == "path"
+            if known and len(mask["scores"]) == len(names):
                 return list(mask["scores"])
         return [0.0] * len(names)
 

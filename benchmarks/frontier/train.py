@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from peft import PeftModel
@@ -18,10 +19,19 @@ from ila.models.edit import apply_mask
 from ila.search.adapter_updates import AdapterUpdates
 from ila.search.one_run import train_and_select
 from ila.search.selection import Selection
+from ila.search.spectra import SPECTRA
 from ila.training.config import TrainConfig
 from ila.training.train import train
 
-SCORING = Scoring("path", milestone=1.0, stage2_steps=12)
+PATH = "path"
+# Method -> how it scores: after a whole run on all layers, or without any.
+SCORINGS = {
+    PATH: Scoring(PATH, milestone=1.0, stage2_steps=12),
+    "gate_gradient": Scoring("gate_gradient", milestone=1.0),
+    "update_norm": Scoring("update_norm", milestone=1.0),
+    "ila": Scoring("ila", milestone=1.0, stage2_steps=60),
+    **{method: Scoring(method) for method in (*SPECTRA, "random")},
+}
 
 
 @dataclass(frozen=True)
@@ -81,9 +91,16 @@ class Trainings:
         return model, train(model, rows.dataset, config, collator=rows.collator, progress=False)
 
     def _scores(self, data: str, seed: int, way: Way) -> list[float] | None:
-        if way.by_weights is not None:
-            return self.bench.mask(data, seed, Scoring(way.by_weights), ())["scores"]
-        return self.bench.mask(data, seed, SCORING, (1.0,))["scores"] if way.search else None
+        if way.scored_by is None:
+            return None
+        if way.scored_by == "others":
+            others = [name for name in self.bench.plan.data if name != data]
+            scores = [self._scored(other, seed, PATH) for other in others]
+            return [fmean(each) for each in zip(*scores, strict=True)]
+        return self._scored(data, seed, way.scored_by)
+
+    def _scored(self, data: str, seed: int, method: str) -> list[float]:
+        return self.bench.mask(data, seed, SCORINGS[method], (1.0,))["scores"]
 
     def _one_run(
         self, model: PeftModel, rows: Prepared, config: TrainConfig, way: Way

@@ -31,8 +31,10 @@ class Way:
         name: Name in tables.
         share: Steps, as a share of the steps of a full run.
         opened: Layers that train from the switch on, or from the start: ``"all"``, ``"blocks:N"``,
-            ``"no-qk"``, ``"top:SHARE"`` (by ``path`` scores), ``"snr:SHARE"`` or ``"kappa:SHARE"``
-            (by the singular values of the base weights).
+            ``"no-qk"``, ``"mlps:N"`` (the MLPs of the last N blocks), ``"top:SHARE"`` (by ``path``
+            scores), ``"others:SHARE"`` (by the mean ``path`` scores of the other data sets), or
+            ``"METHOD:SHARE"`` with another method of the search, of ``ila.baselines``, or ``snr``
+            and ``kappa`` (by the singular values of the base weights).
         at: Time of the switch as a share of the run's own steps; None trains from scratch.
         search: Whether a run before this one makes the scores.
     """
@@ -61,6 +63,18 @@ class Way:
         return Choice(blocks=int(value)) if kind == "blocks" else Choice(top=float(value))
 
     @property
+    def scored_by(self) -> str | None:
+        """The method whose scores choose the layers; None where their names do.
+
+        >>> Way("", opened="top:0.3").scored_by, Way("", opened="mlps:21").scored_by
+        ('path', None)
+        """
+        kind = self.opened.partition(":")[0]
+        if kind in ("all", "blocks", "no-qk", "mlps"):
+            return None
+        return "path" if kind == "top" else kind
+
+    @property
     def by_weights(self) -> str | None:
         """The method that scores the layers from the base weights alone, if one does."""
         kind = self.opened.partition(":")[0]
@@ -77,6 +91,9 @@ class Way:
         )
         if self.opened == "no-qk":
             return LayerMask(scored, {name: not _QK.search(name) for name in names})
+        if self.opened.startswith("mlps:"):
+            top = Choice(blocks=int(self.opened.partition(":")[2])).cut(scored)
+            return LayerMask(scored, {name: top.gates[name] and ".mlp." in name for name in names})
         return self.choice().cut(scored)
 
 
@@ -108,4 +125,3 @@ EPOCHS = (
     Way("one run, last 9 blocks", opened="blocks:9", at=0.25),
     Way("last half of the blocks", opened="blocks:15"),
 )
-PARTS = {"one pass": ONE_PASS, "epochs": EPOCHS}

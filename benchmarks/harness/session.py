@@ -22,6 +22,7 @@ from ila.commands.inputs import versions
 from ila.runs.atomic import write_json_atomic
 
 Row = dict[str, Any]
+ALLOCATORS, SYSTEM_ALLOCATOR = ("tcmalloc", "jemalloc", "mimalloc"), "the system's"
 SIZES = ("smoke", "quick", "full")
 
 
@@ -172,17 +173,30 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "device": device.type,
-        "processor": _processor(),
+        "processor": processor(),
+        "allocator": allocator(),
     }
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found | {"versions": versions()}
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the processor, as the system gives it."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor()
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor())
+
+
+def allocator() -> str:
+    """Return the name of the library whose ``malloc`` this process uses.
+
+    The system's may ask for fresh pages for every large tensor, which the processor then clears:
+    time that depends on the machine, and hits whoever allocates most.
+    """
+    maps = Path("/proc/self/maps")
+    loaded = maps.read_text(encoding="utf-8", errors="replace") if maps.exists() else ""
+    return next((name for name in ALLOCATORS if f"lib{name}" in loaded), SYSTEM_ALLOCATOR)

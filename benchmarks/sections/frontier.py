@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.frontier.methods import METHODS
 from benchmarks.frontier.ways import FULL
 from benchmarks.sections.common import BLUE, GREY, INK, ORANGE, RED, picture, save, table
 from benchmarks.sections.frontier_numbers import Frontier, Point, gap, rival
@@ -25,6 +26,11 @@ def frontier(results: Mapping[str, Any]) -> Frontier | None:
     return Frontier(results["frontier"]) if "frontier" in results else None
 
 
+def _ways(found: Frontier, part: str) -> list[Point]:
+    """Return the points of a part, less those that compare ways to choose few layers."""
+    return [point for point in found.points(part) if point.way not in METHODS]
+
+
 def markdown(results: Mapping[str, Any]) -> list[str]:
     """Return the paragraphs of the page."""
     found = frontier(results)
@@ -32,7 +38,7 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
         return []
     parts = [_rule(found), picture(FIGURE, SAYS)]
     for part in found.parts:
-        points = found.points(part)
+        points = _ways(found, part)
         parts += [f"**{PARTS[part]}.** {_setting(found, part)}", _table(points)]
         parts += [text for text in ["\n".join(verdicts(points))] if text]
     return parts
@@ -41,7 +47,7 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
 def summary(results: Mapping[str, Any]) -> list[str]:
     """Return what one run gains, for the front page."""
     found = frontier(results)
-    points = [] if found is None else found.points("one pass")
+    points = [] if found is None else _ways(found, "one pass")
     for point in points:
         other = rival(points, point)
         if point.way.at is None or other is None or gap(point, other).count < 2:
@@ -147,7 +153,7 @@ def figures(results: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
 def _draw(found: Frontier, path: Path) -> None:
     figure, axes = untitled(1, len(found.parts), size=(5.6 * len(found.parts), 4.2))
     for axis, part in zip(axes[0], found.parts, strict=True):
-        points = [point for point in found.points(part) if point.time is not None]
+        points = [point for point in _ways(found, part) if point.time is not None]
         whole = sorted(
             (point for point in points if point.way.opened == "all"), key=lambda p: p.time or 0.0
         )

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
+from benchmarks.frontier.methods import PARTS
 from benchmarks.frontier.times import CACHED, FILL, PEFT, SCAN, SCORE, set_of
-from benchmarks.frontier.ways import ALL, FULL, PARTS, Way
+from benchmarks.frontier.ways import ALL, FULL, Way
 from benchmarks.sections.study_numbers import Estimate
 
 PATH_BATCHES = 12

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from benchmarks.harness.session import SYSTEM_ALLOCATOR
 from benchmarks.sections.common import BLUE, GREEN, INK, NOT_MEASURED, PURPLE, RED, SKY, style
 
 COLOURS = {
@@ -13,9 +14,11 @@ COLOURS = {
 
 
 def machine(document: Mapping[str, Any]) -> str:
-    """On what a run was: device, threads, library versions that matter, clock."""
+    """On what a run was: device, threads, allocator, library versions that matter, clock."""
     where, options = document["environment"], document["options"]
     device = where.get("gpu") or f"CPU ({where['processor']}), threads: {where['threads']}"
+    if (allocator := where.get("allocator", SYSTEM_ALLOCATOR)) != SYSTEM_ALLOCATOR:
+        device += f", allocator: {allocator}"
     clock = {"cpu": "CPU time", "wall": "wall time", "events": "GPU time"}[options["clock"]]
     versions = where["versions"]
     return f"{device}; torch {versions['torch']}, PEFT {versions['peft']}; {clock}"

@@ -1,13 +1,16 @@
 """The frontier: ways to train, each at its best rate, their total times, and the sentences."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.frontier import run as frontier
 from benchmarks.frontier import train as training
+from benchmarks.frontier.methods import LAST_MLPS, METHODS, PARTS, best_by
 from benchmarks.frontier.times import CACHED, FILL, PEFT, SCAN, SCORE
-from benchmarks.frontier.ways import ALL, FULL, ONE_PASS, PARTS, Way
+from benchmarks.frontier.ways import ALL, FULL, ONE_PASS, Way
+from benchmarks.sections import best_rate
 from benchmarks.sections import frontier as section
 from benchmarks.sections.frontier_numbers import PATH_BATCHES, Frontier, gap, rival
 
@@ -117,14 +120,57 @@ def test_a_way_opens_the_layers_that_its_name_says():
     assert Way("", opened="blocks:1").mask(names).open == tuple(names[-2:])
     assert Way("", opened="top:0.25").mask(names, scores).open == tuple(names[2:4])
     assert Way("", opened="kappa:0.25").mask(names, scores).open == tuple(names[2:4])
+    mlps = ["layers.0.mlp.up_proj", "layers.1.self_attn.q_proj", "layers.1.mlp.up_proj"]
+    assert Way("", opened="mlps:1").mask(mlps).open == (mlps[2],)
+    assert Way("", opened="no-qk").mask(names[:2]).open == (names[1],)
     assert [way.by_weights for way in (KAPPA, TWICE, HALF)] == ["kappa", None, None]
-    distinct = {(way.opened, way.at, way.share, way.search) for way in ONE_PASS}
-    assert len(distinct) == len(ONE_PASS) == len({way.name for way in ONE_PASS})
+    every = PARTS["one pass"]
+    distinct = {(way.opened, way.at, way.share, way.search) for way in every}
+    assert len(distinct) == len(every) == len({way.name for way in every})
+
+
+def test_a_method_at_a_share_is_trained_once():
+    assert best_by("path", 0.3) in ONE_PASS and best_by("kappa", 0.3) in ONE_PASS
+    assert best_by("path", 0.1) in METHODS and best_by("path", 0.1).scored_by == "path"
+    assert best_by("ila", 0.3).search and not best_by("others", 0.3).search
+
+
+def test_the_scores_of_other_data_sets_are_averaged(monkeypatch):
+    scores = {"a": [9.0, 9.0], "b": [1.0, 4.0], "c": [3.0, 2.0]}
+    bench = SimpleNamespace(plan=SimpleNamespace(data=scores))
+    trainings = training.Trainings(bench, "one pass", 4, None)
+    monkeypatch.setattr(training.Trainings, "_scored", lambda self, data, seed, by: scores[data])
+    assert trainings._scores("a", 0, best_by("others", 0.3)) == [2.0, 3.0]
+    assert trainings._scores("a", 0, best_by("path", 0.3)) == [9.0, 9.0]
+    assert trainings._scores("a", 0, HALF) is None
+
+
+def test_methods_are_compared_on_the_same_cells_and_stay_out_of_the_frontier(monkeypatch):
+    path, update, mlps = best_by("path", 0.3), best_by("update_norm", 0.3), LAST_MLPS
+    found = [
+        *trained(FULL, {"a": [1.0, 1.2], "b": [1.5, 1.4]}),
+        *trained(path, {"a": [1.1, 1.28]}),
+        *trained(update, {"a": [1.2, 1.36], "b": [1.6, 1.4]}),
+        *trained(mlps, {"b": [1.55, 1.46]}),
+        {"kind": "base", "key": {"limit": 100}, "result": {"rows": 40}},
+    ]
+    text = "\n".join(best_rate.markdown({"frontier": found}))
+    assert "**30% of the layers.**" in text and "**10%" not in text
+    assert "| best 30 % by `update_norm` | +15.0 % (" in text
+    row = next(line for line in text.splitlines() if "update_norm" in line)
+    assert row.split(" | ")[2].startswith("+10.0 % (") and row.endswith("| 4 |")
+    row = next(line for line in text.splitlines() if "MLPs of the last 21" in line and "|" in line)
+    assert row.split(" | ")[2].strip() == ""  # no cell in common
+    assert "update_norm" not in "\n".join(section.markdown({"frontier": found}))
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [(["--data", "rows.json"], "NAME=FILE"), (["--part", "x"], "invalid choice")],
+    [
+        (["--data", "rows.json"], "NAME=FILE"),
+        (["--part", "x"], "invalid choice"),
+        (["--data", "a=b", "--way", "x"], "no q and k"),
+    ],
 )
 def test_bad_options_are_named(options, says, capsys):
     with pytest.raises(SystemExit):
@@ -140,7 +186,8 @@ def test_every_way_trains_and_a_second_command_trains_nothing(
     data.write_text(json.dumps(rows))
     ways = (FULL, HALF, Way("no q and k", opened="no-qk"), TWICE, KAPPA)
     monkeypatch.setitem(PARTS, "one pass", ways)
-    monkeypatch.setattr(training, "SCORING", training.Scoring("path", 1.0, stage2_steps=5))
+    path = training.Scoring("path", 1.0, stage2_steps=5)
+    monkeypatch.setitem(training.SCORINGS, "path", path)
     command = ["frontier", "--model", str(tiny_model_folder), "--data", f"a={data}"]
     command += ["--out", str(out), "--part", "one pass", "--steps", "4", "--seeds", "0", "1"]
     monkeypatch.setattr("sys.argv", command)

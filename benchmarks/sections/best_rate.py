@@ -1,0 +1,70 @@
+"""Ways to choose few layers, each trained from scratch at its own best learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.frontier.methods import SHARES, by_share
+from benchmarks.frontier.ways import FULL, Way
+from benchmarks.sections.common import table
+from benchmarks.sections.frontier import frontier
+from benchmarks.sections.frontier_numbers import Point, gap
+from benchmarks.sections.study_numbers import Estimate
+
+PAGE = "study"
+TITLE = "Choosing few layers: best rate against best rate"
+ORDER = 2
+NO_QK = Way("no q and k", opened="no-qk")
+
+
+def markdown(results: Mapping[str, Any]) -> list[str]:
+    """Return the paragraphs of the page."""
+    found = frontier(results)
+    points = {} if found is None else {p.way.name: p for p in found.points("one pass")}
+    tables = [part for share in SHARES for part in _share(points, share)]
+    return [_RULE, *tables] if tables else []
+
+
+_RULE = (
+    "The trainings of the one pass above, from scratch on the layers that a method chooses. The "
+    "first four methods search: they score after a whole run on all layers of the same data. The "
+    "others are controls that need none: the MLPs of the last 21 blocks (as many layers as 30 %), "
+    "the singular values of the base weights (`snr`, `kappa`), the mean `path` scores of the other "
+    "data sets, chance. A row with fewer runs saw fewer data sets or seeds. *Against `path`* "
+    "compares on the same data sets and seeds."
+)
+
+
+def _share(points: Mapping[str, Point], share: float) -> list[str]:
+    """Return the table of one share; nothing where no way was trained."""
+    ways = [FULL, *([NO_QK] if share == 0.75 else []), *by_share(share)]
+    rows = [points[way.name] for way in ways if way.name in points]
+    if len(rows) < 2:
+        return []
+    best = next((p for p in rows if p.way.scored_by == "path"), None)
+    header = ["layers", "gain lost", "against `path`", "best rate, 10⁻³", "runs"]
+    lines = [
+        [
+            point.way.name,
+            _percent(point.estimate()),
+            _against(point, best),
+            ", ".join(f"{rate * 1e3:g}" for rate in point.rates.values()),
+            str(point.estimate().count),
+        ]
+        for point in rows
+    ]
+    return [f"**{share:.0%} of the layers.**", table(header, lines)]
+
+
+def _against(point: Point, best: Point | None) -> str:
+    """Return how much more of the gain a way loses than ``path``, where both were trained."""
+    if best in (None, point) or point.way == FULL or not point.lost.keys() & best.lost.keys():
+        return ""
+    return _percent(gap(point, best))
+
+
+def _percent(said: Estimate) -> str:
+    if said.count < 2:
+        return f"{said.mean * 100:+.1f} %"
+    return f"{said.mean * 100:+.1f} % ({said.low * 100:+.1f} … {said.high * 100:+.1f})"
