@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +24,7 @@ from ila.commands.adapter_kinds import AdapterKind, adapter_config
 from ila.commands.resolved import write_resolved
 from ila.data.contracts import Row
 from ila.data.encoding import Collator, DataSummary, encode, pad_token_id
+from ila.data.near_copies import near_copies, split_groups
 from ila.data.rows import fingerprint, load_rows, split_indices
 from ila.models.base_starts import takes_base
 from ila.models.edit import attach, masked_layers, single_adapter
@@ -60,6 +61,7 @@ class Inputs(AdapterKind):
     split: str = "train"
     limit: int | None = None
     held_out: float = 0.1
+    group_copies: bool = False
     max_length: int = 1024
     dtype: str = "auto"
     rank: int = 8
@@ -82,6 +84,8 @@ class Inputs(AdapterKind):
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not 0.0 <= self.held_out < 1.0:
             raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
+        if self.group_copies and not self.held_out:
+            raise ValueError("group_copies divides the rows that are held out; held_out is 0")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be ≥ 1, got {self.limit}")
         read_targets(self.target_modules)
@@ -93,6 +97,11 @@ class Inputs(AdapterKind):
                 f"init_lora_weights={self.init_lora_weights!r} changes base weights, and packing "
                 "them again would round the change away; leave out load_in"
             )
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the fields, without options that stand at their defaults where runs lack them."""
+        mine = super().as_dict()
+        return mine if self.group_copies else {n: v for n, v in mine.items() if n != "group_copies"}
 
     def located(self) -> Inputs:
         """Make local paths absolute: another command may read the run from another folder."""
@@ -140,9 +149,7 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
     source = find_source(inputs.model, inputs.gguf_file, inputs.trust_remote_code)
     with reading(inputs.data, "data"):
         rows = load_rows(inputs.data, split=inputs.split, limit=inputs.limit)
-    places, aside = list(range(len(rows))), []
-    if inputs.held_out:
-        places, aside = split_indices(len(rows), inputs.held_out, inputs.seed)
+    places, aside = _divided(rows, inputs, progress)
     tokenizer = load_tokenizer(source)
     dataset, summary = _encode(rows, places, tokenizer, inputs, "to train on", progress)
     held_out, held_out_summary = [], None
@@ -171,6 +178,17 @@ def prepare(inputs: Inputs, *, progress: bool = True) -> Prepared:
         description=description,
         outside=outside(adapted, masked_layers(adapted, single_adapter(adapted, None))),
     )
+
+
+def _divided(
+    rows: Sequence[Mapping[str, object]], inputs: Inputs, progress: bool
+) -> tuple[list[int], list[int]]:
+    """Return the places of the rows to train on, and of those held out."""
+    if not inputs.held_out:
+        return list(range(len(rows))), []
+    if not inputs.group_copies:
+        return split_indices(len(rows), inputs.held_out, inputs.seed)
+    return split_groups(near_copies(rows, progress=progress), inputs.held_out, inputs.seed)
 
 
 def _description(

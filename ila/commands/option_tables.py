@@ -42,6 +42,7 @@ DATA: Table = {
     "split": (options.Split, "train"),
     "limit": (options.Limit, None),
     "held_out": (options.HeldOut, 0.1),
+    "group_copies": (options.GroupCopies, False),
     "max_length": (options.MaxLength, 1024),
     "seed": (options.Seed, 0),
 }

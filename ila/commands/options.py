@@ -23,6 +23,10 @@ Limit = Annotated[
     int | None, typer.Option(help="Number of rows to use, from the first; by default all.")
 ]
 HeldOut = Annotated[float, typer.Option(help="Share of rows to hold out for measuring the loss.")]
+GroupCopies = Annotated[
+    bool,
+    typer.Option("--group-copies", help="Hold out near copies of a row together, or none of them."),
+]
 MaxLength = Annotated[int, typer.Option(help="Most tokens of a row; longer rows are cut.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of the base: auto, bfloat16, float16 or float32.")]
 Rank = Annotated[int, typer.Option(help="Rank of the adapter.")]
