@@ -92,6 +92,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "messages",
             "tables",
             "rows",
+            "near_copies",
             "rendering",
             "pieces",
             "row_encoder",
