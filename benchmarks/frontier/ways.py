@@ -121,6 +121,8 @@ EPOCHS = (
     FULL,
     Way("one run, last half of the blocks", opened="blocks:15", at=0.25),
     Way(f"{ALL}, 0.75 of the steps", share=0.75),
+    Way("one run, last half, 0.85 of the steps", share=0.85, opened="blocks:15", at=0.25),
+    Way(f"{ALL}, 0.6 of the steps", share=0.6),
     Way("one run, last 12 blocks", opened="blocks:12", at=0.25),
     Way("one run, last 9 blocks", opened="blocks:9", at=0.25),
     Way("last half of the blocks", opened="blocks:15"),
