@@ -1,6 +1,7 @@
 """``kill -9`` at random moments of one run with a selection, then resume: the same bits.
 
-Three kills by default; ``ILA_KILLS=10`` for more. Where they fall differs from run to run.
+On one process, and on two of DDP that die together. Three kills by default; ``ILA_KILLS=10`` for
+more. Where they fall differs from run to run.
 """
 
 import json
@@ -16,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # Children of one process that has imported everything: a start takes milliseconds, not seconds.
 DRIVER = """
-import gc, json, os, random, signal, sys, time, traceback
+import gc, json, os, random, signal, socket, sys, time, traceback
 from pathlib import Path
 import torch
 from peft import LoraConfig
@@ -27,7 +28,7 @@ from ila.search.one_run import train_and_select
 from ila.search.selection import Selection
 from ila.training.config import TrainConfig
 
-folder, out, wanted = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+folder, out, wanted, size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 torch.set_num_threads(1)
 gc.freeze()  # each training collects garbage, over all modules imported
 rows = [{"input_ids": [1, 6 + i, 9 + i, 7 + i, 2], "labels": [-100, 6 + i, 9 + i, 7 + i, 2]}
@@ -39,10 +40,12 @@ def work(at):
     torch.manual_seed(5)
     model = ila.attach(base, LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1, task_type="CAUSAL_LM",
                                         target_modules="all-linear"))
-    config = TrainConfig(steps=8, batch_size=2, learning_rate=1e-2, save_every=1)
+    config = TrainConfig(steps=8, batch_size=2 // size, learning_rate=1e-2, save_every=1)
     selection = Selection(Choice(top=0.3), at=3)
     metrics, mask = train_and_select(model, rows[:8], config, selection, held_out=rows[8:],
                                      output_dir=at / "run", resume=True, progress=False)
+    if os.environ.get("RANK", "0") != "0":
+        return
     for unequal in ("step_time_ms", "peak_memory_bytes", "selected"):
         del metrics[unequal]
     weights = (at / "run" / "adapter_model.safetensors").read_bytes().hex()
@@ -52,8 +55,19 @@ def work(at):
 
 
 def start(at):
+    "Start a run; return its processes."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start_rank(at, rank, port) for rank in range(size)]
+
+
+def start_rank(at, rank, port):
     child = os.fork()
     if child == 0:
+        if size > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         try:
             work(at)
         except BaseException:
@@ -63,21 +77,21 @@ def start(at):
     return child
 
 
-def killed(child, seconds):
-    "Wait for a child to end; after so many seconds, kill it. Return whether it was killed."
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            assert status == 0, f"a run failed: {status}"
-            return False
+def killed(children, seconds):
+    "Wait for a run to end; after so many seconds, kill it. Return whether it was killed."
+    deadline, left, statuses = time.monotonic() + seconds, list(children), []
+    while left and time.monotonic() < deadline:
+        for child in list(left):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                assert status == 0, f"a run failed: {status}"
+                left.remove(child)
         time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if os.WIFEXITED(status):  # it ended between the last look and the kill
-        assert os.WEXITSTATUS(status) == 0, f"a run failed: {status}"
-        return False
-    return True
+    draw.shuffle(left)
+    for child in left:
+        os.kill(child, signal.SIGKILL)
+    # One may have ended between the last look and the kill.
+    return any([os.WIFSIGNALED(os.waitpid(child, 0)[1]) for child in left])
 
 
 def phase(at):
@@ -86,12 +100,12 @@ def phase(at):
     return "finished" if (at / "run" / "metrics.json").exists() else "open layers"
 
 
+draw, kills, trials = random.Random(1), [], 0
 (out / "whole").mkdir()
 begin = time.monotonic()
 assert not killed(start(out / "whole"), 600.0)
 whole_s = time.monotonic() - begin
 expected = json.loads((out / "whole" / "result.json").read_text())
-draw, kills, trials = random.Random(1), [], 0
 while len(kills) < wanted:
     at = out / f"trial-{trials}"
     at.mkdir()
@@ -106,9 +120,13 @@ print(json.dumps({"kills": kills, "runs": trials, "whole_s": whole_s}))
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_killed_at_random_moments_and_resumed_nothing_is_lost(tiny_model_folder, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_random_moments_and_resumed_nothing_is_lost(
+    tiny_model_folder, tmp_path, processes
+):
     wanted = int(os.environ.get("ILA_KILLS", "3"))
-    command = [sys.executable, "-c", DRIVER, str(tiny_model_folder), str(tmp_path), str(wanted)]
+    arguments = map(str, (tiny_model_folder, tmp_path, wanted, processes))
+    command = [sys.executable, "-c", DRIVER, *arguments]
     done = subprocess.run(
         command,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
