@@ -105,6 +105,7 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
             "loading",
             "recomputation",
             "transforms",
+            "layer_states",
             "layer",
             "tensors",
             "adalora",

@@ -38,7 +38,6 @@ LONG_FUNCTIONS = {
     "ila_kernels/kernels/lowrank_gemm.py:launch": "one argument of the kernel a line",
 }
 LONG_FILES = {
-    "ila/models/layer.py": "one class: PEFT's layer with a gate, closed, kept and opened",
     "ila_kernels/config.py": "the tables of tiles, a row for each kernel and target",
 }
 
