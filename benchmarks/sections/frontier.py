@@ -12,7 +12,6 @@ from benchmarks.frontier.ways import FULL
 from benchmarks.sections.common import BLUE, GREY, INK, ORANGE, RED, picture, save, table
 from benchmarks.sections.frontier_numbers import Frontier, Point, gap, rival
 from benchmarks.sections.pieces import untitled
-from benchmarks.sections.study_numbers import Estimate
 
 PAGE = "study"
 TITLE = "Which way to train pays: loss against total time"
@@ -42,38 +41,6 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
         parts += [f"**{PARTS[part]}.** {_setting(found, part)}", _table(points)]
         parts += [text for text in ["\n".join(verdicts(points))] if text]
     return parts
-
-
-def summary(results: Mapping[str, Any]) -> list[str]:
-    """Return what one run gains, for the front page."""
-    found = frontier(results)
-    points = [] if found is None else _ways(found, "one pass")
-    for point in points:
-        other = rival(points, point)
-        if point.way.at is None or other is None or gap(point, other).count < 2:
-            continue
-        said, behind = point.estimate(), gap(point, other)
-        return [
-            f"**Is one run worth it?** On the same model and sets ({said.count} trainings): all "
-            f"layers for a quarter of the steps, then the last half of the blocks, takes "
-            f"{point.time:.2f} of PEFT's time on all layers, search included, and loses "
-            f"{said.mean * 100:.1f} % of the gain ({said.low * 100:.1f} … {said.high * 100:.1f}), "
-            f"each at its best learning rate. This library on all layers for fewer steps "
-            f"({other.time:.2f}) {_against(behind)}.",
-            f"![{SAYS}](docs/figures/{FIGURE})",
-        ]
-    return []
-
-
-def _against(behind: Estimate) -> str:
-    """Say how a rival compares, given how much more of the gain one run loses."""
-    if behind.low <= 0 <= behind.high:
-        return f"does as well: {-behind.mean * 100:+.1f} % ({_flipped(behind)}), a tie"
-    return f"loses {-behind.mean * 100:+.1f} % more ({_flipped(behind)})"
-
-
-def _flipped(said: Estimate) -> str:
-    return f"{-said.high * 100:+.1f} … {-said.low * 100:+.1f}"
 
 
 def _rule(found: Frontier) -> str:

@@ -1,4 +1,4 @@
-"""What we learned: the study in five sentences, each from its numbers."""
+"""The masks of the study in five sentences, each from its numbers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from benchmarks.sections.study_numbers import Estimate, Study, studies
 from ila.masks.mask import chance_jaccard
 
 PAGE = "study"
-TITLE = "What we learned"
-ORDER = 0
+TITLE = "What the masks showed, at one learning rate"
+ORDER = 3
 METHOD = "path"
 RANDOM, CHEAP, LAST = "random", "update_norm", "last"
 SHARE = 0.3
 
 
 def markdown(results: Mapping[str, Any]) -> list[str]:
-    """Return the sentences for the top of the page."""
+    """Return the sentences of the page."""
     study = largest(results)
     if study is None:
         return []
@@ -28,14 +28,6 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
         "rate. Stage 1, scoring and training saw the same rows. The default, `path`, was chosen on "
         "these sets. Sums over the layers, tables and every single claim follow below.",
     ]
-
-
-def summary(results: Mapping[str, Any]) -> list[str]:
-    """Return the sentences for the front page."""
-    study = largest(results)
-    if study is None:
-        return []
-    return ["**Is the mask worth it?** " + _setting(study), _listed(lessons(study))]
 
 
 def largest(results: Mapping[str, Any]) -> Study | None:

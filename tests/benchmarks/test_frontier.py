@@ -10,7 +10,7 @@ from benchmarks.frontier import train as training
 from benchmarks.frontier.methods import LAST_MLPS, METHODS, PARTS, best_by
 from benchmarks.frontier.times import CACHED, FILL, PEFT, SCAN, SCORE
 from benchmarks.frontier.ways import ALL, FULL, ONE_PASS, Way
-from benchmarks.sections import best_rate
+from benchmarks.sections import advice, best_rate
 from benchmarks.sections import frontier as section
 from benchmarks.sections.frontier_numbers import PATH_BATCHES, Frontier, gap, rival
 
@@ -110,8 +110,23 @@ def test_the_page_and_the_front_say_what_the_numbers_say(lines):
     text = "\n".join(section.markdown({"frontier": lines}))
     assert "| one run | 0.50 | +7.5 % (" in text and "| PEFT, all layers | 1.00 | +0.0 % (" in text
     assert "it loses +7.5 % of the gain" in text and "worse on 2 of 2 data sets" in text
-    said, shown = section.summary({"frontier": lines})
-    assert "takes 0.50 of PEFT's time" in said and shown.endswith("(docs/figures/frontier.png)")
+
+
+def test_the_advice_is_what_the_numbers_say(lines, monkeypatch):
+    setting, sentences, shown = advice.summary({"frontier": lines})
+    assert "data: a, b; 4 pairs" in setting and shown.endswith("(docs/figures/frontier.png)")
+    assert "1. Begin with all layers: the losses of PEFT, in 0.80 of its time." in sentences
+    # HALF loses 0.1, 0.0, 0.2, 0.0 of the gain; all layers in as much time are FULL itself.
+    assert "*one run* takes 0.50 and loses 7.5 % (" in sentences
+    assert "; *all layers* takes 0.80 and loses 0.0 %: a tie." in sentences
+    assert "A mask of its own" not in sentences and "three epochs" not in sentences
+
+    path, chance = best_by("path", 0.3), best_by("random", 0.3)
+    monkeypatch.setitem(PARTS, "one pass", (FULL, HALF, path, chance))
+    more = trained(path, {"a": [1.1, 1.28]}) + trained(chance, {"a": [1.2, 1.36]})
+    (text,) = [t for t in advice.advice(Frontier(lines + more)) if "own" in t]
+    assert "lose 10.0 % (10.0 … 10.0)" in text and "`random` 20.0 % (20.0 … 20.0)" in text
+    assert advice.summary({}) == []
 
 
 def test_a_way_opens_the_layers_that_its_name_says():

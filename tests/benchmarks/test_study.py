@@ -281,10 +281,10 @@ def test_the_lessons_are_the_numbers_of_the_study(finished):
     ]
     lost = Estimate.of(study.by_data(study.lost("path", "count", 0.3)))
     assert f"costs {lost.mean * 100:.1f} % ({lost.low * 100:.1f} … {lost.high * 100:.1f})" in best
-    short = "\n".join(lessons.summary({"study-tiny": finished}))
+    short = "\n".join(lessons.markdown({"study-tiny": finished}))
     assert all(f". {line}" in short for line in lessons.lessons(study))
     untrained = [line for line in finished if line["kind"] != "train"]
-    assert lessons.summary({"study-tiny": untrained}) == [] == lessons.markdown({})
+    assert lessons.markdown({"study-tiny": untrained}) == [] == lessons.markdown({})
 
 
 def test_a_loss_is_compared_with_that_of_the_same_data_and_seed(finished):

@@ -1,0 +1,135 @@
+"""Which layers to train: five sentences from the trainings at best learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.frontier.methods import LAST_MLPS, best_by
+from benchmarks.frontier.ways import FULL
+from benchmarks.sections.frontier import FIGURE, SAYS, frontier
+from benchmarks.sections.frontier_numbers import Frontier, Point, gap, rival
+
+PAGE = "study"
+TITLE = "Which layers to train"
+ORDER = -1
+LITTLE = 0.02  # of the gain
+Points = Mapping[str, Point]
+
+
+def markdown(results: Mapping[str, Any]) -> list[str]:
+    """Return the sentences for the top of the page."""
+    found = frontier(results)
+    sentences = [] if found is None else advice(found)
+    return [_setting(found), _listed(sentences)] if sentences else []
+
+
+def summary(results: Mapping[str, Any]) -> list[str]:
+    """Return the sentences for the front page, and the picture of the trainings."""
+    shown = markdown(results)
+    if not shown:
+        return []
+    setting, sentences = shown
+    return [f"**Which layers to train?** {setting}", sentences, f"![{SAYS}](docs/figures/{FIGURE})"]
+
+
+def advice(found: Frontier) -> list[str]:
+    """Return the sentences that the trainings allow."""
+    once, epochs = ({p.way.name: p for p in found.points(part)} for part in ("one pass", "epochs"))
+    sentences = [_all(once), _no_qk(once), _one_run(once), _search(once), _epochs(epochs)]
+    return [text for text in sentences if text]
+
+
+def _setting(found: Frontier) -> str:
+    key = found.setting("one pass")
+    point = next(p for p in found.points("one pass") if p.way == FULL)
+    data = ", ".join(point.by_data())
+    return (
+        f"{key['model']}; data: {data}; {len(point.lost)} pairs of data set and seed, each way at "
+        "its own best learning rate. *Time* is that of the whole run, search included; PEFT on all "
+        "layers takes 1. *Loses* is the share of the gain of all layers, with its 95 % interval. "
+        "Ties are called ties."
+    )
+
+
+def _all(points: Points) -> str | None:
+    whole, cut = points.get(FULL.name), points.get(f"{FULL.name}, 0.8 of the steps")
+    if whole is None or whole.time is None:
+        return None
+    rest = "" if cut is None else f"; 0.8 of the steps take {cut.time:.2f} and lose {_lost(cut)}"
+    return f"Begin with all layers: the losses of PEFT, in {whole.time:.2f} of its time{rest}."
+
+
+def _no_qk(points: Points) -> str | None:
+    point = points.get("no q and k")
+    if point is None:
+        return None
+    said = point.estimate()
+    word = "a tie" if said.low <= 0 <= said.high else "not free"
+    return f"Leaving out every q and k, without a search, loses {_lost(point)}: {word}."
+
+
+def _one_run(points: Points) -> str | None:
+    """Take the shortest of the runs that lose little; else the one that loses least."""
+    runs = [point for point in points.values() if point.way.at is not None]
+    runs = [run for run in runs if run.time is not None and len(run.lost) > 1]
+    if not runs:
+        return None
+    near = [run for run in runs if run.estimate().mean <= LITTLE]
+    run = min(near, key=lambda p: p.time) if near else min(runs, key=lambda p: p.estimate().mean)
+    said = f"takes {run.time:.2f} and loses {_lost(run)}{_rival(points, run)}"
+    return f"A selection within the run: *{run.way.name}* {said}."
+
+
+def _search(points: Points) -> str | None:
+    best = points.get(best_by("path", 0.3).name)
+    if best is None:
+        return None
+    others = []
+    for way in (best_by("kappa", 0.3), best_by("snr", 0.3), LAST_MLPS, best_by("random", 0.3)):
+        point = points.get(way.name)
+        if point is not None and len(point.lost) == len(best.lost):
+            others.append(f"{_short(way.name)} {_lost(point)}")
+    beside = f" Chosen without a search: {'; '.join(others)}." if others else ""
+    time = "" if best.time is None else f", {best.time:.2f} with its search"
+    return (
+        f"A mask of its own is for many runs: the best 30 % by `path`, trained from scratch, lose "
+        f"{_lost(best)}{time}.{beside}"
+    )
+
+
+def _epochs(points: Points) -> str | None:
+    runs = [p for p in points.values() if p.way.at is not None and p.time and len(p.lost) > 1]
+    runs = [run for run in runs if run.estimate().mean <= LITTLE]
+    if not runs:
+        return None
+    run = min(runs, key=lambda p: p.time or 0.0)
+    return (
+        f"Over three epochs the cache helps: *{run.way.name}* takes {run.time:.2f} and loses "
+        f"{_lost(run)}{_rival(points, run)}."
+    )
+
+
+def _rival(points: Points, run: Point) -> str:
+    """Say how all layers do in the same time, or the least measured time above it."""
+    other = rival(list(points.values()), run)
+    if other is None:
+        return ""
+    behind = gap(run, other)
+    word = "better" if behind.mean < 0 else "worse"
+    word = "a tie" if behind.low <= 0 <= behind.high else f"the run is {word}"
+    lost = f"{other.estimate().mean * 100:.1f} %"
+    return f"; *{other.way.name}* takes {other.time:.2f} and loses {lost}: {word}"
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("best 30 % by ")
+
+
+def _lost(point: Point) -> str:
+    said = point.estimate()
+    return f"{said.mean * 100:.1f} % ({said.low * 100:.1f} … {said.high * 100:.1f})"
+
+
+def _listed(sentences: list[str]) -> str:
+    return "\n".join(f"{number}. {text}" for number, text in enumerate(sentences, 1))
