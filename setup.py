@@ -31,6 +31,7 @@ GGUF = ["gguf>=0.10"]
 # Kernels take tuples as arguments, which came with Triton 3.3, that of torch 2.7.
 TRITON = ['triton>=3.3; platform_system == "Linux"']
 QUANT = ["bitsandbytes>=0.50"]
+# Needs Python 3.11, as TRL does since 1.15: on 3.10 pip finds none.
 TRL = ["trl>=1.16"]
 FIGURES = ["matplotlib>=3.8"]
 TEST = [
@@ -110,6 +111,10 @@ setup(
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
