@@ -31,6 +31,7 @@ GGUF = ["gguf>=0.10"]
 # Kernels take tuples as arguments, which came with Triton 3.3, that of torch 2.7.
 TRITON = ['triton>=3.3; platform_system == "Linux"']
 QUANT = ["bitsandbytes>=0.50"]
+# Needs Python 3.11, as TRL 1.16 does: on 3.10 pip finds none.
 TRL = ["trl>=1.16"]
 FIGURES = ["matplotlib>=3.8"]
 TEST = [
@@ -71,8 +72,8 @@ setup(
         "torch>=2.6,<3",
         "transformers>=5.0,<6",
         # MaskedLoraLinear subclasses PEFT's LoRA layer: its constructor and its variants are not
-        # a stable interface (0.19 changed the one, 0.20 the other), so one minor series at a time.
-        "peft>=0.21,<0.22",
+        # a stable interface (0.19 changed the one, 0.20 the other): two series, both tested.
+        "peft>=0.20,<0.22",
         "accelerate>=1.1",
         # Older ones do not say which huggingface_hub they stand; transformers 5 needs 1.3.
         "datasets>=4.2",
@@ -109,6 +110,10 @@ setup(
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

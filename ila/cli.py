@@ -36,6 +36,11 @@ app = typer.Typer(
 screen = Console(markup=False)
 
 
+@app.callback()
+def _every_command(version: options.Version = False) -> None:
+    """Take the options that stand before a command."""
+
+
 @app.command()
 @takes(INPUTS, RUN, SEARCH, TRAINER)
 def learn(context: typer.Context, **given: Any) -> None:

@@ -21,8 +21,7 @@ from rich.console import Console
 from ila.runs.atomic import write_folder_atomic, write_json_atomic, write_text_atomic
 from ila.runs.folder import claim, read
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-DATA, PEFT_SCRIPT = EXAMPLES / "data" / "arithmetic.jsonl", EXAMPLES / "train_with_peft.py"
+DATA, PEFT_SCRIPT = "examples/data/arithmetic.jsonl", "examples/train_with_peft.py"
 MARKER = "demo.json"
 # 96 rows to train on, 24 steps an epoch: from the third epoch on the cache has paid for itself.
 LIMIT, HELD_OUT, LENGTH, ROWS, RATE = 128, 0.25, 256, 4, 1e-3
@@ -41,9 +40,7 @@ def run_demo(out: Path, *, steps: int, fresh: bool, screen: Console) -> None:
     """
     if steps < 8:
         raise ValueError(f"steps must be ≥ 8, got {steps}")
-    missing = [path.name for path in (DATA, PEFT_SCRIPT) if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{EXAMPLES} has no {missing}: run the demo from a clone")
+    clone = _clone()
     _claim(out, steps, fresh)
     model = out / "model"
     if not model.exists():
@@ -55,30 +52,40 @@ def run_demo(out: Path, *, steps: int, fresh: bool, screen: Console) -> None:
         if (folder / "metrics.json").exists():
             screen.print(f"{folder} is done already")
         else:
-            _run(_command(kind, out, folder, model, steps, seed))
+            _run(_command(kind, seed, clone, out, steps))
     _show(out, screen)
 
 
-def _command(
-    kind: str, out: Path, folder: Path, model: Path, steps: int, seed: int
-) -> Sequence[str]:
+def _clone() -> Path:
+    """Return the clone of this file or, for an installed package, that in the current folder."""
+    for folder in (Path(__file__).resolve().parents[2], Path.cwd()):
+        if all((folder / name).is_file() for name in (DATA, PEFT_SCRIPT)):
+            return folder
+    raise FileNotFoundError(
+        f"the demo needs {DATA} and {PEFT_SCRIPT}: run it in the folder of a clone, "
+        f"got {Path.cwd()}"
+    )
+
+
+def _command(kind: str, seed: int, clone: Path, out: Path, steps: int) -> Sequence[str]:
     """Return the command of one run."""
+    folder, model, data = out / f"{kind}-{seed}", out / "model", clone / DATA
     common = ["--model", str(model), "--out", str(folder), "--steps", str(steps)]
     common += ["--batch-size", str(ROWS), "--learning-rate", str(RATE), "--seed", str(seed)]
     if kind == "peft":
         rows = out / f"rows-{seed}.json"
-        write_json_atomic(rows, _rows(model, seed))
-        return [sys.executable, str(PEFT_SCRIPT), *common, "--rows", str(rows)]
-    data = ["--data", str(DATA), "--limit", str(LIMIT), "--held-out", str(HELD_OUT)]
-    data += ["--max-length", str(LENGTH)]
+        write_json_atomic(rows, _rows(model, data, seed))
+        return [sys.executable, str(clone / PEFT_SCRIPT), *common, "--rows", str(rows)]
+    source = ["--data", str(data), "--limit", str(LIMIT), "--held-out", str(HELD_OUT)]
+    source += ["--max-length", str(LENGTH)]
     layers = json.loads((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
     select = ["--select-at", "0.25", "--blocks", str(layers // 2), "--cache-prefix"]
     resume = ["--resume"] if (folder / "run.json").exists() else []
     saving = ["--save-every", "0"]
-    return [sys.executable, "-m", "ila.cli", "train", *common, *data, *select, *saving, *resume]
+    return [sys.executable, "-m", "ila.cli", "train", *common, *source, *select, *saving, *resume]
 
 
-def _rows(model: Path, seed: int) -> dict[str, object]:
+def _rows(model: Path, data: Path, seed: int) -> dict[str, object]:
     """Return the tokens that ``ila train`` trains on and holds out, for the other contestant."""
     from transformers import AutoTokenizer
 
@@ -86,7 +93,7 @@ def _rows(model: Path, seed: int) -> dict[str, object]:
     from ila.data.rows import load_rows, split_indices
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    rows, found = load_rows(str(DATA), limit=LIMIT), {}
+    rows, found = load_rows(str(data), limit=LIMIT), {}
     for name, places in zip(
         ("train", "held_out"), split_indices(len(rows), HELD_OUT, seed), strict=True
     ):

@@ -12,6 +12,21 @@ import typer
 
 from ila.commands.config_file import read_config
 
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from ila import __version__
+
+        typer.echo(f"ila-kernels {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option(
+        "--version", help="Show the version and exit.", callback=_say_version, is_eager=True
+    ),
+]
 Model = Annotated[str, typer.Option(help="Model: a hub id, a local folder, or a .gguf file.")]
 Data = Annotated[
     str, typer.Option(help="Rows: a hub id, or a .json, .jsonl, .csv or .parquet file.")

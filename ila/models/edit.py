@@ -383,10 +383,12 @@ def _check_closable(config: Any, closed: str) -> None:
     if closed == "keep":
         return
     init = str(config.init_lora_weights).lower()
-    if init.startswith(_INITS_THAT_CHANGE_THE_BASE) or config.kasa_config is not None:
+    kasa = getattr(config, "kasa_config", None)  # of PEFT 0.21 and newer
+    if init.startswith(_INITS_THAT_CHANGE_THE_BASE) or kasa is not None:
+        given = f"init_lora_weights={config.init_lora_weights!r}" if kasa is None else "kasa_config"
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} must leave base weights alone to "
-            "close layers: a layer closed now would not be the pretrained layer"
+            f"{given} must leave base weights alone to close layers: a layer closed now would not "
+            "be the pretrained layer"
         )
 
 

@@ -23,6 +23,7 @@ from ila.commands.select_share import select
 from ila.masks.mask import LayerMask
 from ila.models.layer import MaskedLoraLinear
 from ila.runs.metrics import load_run
+from ila_kernels import __version__
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -156,6 +157,12 @@ def test_the_command_runs_in_a_process_of_its_own(source, tmp_path):
     done = shell("compare", run)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: give at least two runs to compare, got 1\n"
+
+
+def test_version_stands_before_any_command(ila):
+    answer = ila("--version")
+    assert (answer.code, answer.out) == (0, f"ila-kernels {__version__}\n")
+    assert "--version" in ila("--help").out
 
 
 def test_the_small_trained_model_takes_the_main_path_too(ila, stories260k, data, tmp_path):

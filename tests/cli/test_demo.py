@@ -111,6 +111,24 @@ def test_missing_model_says_how_to_get_it(tmp_path, monkeypatch):
         demo.run_demo(tmp_path / "out", steps=8, fresh=False, screen=Console(quiet=True))
 
 
+def test_an_installed_package_takes_the_clone_in_the_current_folder(
+    tiny_model_folder, tmp_path, monkeypatch
+):
+    here = Path(demo.__file__).parents[2]
+    assert demo._clone() == here
+    installed = tmp_path / "site-packages/ila/commands/demo.py"
+    monkeypatch.setattr(demo, "__file__", str(installed))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"run it in the folder of a clone, got .*"):
+        demo.run_demo(tmp_path / "out", steps=8, fresh=False, screen=Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+    monkeypatch.chdir(here)
+    assert demo._clone() == here
+    shutil.copytree(tiny_model_folder, tmp_path / "out" / "model")
+    for kind, name in (("ila", demo.DATA), ("peft", demo.PEFT_SCRIPT)):
+        assert str(here / name) in demo._command(kind, 0, demo._clone(), tmp_path / "out", 8)
+
+
 @pytest.mark.parametrize(
     ("seconds", "after", "said"),
     [

@@ -7,6 +7,7 @@ import pkgutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.tuners import lora
 from peft.tuners.lora.layer import Embedding, Linear
 from safetensors.torch import load_file
 from torch import nn
@@ -557,6 +558,8 @@ UNCLOSABLE = {
     "PiSSA": {"init_lora_weights": "pissa"},
     "OLoRA": {"init_lora_weights": "olora"},
 }
+if hasattr(lora, "KasaConfig"):  # of PEFT 0.21 and newer
+    UNCLOSABLE["KaSA"] = {"kasa_config": lora.KasaConfig()}
 
 
 @pytest.mark.parametrize("kind", UNCLOSABLE)
@@ -565,7 +568,7 @@ def test_adapter_that_changes_its_base_cannot_be_closed(tiny, kind):
     base = tiny.base(dtype=torch.float32, attention_bias=True)
     model = tiny.attached(tiny.config(**UNCLOSABLE[kind]), base)
     before = tiny.snapshot(model)
-    with pytest.raises(ValueError, match=r"(bias|init_lora_weights).* to close layers"):
+    with pytest.raises(ValueError, match=r"(bias|init_lora_weights|kasa_config).* to close layers"):
         ila.apply_mask(model, tiny.mask(model, close_some))
     assert tiny.snapshot(model) == before
     ila.apply_mask(model, tiny.mask(model, close_none))

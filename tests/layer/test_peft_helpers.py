@@ -13,7 +13,6 @@ from peft.helpers import (
     update_signature,
 )
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from peft.optimizers.riemannian import create_riemannian_optimizer
 from peft.tuners.lora import LoraLayer, convert_to_lora
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -152,7 +151,8 @@ def lora_plus(model):
 
 
 def riemannian(model):
-    return create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-2)
+    module = pytest.importorskip("peft.optimizers.riemannian", reason="came with PEFT 0.21")
+    return module.create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-2)
 
 
 @pytest.mark.parametrize("make", [lora_fa, lora_plus, riemannian])
