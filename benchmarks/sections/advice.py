@@ -9,6 +9,7 @@ from benchmarks.frontier.methods import LAST_MLPS, best_by
 from benchmarks.frontier.ways import FULL
 from benchmarks.sections.frontier import FIGURE, SAYS, frontier
 from benchmarks.sections.frontier_numbers import Frontier, Point, gap, rival
+from benchmarks.sections.study_numbers import Estimate
 
 PAGE = "study"
 TITLE = "Which layers to train"
@@ -71,8 +72,7 @@ def _no_qk(points: Points) -> str | None:
 
 def _one_run(points: Points) -> str | None:
     """Take the shortest of the runs that lose little; else the one that loses least."""
-    runs = [point for point in points.values() if point.way.at is not None]
-    runs = [run for run in runs if run.time is not None and len(run.lost) > 1]
+    runs = _runs(points)
     if not runs:
         return None
     near = [run for run in runs if run.estimate().mean <= LITTLE]
@@ -89,8 +89,8 @@ def _search(points: Points) -> str | None:
     for way in (best_by("kappa", 0.3), best_by("snr", 0.3), LAST_MLPS, best_by("random", 0.3)):
         point = points.get(way.name)
         if point is not None and len(point.lost) == len(best.lost):
-            others.append(f"{_short(way.name)} {_lost(point)}")
-    beside = f" Chosen without a search: {'; '.join(others)}." if others else ""
+            others.append(f"{_short(way.name)} {_lost(point)}, {_verdict(gap(point, best))}")
+    beside = f" Chosen without a search, beside it: {'; '.join(others)}." if others else ""
     time = "" if best.time is None else f", {best.time:.2f} with its search"
     return (
         f"A mask of its own is for many runs: the best 30 % by `path`, trained from scratch, lose "
@@ -99,8 +99,7 @@ def _search(points: Points) -> str | None:
 
 
 def _epochs(points: Points) -> str | None:
-    runs = [p for p in points.values() if p.way.at is not None and p.time and len(p.lost) > 1]
-    runs = [run for run in runs if run.estimate().mean <= LITTLE]
+    runs = [run for run in _runs(points) if run.estimate().mean <= LITTLE]
     if not runs:
         return None
     run = min(runs, key=lambda p: p.time or 0.0)
@@ -110,16 +109,28 @@ def _epochs(points: Points) -> str | None:
     )
 
 
+def _runs(points: Points) -> list[Point]:
+    """Return the runs with a selection that are timed, and trained wherever all layers are."""
+    cells = len(points[FULL.name].lost) if FULL.name in points else 0
+    found = (point for point in points.values() if point.way.at is not None)
+    return [run for run in found if run.time is not None and len(run.lost) == cells > 1]
+
+
 def _rival(points: Points, run: Point) -> str:
     """Say how all layers do in the same time, or the least measured time above it."""
     other = rival(list(points.values()), run)
     if other is None:
         return ""
-    behind = gap(run, other)
-    word = "better" if behind.mean < 0 else "worse"
-    word = "a tie" if behind.low <= 0 <= behind.high else f"the run is {word}"
+    word = _verdict(gap(run, other))
     lost = f"{other.estimate().mean * 100:.1f} %"
-    return f"; *{other.way.name}* takes {other.time:.2f} and loses {lost}: {word}"
+    said = word if word == "a tie" else f"the run is {word}"
+    return f"; *{other.way.name}* takes {other.time:.2f} and loses {lost}: {said}"
+
+
+def _verdict(behind: Estimate) -> str:
+    if behind.low <= 0 <= behind.high:
+        return "a tie"
+    return "better" if behind.mean < 0 else "worse"
 
 
 def _short(name: str) -> str:

@@ -46,7 +46,7 @@ def _share(points: Mapping[str, Point], share: float) -> list[str]:
     header = ["layers", "gain lost", "against `path`", "best rate, 10⁻³", "runs"]
     lines = [
         [
-            point.way.name,
+            _name(point.way, share),
             _percent(point.estimate()),
             _against(point, best),
             ", ".join(f"{rate * 1e3:g}" for rate in point.rates.values()),
@@ -55,6 +55,10 @@ def _share(points: Mapping[str, Point], share: float) -> list[str]:
         for point in rows
     ]
     return [f"**{share:.0%} of the layers.**", table(header, lines)]
+
+
+def _name(way: Way, share: float) -> str:
+    return way.name if way.scored_by is None else f"best {share * 100:g} % by `{way.scored_by}`"
 
 
 def _against(point: Point, best: Point | None) -> str:

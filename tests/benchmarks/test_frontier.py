@@ -125,7 +125,7 @@ def test_the_advice_is_what_the_numbers_say(lines, monkeypatch):
     monkeypatch.setitem(PARTS, "one pass", (FULL, HALF, path, chance))
     more = trained(path, {"a": [1.1, 1.28]}) + trained(chance, {"a": [1.2, 1.36]})
     (text,) = [t for t in advice.advice(Frontier(lines + more)) if "own" in t]
-    assert "lose 10.0 % (10.0 … 10.0)" in text and "`random` 20.0 % (20.0 … 20.0)" in text
+    assert "lose 10.0 % (10.0 … 10.0)" in text and "`random` 20.0 % (20.0 … 20.0), worse." in text
     assert advice.summary({}) == []
 
 
