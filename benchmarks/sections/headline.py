@@ -13,7 +13,7 @@ from benchmarks.sections.memory_counts import GB, NAMES, OURS, TOKENS, chosen
 from benchmarks.sections.pieces import COLOURS, machine, share, untitled
 
 TITLE = "Summary"
-ORDER = 0
+ORDER = -2
 MODEL = "llama-3-8b"
 # Contestant of the step benchmark -> its name on the front page.
 ROWS = {
