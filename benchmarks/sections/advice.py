@@ -15,6 +15,7 @@ PAGE = "study"
 TITLE = "Which layers to train"
 ORDER = -1
 LITTLE = 0.02  # of the gain
+SAME_TIME = 1.05
 Points = Mapping[str, Point]
 
 
@@ -76,9 +77,15 @@ def _one_run(points: Points) -> str | None:
     if not runs:
         return None
     near = [run for run in runs if run.estimate().mean <= LITTLE]
-    run = min(near, key=lambda p: p.time) if near else min(runs, key=lambda p: p.estimate().mean)
-    said = f"takes {run.time:.2f} and loses {_lost(run)}{_rival(points, run)}"
-    return f"A selection within the run: *{run.way.name}* {said}."
+    run = min(near, key=_time) if near else min(runs, key=lambda p: p.estimate().mean)
+    beside = [other for other in runs if other is not run and _rival(points, other)]
+    more = min(beside, key=lambda p: p.estimate().mean, default=None)
+    said = f"A selection within the run: {_said(points, run)}."
+    return said if more is None else f"{said} Or {_said(points, more)}."
+
+
+def _said(points: Points, run: Point) -> str:
+    return f"*{run.way.name}* takes {run.time:.2f} and loses {_lost(run)}{_rival(points, run)}"
 
 
 def _search(points: Points) -> str | None:
@@ -102,11 +109,7 @@ def _epochs(points: Points) -> str | None:
     runs = [run for run in _runs(points) if run.estimate().mean <= LITTLE]
     if not runs:
         return None
-    run = min(runs, key=lambda p: p.time or 0.0)
-    return (
-        f"Over three epochs the cache helps: *{run.way.name}* takes {run.time:.2f} and loses "
-        f"{_lost(run)}{_rival(points, run)}."
-    )
+    return f"Over three epochs the cache helps: {_said(points, min(runs, key=_time))}."
 
 
 def _runs(points: Points) -> list[Point]:
@@ -117,14 +120,18 @@ def _runs(points: Points) -> list[Point]:
 
 
 def _rival(points: Points, run: Point) -> str:
-    """Say how all layers do in the same time, or the least measured time above it."""
+    """Say how all layers do in the same time; nothing where that was not measured."""
     other = rival(list(points.values()), run)
-    if other is None:
+    if other is None or _time(other) > SAME_TIME * _time(run):
         return ""
     word = _verdict(gap(run, other))
     lost = f"{other.estimate().mean * 100:.1f} %"
     said = word if word == "a tie" else f"the run is {word}"
     return f"; *{other.way.name}* takes {other.time:.2f} and loses {lost}: {said}"
+
+
+def _time(point: Point) -> float:
+    return point.time or 0.0
 
 
 def _verdict(behind: Estimate) -> str:

@@ -30,6 +30,12 @@ def _ways(found: Frontier, part: str) -> list[Point]:
     return [point for point in found.points(part) if point.way not in METHODS]
 
 
+def _complete(points: list[Point]) -> list[Point]:
+    """Return the points that are timed, and trained wherever all layers are."""
+    cells = max((len(point.lost) for point in points), default=0)
+    return [point for point in points if point.time is not None and len(point.lost) == cells]
+
+
 def markdown(results: Mapping[str, Any]) -> list[str]:
     """Return the paragraphs of the page."""
     found = frontier(results)
@@ -120,7 +126,7 @@ def figures(results: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
 def _draw(found: Frontier, path: Path) -> None:
     figure, axes = untitled(1, len(found.parts), size=(5.6 * len(found.parts), 4.2))
     for axis, part in zip(axes[0], found.parts, strict=True):
-        points = [point for point in _ways(found, part) if point.time is not None]
+        points = _complete(_ways(found, part))
         whole = sorted(
             (point for point in points if point.way.opened == "all"), key=lambda p: p.time or 0.0
         )
@@ -143,7 +149,8 @@ def _draw(found: Frontier, path: Path) -> None:
             color=INK,
         )
         axis.axhline(0, color=GREY, linewidth=0.8)
-        axis.set_xlim(0, 1.08)
+        times = [1.0, *(point.time for point in points)]
+        axis.set_xlim(min(times) - 0.05, max(times) + (0.08 if max(times) == 1.0 else 0.35))
         axis.set_title(PARTS[part], loc="left", fontsize=11, color=INK)
         axis.set_xlabel("total time, PEFT on all layers = 1", color=INK)
         axis.set_ylabel("gain lost, %", color=INK)

@@ -116,13 +116,17 @@ def test_the_advice_is_what_the_numbers_say(lines, monkeypatch):
     setting, sentences, shown = advice.summary({"frontier": lines})
     assert "data: a, b; 4 pairs" in setting and shown.endswith("(docs/figures/frontier.png)")
     assert "1. Begin with all layers: the losses of PEFT, in 0.80 of its time." in sentences
-    # HALF loses 0.1, 0.0, 0.2, 0.0 of the gain; all layers in as much time are FULL itself.
+    # HALF loses 0.1, 0.0, 0.2, 0.0 of the gain; all layers were not trained in as much time.
     assert "*one run* takes 0.50 and loses 7.5 % (" in sentences
-    assert "; *all layers* takes 0.80 and loses 0.0 %: a tie." in sentences
+    assert "*one run* takes 0.50 and loses 7.5 % (-7.7 … 22.7)." in sentences
     assert "A mask of its own" not in sentences and "three epochs" not in sentences
 
     path, chance = best_by("path", 0.3), best_by("random", 0.3)
-    monkeypatch.setitem(PARTS, "one pass", (FULL, HALF, path, chance))
+    cut = Way("cut", share=0.65)  # takes 0.52
+    monkeypatch.setitem(PARTS, "one pass", (FULL, HALF, cut, path, chance))
+    more = trained(cut, {"a": [1.3, 1.44], "b": [1.65, 1.58]})  # loses 0.3 everywhere
+    (text,) = [t for t in advice.advice(Frontier(lines + more)) if "within" in t]
+    assert text.endswith("; *cut* takes 0.52 and loses 30.0 %: the run is better.")
     more = trained(path, {"a": [1.1, 1.28]}) + trained(chance, {"a": [1.2, 1.36]})
     (text,) = [t for t in advice.advice(Frontier(lines + more)) if "own" in t]
     assert "lose 10.0 % (10.0 … 10.0)" in text and "`random` 20.0 % (20.0 … 20.0), worse." in text
