@@ -60,7 +60,18 @@ def _rule(found: Frontier) -> str:
         "scores and the cache; step times were measured in turns, as CPU time of one thread, and "
         "are relative to PEFT on all layers with transformers' loss. PEFT's layers give the same "
         "losses as ours with all layers open, so one training stands for both. `kappa` and `snr` "
-        "score layers by the singular values of their weights; the scan counts."
+        "score layers by the singular values of their weights; the scan counts." + _repeated(found)
+    )
+
+
+def _repeated(found: Frontier) -> str:
+    """Say how far trainings changed that ran again on another processor."""
+    changes = found.repeats()
+    if not changes:
+        return ""
+    return (
+        f" Trainings ran on two processors; {len(changes)} that ran on both differ by "
+        f"{min(changes) * 100:+.1f} … {max(changes) * 100:+.1f} % of the gain."
     )
 
 

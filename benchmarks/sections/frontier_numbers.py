@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,16 @@ class Frontier:
                 if total is not None:
                     times[key["data"]] = total
         return times
+
+    def repeats(self) -> list[float]:
+        """Return the changes of trainings that ran again elsewhere, as shares of their gains."""
+        first = {json.dumps(key, sort_keys=True): found for key, found in self.lines["frontier"]}
+        changes = []
+        for key, again in self.lines["frontier again"]:
+            known = first[json.dumps(key, sort_keys=True)]
+            gain = known["before"] - known["held_out_loss"]
+            changes.append((again["held_out_loss"] - known["held_out_loss"]) / gain)
+        return changes
 
     def rows(self, part: str) -> int:
         """Return the number of rows that are trained on."""

@@ -133,6 +133,15 @@ def test_the_advice_is_what_the_numbers_say(lines, monkeypatch):
     assert advice.summary({}) == []
 
 
+def test_trainings_that_ran_again_say_how_far_they_changed(lines):
+    assert Frontier(lines).repeats() == []
+    again = [line(FULL, "a", 0, 2e-3, 1.01), line(HALF, "a", 1, 2e-3, 1.18)]
+    found = lines + [item | {"kind": "frontier again"} for item in again]
+    assert Frontier(found).repeats() == pytest.approx([0.01, -0.025])
+    text = "\n".join(section.markdown({"frontier": found}))
+    assert "2 that ran on both differ by -2.5 … +1.0 % of the gain." in text
+
+
 def test_a_way_opens_the_layers_that_its_name_says():
     names = [f"layers.{block}.{kind}" for block in range(4) for kind in ("q_proj", "up_proj")]
     scores = [1.0, 2.0, 8.0, 7.0, 3.0, 4.0, 5.0, 6.0]
