@@ -155,6 +155,8 @@ def test_damaged_values(reader, ila, whole):
 
 
 def test_every_reader_had_its_share_of_different_damages(capsys):
+    if not BEGAN:
+        pytest.skip("another process damaged the files")
     with capsys.disabled():
         print(f"\n{len(READ)} different damaged files in {len(BEGAN)} tests")
     assert {reader for reader, _ in READ} == {reader for reader, _ in BEGAN}

@@ -79,7 +79,7 @@ def start_rank(at, rank, port):
 
 def killed(children, seconds):
     "Wait for a run to end; after so many seconds, kill it. Return whether it was killed."
-    deadline, left, statuses = time.monotonic() + seconds, list(children), []
+    deadline, left = time.monotonic() + seconds, list(children)
     while left and time.monotonic() < deadline:
         for child in list(left):
             ended, status = os.waitpid(child, os.WNOHANG)
@@ -88,10 +88,17 @@ def killed(children, seconds):
                 left.remove(child)
         time.sleep(0.001)
     draw.shuffle(left)
+    # All stop before one dies: none may fail because another has gone.
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for child in left:
+            os.kill(child, number)
+    died = False
     for child in left:
-        os.kill(child, signal.SIGKILL)
-    # One may have ended between the last look and the kill.
-    return any([os.WIFSIGNALED(os.waitpid(child, 0)[1]) for child in left])
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):  # it ended between the last look and the kill
+            assert os.WEXITSTATUS(status) == 0, f"a run failed: {status}"
+        died = died or os.WIFSIGNALED(status)
+    return died
 
 
 def phase(at):
