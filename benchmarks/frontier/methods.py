@@ -1,19 +1,22 @@
 """The ways to choose few layers that are compared, each trained from scratch at its best rate.
 
 Beside the methods of the search, controls that need none on the data at hand: the MLPs of the last
-blocks, the singular values of the base weights, the mean scores of the other data sets, chance; and
-``no q and k`` of ``ONE_PASS``.
+blocks, the singular values of the base weights, the mean scores of the other data sets, kind and
+block alone, chance; and ``no q and k`` of ``ONE_PASS``.
 """
 
 from __future__ import annotations
 
-from benchmarks.frontier.ways import EPOCHS, ONE_PASS, Way
+from benchmarks.frontier.ways import EPOCHS, FULL, NO_QK, ONE_PASS, Way
 
 SEARCHED = ("path", "gate_gradient", "update_norm", "ila")
-CONTROLS = ("kappa", "snr", "others", "random")
+CONTROLS = ("kappa", "snr", "others", "additive", "random")
 SHARES = (0.3, 0.1, 0.75, 0.5)
-# SmolLM2 has 210 layers in 30 blocks: these are 63 of them.
-LAST_MLPS = Way("MLPs of the last 21 blocks", opened="mlps:21")
+# As many layers as 30 %: 63 of SmolLM2's 210 in 30 blocks, 21 of the small Llama's 70 in 10.
+LAST_MLPS, SMALL_MLPS = (
+    Way(f"MLPs of the last {blocks} blocks", opened=f"mlps:{blocks}") for blocks in (21, 7)
+)
+SMALL = "small base"
 
 
 def best_by(method: str, share: float) -> Way:
@@ -27,10 +30,11 @@ def best_by(method: str, share: float) -> Way:
 
 
 def by_share(share: float) -> list[Way]:
-    """Return the ways that open this share of the layers."""
-    scored = [best_by(method, share) for method in (*SEARCHED, *CONTROLS)]
-    return [LAST_MLPS, *scored] if share == 0.3 else scored
+    """Return the ways that open this share of the layers by their scores."""
+    return [best_by(method, share) for method in (*SEARCHED, *CONTROLS)]
 
 
-METHODS = tuple(way for share in SHARES for way in by_share(share) if way not in ONE_PASS)
-PARTS = {"one pass": (*ONE_PASS, *METHODS), "epochs": EPOCHS}
+SCORED = tuple(way for share in SHARES for way in by_share(share))
+METHODS = (LAST_MLPS, *(way for way in SCORED if way not in ONE_PASS))
+SMALL_BASE = (FULL, NO_QK, SMALL_MLPS, *SCORED)
+PARTS = {"one pass": (*ONE_PASS, *METHODS), "epochs": EPOCHS, SMALL: SMALL_BASE}

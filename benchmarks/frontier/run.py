@@ -5,10 +5,12 @@ r"""Held-out loss against total time: ways to train, each at its best learning r
 
 One JSON line for each finished training; the same command goes on with the same file. On the first
 seed every way is trained at every rate, and further where the best lies at an edge; on the other
-seeds at the rate that was best there for the same data. Two parts:
+seeds at the rate that was best there for the same data. Three parts; the first two by default:
 
 - ``one pass``: no row is seen twice.
 - ``epochs``: few rows, three times each, where the prefix cache pays.
+- ``small base``: ways to choose few layers of the model of ``benchmarks.base``, on data sets that
+  no choice was made on.
 
 Ways to choose few layers (``benchmarks.frontier.methods``) train in one pass too.
 
@@ -26,7 +28,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.frontier.methods import METHODS, PARTS
+from benchmarks.frontier.methods import METHODS, PARTS, SMALL
 from benchmarks.frontier.train import Trainings
 from benchmarks.frontier.ways import Way
 from benchmarks.study.cells import Bench, Plan
@@ -34,10 +36,15 @@ from benchmarks.study.records import Records
 
 STEPS, ROWS, LENGTH, RANK = 60, 2, 192, 8
 # Part -> (rows of the file, share held out): 60 rows are held out in both. One pass draws 120 of
-# 540 rows; three epochs of 20 steps read 40 rows.
-DATA = {"one pass": (600, 0.1), "epochs": (100, 0.6)}
+# 540 rows; three epochs of 20 steps read 40 rows. A small base holds out 120 rows: that is cheap.
+DATA = {"one pass": (600, 0.1), "epochs": (100, 0.6), SMALL: (600, 0.2)}
 # Rows that are seen again want a lower rate.
-RATES = {"one pass": (1e-3, 2e-3, 3e-3), "epochs": (2e-4, 5e-4, 1e-3)}
+RATES = {
+    "one pass": (1e-3, 2e-3, 3e-3),
+    "epochs": (2e-4, 5e-4, 1e-3),
+    SMALL: (1e-3, 2e-3, 3e-3, 5e-3),
+}
+DEFAULT = ("one pass", "epochs")
 FURTHER = 5 / 3  # the next rate where the best lies at the edge
 
 
@@ -129,7 +136,7 @@ def main() -> None:
     screen = Console()
     records = Records(options.out)
     with closing(records), tempfile.TemporaryDirectory() as scratch:
-        for part in options.part or PARTS:
+        for part in options.part or DEFAULT:
             bench = Bench(plan_of(options, part), records, Path(scratch))
             ways = chosen(PARTS[part], options.way)
             if options.time and options.way is None:

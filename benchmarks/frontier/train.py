@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftModel
 from rich.console import Console
 
+from benchmarks.frontier.additive import by_kind_and_block
 from benchmarks.frontier.ways import Way
 from benchmarks.study.cells import Bench
 from benchmarks.study.cells import Way as Scoring
@@ -93,11 +94,19 @@ class Trainings:
     def _scores(self, data: str, seed: int, way: Way) -> list[float] | None:
         if way.scored_by is None:
             return None
-        if way.scored_by == "others":
-            others = [name for name in self.bench.plan.data if name != data]
-            scores = [self._scored(other, seed, PATH) for other in others]
-            return [fmean(each) for each in zip(*scores, strict=True)]
+        if way.scored_by in ("others", "additive"):
+            scores = self._of_others(data, seed)
+            return scores if way.scored_by == "others" else self._explained(data, seed, scores)
         return self._scored(data, seed, way.scored_by)
+
+    def _of_others(self, data: str, seed: int) -> list[float]:
+        others = [name for name in self.bench.plan.data if name != data]
+        scores = [self._scored(other, seed, PATH) for other in others]
+        return [fmean(each) for each in zip(*scores, strict=True)]
+
+    def _explained(self, data: str, seed: int, scores: list[float]) -> list[float]:
+        names = list(AdapterUpdates(self.bench.fresh(data, seed)).layers)
+        return by_kind_and_block(names, scores)
 
     def _scored(self, data: str, seed: int, method: str) -> list[float]:
         return self.bench.mask(data, seed, SCORINGS[method], (1.0,))["scores"]

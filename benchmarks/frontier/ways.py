@@ -32,7 +32,8 @@ class Way:
         share: Steps, as a share of the steps of a full run.
         opened: Layers that train from the switch on, or from the start: ``"all"``, ``"blocks:N"``,
             ``"no-qk"``, ``"mlps:N"`` (the MLPs of the last N blocks), ``"top:SHARE"`` (by ``path``
-            scores), ``"others:SHARE"`` (by the mean ``path`` scores of the other data sets), or
+            scores), ``"others:SHARE"`` (by the mean ``path`` scores of the other data sets),
+            ``"additive:SHARE"`` (by these, as kind and block alone explain them), or
             ``"METHOD:SHARE"`` with another method of the search, of ``ila.baselines``, or ``snr``
             and ``kappa`` (by the singular values of the base weights).
         at: Time of the switch as a share of the run's own steps; None trains from scratch.
@@ -98,13 +99,14 @@ class Way:
 
 
 FULL = Way(ALL)
+NO_QK = Way("no q and k", opened="no-qk")
 # In the order in which they are trained: what decides comes first.
 ONE_PASS = (
     FULL,
     Way("one run, last half of the blocks", opened="blocks:15", at=0.25),
     Way(f"{ALL}, 0.8 of the steps", share=0.8),
     Way("one run, last 18 blocks", opened="blocks:18", at=0.25),
-    Way("no q and k", opened="no-qk"),
+    NO_QK,
     Way("last half of the blocks", opened="blocks:15"),
     Way("two runs, best 30 %", opened="top:0.3", search=True),
     Way("no q and k, 0.9 of the steps", share=0.9, opened="no-qk"),

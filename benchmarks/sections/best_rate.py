@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.frontier.methods import SHARES, by_share
-from benchmarks.frontier.ways import FULL, Way
+from benchmarks.frontier.methods import LAST_MLPS, SHARES, by_share
+from benchmarks.frontier.ways import FULL, NO_QK, Way
 from benchmarks.sections.common import table
 from benchmarks.sections.frontier import frontier
 from benchmarks.sections.frontier_numbers import Point, gap
@@ -15,30 +15,39 @@ from benchmarks.sections.study_numbers import Estimate
 PAGE = "study"
 TITLE = "Choosing few layers: best rate against best rate"
 ORDER = 2
-NO_QK = Way("no q and k", opened="no-qk")
 
 
 def markdown(results: Mapping[str, Any]) -> list[str]:
     """Return the paragraphs of the page."""
     found = frontier(results)
     points = {} if found is None else {p.way.name: p for p in found.points("one pass")}
-    tables = [part for share in SHARES for part in _share(points, share)]
+    tables = by_shares(points, LAST_MLPS)
     return [_RULE, *tables] if tables else []
 
 
+def by_shares(points: Mapping[str, Point], mlps: Way) -> list[str]:
+    """Return a table for each share of the layers that ways were trained at."""
+    return [part for share in SHARES for part in _share(points, share, mlps)]
+
+
 _RULE = (
-    "The trainings of the one pass above, from scratch on the layers that a method chooses. The "
-    "first four methods search: they score after a whole run on all layers of the same data. The "
-    "others are controls that need none: the MLPs of the last 21 blocks (as many layers as 30 %), "
-    "the singular values of the base weights (`snr`, `kappa`), the mean `path` scores of the other "
-    "data sets, chance. A row with fewer runs saw fewer data sets or seeds. *Against `path`* "
-    "compares on the same data sets and seeds."
+    "The trainings of the one pass above, from scratch on the layers that a method chooses. "
+    "`path`, `gate_gradient`, `update_norm` and `ila` search: they score after a whole run on all "
+    "layers of the same data. The others are controls that need none: the MLPs of the last 21 "
+    "blocks (as many layers as 30 %), the singular values of the base weights (`snr`, `kappa`), "
+    "the mean `path` scores of the other data sets (`others`), the same as far as kind and block "
+    "explain their places (`additive`), chance. A row with fewer runs saw fewer data sets or "
+    "seeds. *Against `path`* compares on the same data sets and seeds."
 )
 
 
-def _share(points: Mapping[str, Point], share: float) -> list[str]:
-    """Return the table of one share; nothing where no way was trained."""
-    ways = [FULL, *([NO_QK] if share == 0.75 else []), *by_share(share)]
+def _share(points: Mapping[str, Point], share: float, mlps: Way) -> list[str]:
+    """Return the table of one share; nothing where no way was trained.
+
+    Without q and k 5 of 7 layers are left, so that row is in the table of 75 %.
+    """
+    beside = {0.3: [mlps], 0.75: [NO_QK]}.get(share, [])
+    ways = [FULL, *beside, *by_share(share)]
     rows = [points[way.name] for way in ways if way.name in points]
     if len(rows) < 2:
         return []

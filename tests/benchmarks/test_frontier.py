@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.frontier import run as frontier
 from benchmarks.frontier import train as training
+from benchmarks.frontier.additive import by_kind_and_block
 from benchmarks.frontier.methods import LAST_MLPS, METHODS, PARTS, best_by
 from benchmarks.frontier.times import CACHED, FILL, PEFT, SCAN, SCORE
 from benchmarks.frontier.ways import ALL, FULL, ONE_PASS, Way
@@ -170,6 +171,14 @@ def test_the_scores_of_other_data_sets_are_averaged(monkeypatch):
     assert trainings._scores("a", 0, best_by("others", 0.3)) == [2.0, 3.0]
     assert trainings._scores("a", 0, best_by("path", 0.3)) == [9.0, 9.0]
     assert trainings._scores("a", 0, HALF) is None
+    names = ["layers.0.q_proj", "layers.0.v_proj"]
+    layers = SimpleNamespace(layers=dict.fromkeys(names))
+    monkeypatch.setattr(training, "AdapterUpdates", lambda model: layers)
+    bench.fresh = lambda data, seed: None
+    # One block: the kinds explain the places of 2.0 and 3.0 exactly.
+    assert trainings._scores("a", 0, best_by("additive", 0.3)) == [1.0, 2.0]
+    with pytest.raises(ValueError, match="every kind in every block, got 3 names"):
+        by_kind_and_block([*names, "layers.1.q_proj"], [1.0, 2.0, 3.0])
 
 
 def test_methods_are_compared_on_the_same_cells_and_stay_out_of_the_frontier(monkeypatch):
@@ -184,7 +193,9 @@ def test_methods_are_compared_on_the_same_cells_and_stay_out_of_the_frontier(mon
     text = "\n".join(best_rate.markdown({"frontier": found}))
     assert "**30% of the layers.**" in text and "**10%" not in text
     assert "| best 30 % by `update_norm` | +15.0 % (" in text
-    row = next(line for line in text.splitlines() if "update_norm" in line)
+    row = next(
+        line for line in text.splitlines() if line.startswith("| best 30 % by `update_norm`")
+    )
     assert row.split(" | ")[2].startswith("+10.0 % (") and row.endswith("| 4 |")
     row = next(line for line in text.splitlines() if "MLPs of the last 21" in line and "|" in line)
     assert row.split(" | ")[2].strip() == ""  # no cell in common

@@ -1,0 +1,39 @@
+"""Scores as far as the kind of a layer and its block explain them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import fmean
+
+from ila.masks.names import parse_module_name
+
+
+def by_kind_and_block(names: Sequence[str], scores: Sequence[float]) -> list[float]:
+    """Return kind + block effects on the places of the scores, the least squares fit of their sum.
+
+    Every block has one layer of each kind, so the fit is mean of the kind + mean of the block − the
+    mean. Places, from 1 for the lowest score, keep one large score from deciding.
+
+    Raises:
+        ValueError: If a kind is missing in a block.
+
+    >>> names = [f"layers.{block}.{kind}" for block in (0, 1) for kind in ("q_proj", "v_proj")]
+    >>> by_kind_and_block(names, [0.1, 9.0, 0.3, 0.2])
+    [2.0, 3.0, 2.0, 3.0]
+    """
+    places = {
+        name: place for place, (_, name) in enumerate(sorted(zip(scores, names, strict=True)), 1)
+    }
+    of_block, of_kind = defaultdict(list), defaultdict(list)
+    for name in names:
+        block, kind = parse_module_name(name)
+        of_block[block].append(places[name])
+        of_kind[kind].append(places[name])
+    if len(names) != len(of_block) * len(of_kind):
+        raise ValueError(f"names must hold every kind in every block, got {len(names)} names")
+    mean = fmean(places.values())
+    return [
+        fmean(of_kind[kind]) + fmean(of_block[block]) - mean
+        for block, kind in map(parse_module_name, names)
+    ]
