@@ -30,8 +30,12 @@ def best_by(method: str, share: float) -> Way:
 
 
 def by_share(share: float) -> list[Way]:
-    """Return the ways that open this share of the layers by their scores."""
-    return [best_by(method, share) for method in (*SEARCHED, *CONTROLS)]
+    """Return the ways that open this share of the layers by their scores.
+
+    ``additive`` is asked at 30 % alone.
+    """
+    methods = (*SEARCHED, *CONTROLS)
+    return [best_by(method, share) for method in methods if method != "additive" or share == 0.3]
 
 
 SCORED = tuple(way for share in SHARES for way in by_share(share))
