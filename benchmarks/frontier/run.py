@@ -14,7 +14,8 @@ seeds at the rate that was best there for the same data. Three parts; the first 
 
 Ways to choose few layers (``benchmarks.frontier.methods``) train in one pass too.
 
-``--time`` measures step times instead, in turns, with the CPU time of this process.
+``--time`` measures step times instead, in turns, with the CPU time of this process. ``--again``
+trains the first seed's best rate of each way once more: how far do results change elsewhere?
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ import argparse
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from benchmarks.frontier.methods import METHODS, PARTS, SMALL
-from benchmarks.frontier.train import Trainings
+from benchmarks.frontier.train import AGAIN, Trainings
 from benchmarks.frontier.ways import Way
 from benchmarks.study.cells import Bench, Plan
 from benchmarks.study.records import Records
@@ -63,6 +65,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=STEPS, help="of a full run")
     parser.add_argument("--time", action="store_true", help="time the steps, train nothing")
     parser.add_argument("--rounds", type=int, default=7, help="of timing")
+    parser.add_argument("--again", action="store_true", help="repeat what is best, once")
     options = parser.parse_args(arguments)
     if any("=" not in item for item in options.data):
         parser.error(f"--data must be NAME=FILE, got {options.data}")
@@ -97,7 +100,10 @@ def chosen(ways: Sequence[Way], names: Sequence[str] | None) -> tuple[Way, ...]:
 
 
 def run_part(trainings: Trainings, ways: tuple[Way, ...], options: argparse.Namespace) -> None:
-    """Train every way: the rates on the first seed, then the best rate on the others."""
+    """Train every way: the rates on the first seed, then the best rate on the others.
+
+    With ``again`` the best rate on the first seed, once more.
+    """
     first, *others = options.seeds
     for way in ways:
         for data in trainings.bench.plan.data:
@@ -105,6 +111,9 @@ def run_part(trainings: Trainings, ways: tuple[Way, ...], options: argparse.Name
                 lambda rate, way=way, data=data: trainings.loss(data, first, way, rate),
                 options.rates or RATES[trainings.part],
             )
+            if options.again:
+                replace(trainings, kind=AGAIN).loss(data, first, way, best)
+                continue
             for seed in others:
                 trainings.loss(data, seed, way, best)
 

@@ -25,6 +25,7 @@ from ila.training.config import TrainConfig
 from ila.training.train import train
 
 PATH = "path"
+FIRST, AGAIN = "frontier", "frontier again"
 # Method -> how it scores: after a whole run on all layers, or without any.
 SCORINGS = {
     PATH: Scoring(PATH, milestone=1.0, stage2_steps=12),
@@ -44,19 +45,21 @@ class Trainings:
         part: Name of the part.
         full: Steps of a full run.
         screen: Shows one line for each training.
+        kind: Of the lines of the records: ``FIRST``, or ``AGAIN`` for repeats.
     """
 
     bench: Bench
     part: str
     full: int
     screen: Console
+    kind: str = FIRST
 
     def loss(self, data: str, seed: int, way: Way, rate: float) -> dict[str, Any]:
         """Return the held-out loss of a way, trained unless the records hold it."""
         plan = self.bench.plan
         key = {**plan.common(), "data": data, "seed": seed, "part": self.part, **way.key()}
         key |= {"learning_rate": rate, "steps": way.steps(self.full), "full": self.full}
-        known = self.bench.records.get("frontier", key)
+        known = self.bench.records.get(self.kind, key)
         if known is not None:
             return known
         before = self.bench.base(data, seed)["held_out_loss"]
@@ -70,7 +73,7 @@ class Trainings:
         }
         text = f"{self.part}, {data} {seed}, {way.name}, {rate:g}: {result['held_out_loss']:.4f}"
         self.screen.print(text, highlight=False)
-        return self.bench.records.add("frontier", key, result)
+        return self.bench.records.add(self.kind, key, result)
 
     def _train(
         self, data: str, seed: int, way: Way, rate: float

@@ -237,7 +237,15 @@ def test_every_way_trains_and_a_second_command_trains_nothing(
     }
     assert all(len([k for k in cells if k["opened"] == way.opened]) >= 4 for way in ways)
     whole = out.read_bytes()
-    monkeypatch.setattr(training.Trainings, "_train", None)
-    frontier.main()
+    with monkeypatch.context() as patched:
+        patched.setattr(training.Trainings, "_train", None)
+        frontier.main()
     assert out.read_bytes() == whole
     assert len(Frontier(found).points("one pass")) == len(ways)
+    # Once more: the best rate of the first seed, and on this machine the same loss.
+    monkeypatch.setattr("sys.argv", [*command, "--way", FULL.name, "--again"])
+    frontier.main()
+    (again,) = [json.loads(text) for text in out.read_bytes()[len(whole) :].splitlines()]
+    first = {json.dumps(item["key"]): item["result"] for item in found}[json.dumps(again["key"])]
+    assert again["kind"] == "frontier again" and again["result"] == first
+    assert Frontier([*found, again]).repeats() == [0.0]

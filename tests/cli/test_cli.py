@@ -311,6 +311,23 @@ def test_what_was_dropped_of_the_held_out_rows_is_counted(train, tmp_path, data)
     assert "Held out: nothing." in answer.out
 
 
+def test_near_copies_are_held_out_together_if_asked(learn, train, tmp_path):
+    letters = "abcdefghijklmnopqrstuvwx"
+    pairs = [(" ".join(letters[4 * i : 4 * i + 4]), end) for i in range(6) for end in "yz"]
+    data = tmp_path / "copies.jsonl"
+    rows = [{"prompt": prompt, "completion": end} for prompt, end in pairs]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for command in (learn, train):
+        for options, held_out in (((), 3), (("--group-copies",), 2)):
+            folder = tmp_path / f"{command is learn}{held_out}"
+            assert command(folder, "--data", data, "--held-out", "0.25", *options).code == 0
+            found = json.loads((folder / "run.json").read_text())
+            assert found["data"]["held_out"]["rows"] == held_out
+            assert found["inputs"].get("group_copies", False) == bool(options)
+    line = train(tmp_path / "none", "--held-out", "0", "--group-copies").error()
+    assert "group_copies divides the rows that are held out; held_out is 0" in line
+
+
 def test_other_data_or_another_model_is_no_resume(
     learn, tmp_path, contents, tiny_model_folder, data
 ):
