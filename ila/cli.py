@@ -64,7 +64,7 @@ def learn(context: typer.Context, **given: Any) -> None:
 @app.command()
 @takes(SELECT)
 def select(context: typer.Context, run: Path, **given: Any) -> None:
-    """Choose the layers to train: cut a learned mask, or name layers of a model with --layers.
+    """Choose the layers to train: cut a learned mask, or make one for a model.
 
     A budget weighs importance (--objective) against cost: the depth of backward, the layers that it
     passes, and the time and memory of each open layer. The command prints the plain top-k of the

@@ -171,14 +171,14 @@ ScoreLearningRate = Annotated[
 
 # Options of `ila select`.
 MaskOrModel = Annotated[
-    Path, typer.Argument(help="Folder of `ila learn` or a mask file; a model with --layers.")
+    Path, typer.Argument(help="Folder of `ila learn`, a mask file, or a model.")
 ]
 Layers = Annotated[
     str | None,
     typer.Option(
-        help="Layers of a model to open: last:16, first:8, blocks:0,4-7, no-qk, names with commas, "
-        "a regex for whole names, a file of Spectrum; or a ranking of weights, for --top: snr, "
-        "snr_overall or kappa."
+        help="Layers of a model to open: last:16, first:8, blocks:0,4-7, last-mlps:21, no-qk, "
+        "names with commas, a regex for whole names, a file of Spectrum; or a ranking of "
+        "weights, for --top: kappa (the default), snr or snr_overall."
     ),
 ]
 Format = Annotated[

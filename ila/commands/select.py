@@ -12,6 +12,8 @@ from ila.masks.mask_file import file_of
 
 _COUNTED = ("speed", "model", "batch_size", "max_length")
 _OF_A_MODEL = ("gguf_file", "load_in", "target_modules", "trust_remote_code")
+# The ranking of a model's weights that --top cuts unless --layers names another.
+BY_WEIGHTS = "kappa"
 
 
 def select(run: Path, given: Given) -> list[str]:
@@ -24,10 +26,12 @@ def select(run: Path, given: Given) -> list[str]:
     shares = [name for name in ("top", "freeze", "budget") if given[name] is not None]
     if given["budget"] is None:
         _refuse(given, _COUNTED, "does nothing without --budget")
+    if given["layers"] is None and _is_model(run) and not (run / "mask.json").is_file():
+        given = {**given, "layers": _unsaid(run, given)}
     if given["layers"] is not None:
         mask, path, lines = _of_model(run, given)
         return lines + _written(mask, path, given["format"])
-    _refuse(given, _OF_A_MODEL, "is for a model, with --layers")
+    _refuse(given, _OF_A_MODEL, "is for a model")
     _check_mask_there(run)
     if given["budget"] is not None and len(shares) == 1:
         from ila.commands.select_budget import StepSizes, select_within
@@ -48,16 +52,16 @@ def select(run: Path, given: Given) -> list[str]:
 
 def _of_model(run: Path, given: Given) -> tuple[LayerMask, Path, list[str]]:
     if given["budget"] is not None:
-        raise ValueError("--budget cuts a learned mask; give --top or --freeze with --layers")
+        raise ValueError("--budget cuts a learned mask; give --top or --freeze for a model")
     if run.exists() and not _is_model(run):
         if run.is_file() or file_of(run).is_file():
             raise ValueError(
                 f"--layers is for a model, and {run} is none; a mask is cut with --top"
             )
         raise ValueError(_neither(run))
-    _refuse(given, ("objective",), "cuts a learned mask; it does nothing with --layers")
+    _refuse(given, ("objective",), "cuts a learned mask; it does nothing for a model")
     if given["out"] is None:
-        raise ValueError("--layers needs --out, the mask file to write")
+        raise ValueError("a mask of a model needs --out, the mask file to write")
     from ila.commands.inputs import Inputs
     from ila.commands.select_model import Share, select_of_model
 
@@ -65,6 +69,16 @@ def _of_model(run: Path, given: Given) -> tuple[LayerMask, Path, list[str]]:
     share = Share(given["top"], given["freeze"])
     chosen = select_of_model(inputs, given["layers"], share, given["out"])
     return chosen.mask, given["out"], [_counted(chosen.mask, given["out"]), *chosen.notes]
+
+
+def _unsaid(model: Path, given: Given) -> str:
+    """Return the layers of a model that --top or --freeze mean without --layers."""
+    if given["top"] is None and given["freeze"] is None:
+        raise ValueError(
+            f"{model} is a model; say which of its layers to train, with --layers, or how many, "
+            "with --top"
+        )
+    return BY_WEIGHTS
 
 
 def _is_model(path: Path) -> bool:
@@ -76,8 +90,6 @@ def _is_model(path: Path) -> bool:
 def _check_mask_there(run: Path) -> None:
     if file_of(run).is_file() and not _is_model(run):
         return
-    if run.exists() and _is_model(run) and not (run / "mask.json").is_file():
-        raise ValueError(f"{run} is a model; say which of its layers to train, with --layers")
     if run.is_dir() and not _is_model(run):
         raise ValueError(_neither(run))
 

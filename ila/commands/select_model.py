@@ -70,7 +70,8 @@ def select_of_model(inputs: Inputs, layers: str, share: Share, out: Path) -> Cho
     known = identity(model, source)
     found = masked_layers(attach_adapter(model, inputs), "default")
     if weighed:
-        chosen = Chosen(share.cut(LayerMask(by_weights(found, layers, progress=True))), [])
+        scored = LayerMask(by_weights(found, layers, progress=True))
+        chosen = Chosen(share.cut(scored), [f"Ranked by {layers}, from the weights alone"])
     else:
         chosen = _by_names(list(found), layers, share)
     selection = {"layers": layers, **asdict(share)}

@@ -2,7 +2,7 @@
 
 A rule is a text, as ``ila select --layers`` takes it:
 
-    last:16   first:8   blocks:0,4,8-11   no-qk   q_proj,v_proj   REGEX
+    last:16   first:8   blocks:0,4,8-11   last-mlps:21   no-qk   q_proj,v_proj   REGEX
 
 Names and a regular expression mean the layers that they mean in PEFT's ``target_modules``: a name
 is a layer's own or its end, and an expression must match a whole name of the base model.
@@ -13,11 +13,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from ila.masks.names import BLOCK_NUMBER, PEFT_PREFIX, parse_module_name
+from ila.masks.names import BLOCK_NUMBER, DOWN, GATE_UP, PEFT_PREFIX, parse_module_name
 
-RULES = "last:N, first:N, blocks:0,4,8-11, no-qk, names with commas or a regular expression"
+RULES = (
+    "last:N, first:N, blocks:0,4,8-11, last-mlps:N, no-qk, names with commas or a regular "
+    "expression"
+)
 _QUERY_KEY = ("q_proj", "k_proj")
-_BLOCK_RULE = re.compile("(last|first|blocks):(.*)")
+_BLOCK_RULE = re.compile("(last|first|blocks|last-mlps):(.*)")
+_MLP = ("mlp", *GATE_UP, *DOWN)  # a part of the name of a layer of an MLP
 _NAMES = re.compile(r"\w+(\.\w+)*(,\s*\w+(\.\w+)*)*")
 _RANGE = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?")
 
@@ -33,10 +37,13 @@ def chosen_by(rule: str, names: Sequence[str]) -> list[str]:
     ['layers.1.q_proj', 'layers.1.v_proj']
     >>> chosen_by("no-qk", names)
     ['layers.0.v_proj', 'layers.1.v_proj']
+    >>> chosen_by("last-mlps:1", ["layers.0.mlp.up_proj", "layers.1.mlp.up_proj", *names])
+    ['layers.1.mlp.up_proj']
     >>> chosen_by("v_proj", names) == chosen_by(r".*\.v_proj", names)
     True
     """
     if by_block := _BLOCK_RULE.fullmatch(rule):
+        names = _mlps(names) if by_block[1] == "last-mlps" else names
         wanted = _blocks(by_block[1], by_block[2], names)
         return [name for name in names if _block(name) in wanted]
     if rule == "no-qk":
@@ -115,7 +122,7 @@ def _block(name: str) -> int | None:
 
 
 def _blocks(which: str, text: str, names: Iterable[str]) -> set[int]:
-    """Return the numbers of the blocks that ``last:``, ``first:`` or ``blocks:`` mean."""
+    """Return the numbers of the blocks that a rule means."""
     there = sorted({block for name in names if (block := _block(name)) is not None})
     if which == "blocks":
         return _listed(text, there)
@@ -125,7 +132,7 @@ def _blocks(which: str, text: str, names: Iterable[str]) -> set[int]:
             f"layers {which}:N must have N from 1 to {len(there)}, the blocks with layers, got "
             f"{text!r}"
         )
-    return set(there[-count:] if which == "last" else there[:count])
+    return set(there[:count] if which == "first" else there[-count:])
 
 
 def _listed(text: str, there: Sequence[int]) -> set[int]:
@@ -142,6 +149,16 @@ def _listed(text: str, there: Sequence[int]) -> set[int]:
             )
         wanted |= {block for block in there if low <= block <= high}
     return wanted
+
+
+def _mlps(names: Sequence[str]) -> list[str]:
+    found = [name for name in names if not set(_MLP).isdisjoint(name.split("."))]
+    if not found:
+        raise ValueError(
+            f"layers last-mlps:N opens layers of MLPs, with one of {', '.join(_MLP)} in their "
+            f"names; the layers here are {', '.join(dict.fromkeys(map(kind_of, names)))}"
+        )
+    return found
 
 
 def _without_query_key(names: Sequence[str]) -> list[str]:

@@ -45,6 +45,7 @@ def select(ila, tiny_model_folder, tmp_path):
         ("blocks:1", names_of(1)),
         ("blocks:0-1", names_of(0, 1)),
         ("no-qk", names_of(0, 1, kinds=KINDS[2:])),
+        ("last-mlps:1", names_of(1, kinds=KINDS[4:])),
         ("v_proj, mlp.up_proj", names_of(0, 1, kinds=["self_attn.v_proj", "mlp.up_proj"])),
         ("model.layers.1.mlp.up_proj", names_of(1, kinds=["mlp.up_proj"])),
         (r"model\.layers\.1\..*(q|v)_proj", names_of(1, kinds=[KINDS[0], KINDS[2]])),
@@ -63,6 +64,10 @@ def test_blocks_are_counted_and_not_texts():
     assert chosen_by("blocks:1, 9-11", names) == [names[1], *names[9:]]
     assert chosen_by("layers.1.mlp.up_proj", names) == [names[1]]
     assert chosen_by("up_proj", ["lm_head", *names]) == names
+    experts = [f"layers.{block}.mlp.experts.gate_up_proj" for block in range(3)]
+    assert chosen_by("last-mlps:1", ["layers.2.self_attn.q_proj", *experts]) == experts[2:]
+    with pytest.raises(ValueError, match=r"in their names; the layers here are attn\.c_proj"):
+        chosen_by("last-mlps:1", ["h.0.attn.c_proj"])
 
 
 @pytest.mark.parametrize(
@@ -70,6 +75,7 @@ def test_blocks_are_counted_and_not_texts():
     [
         ("last:0", "N from 1 to 2"),
         ("last:3", "got '3'"),
+        ("last-mlps:3", "layers last-mlps:N must have N from 1 to 2"),
         ("first:x", "got 'x'"),
         ("blocks:1-2", "(0-1), with commas, got '1-2'"),
         ("blocks:", "got ''"),
@@ -104,11 +110,12 @@ def test_a_path_that_does_not_fit_is_one_clear_line(ila, tiny_model_folder, tmp_
     for learned in (run, run / "mask.json"):
         line = ila("select", learned, "--layers", "last:1", "--out", out).error()
         assert "--layers is for a model" in line
-    line = ila("select", tiny_model_folder, "--top", "0.5").error()
-    assert "is a model; say which of its layers" in line
+    line = ila("select", tiny_model_folder, "--out", out).error()
+    assert "is a model; say which of its layers" in line and "how many, with --top" in line
     line = ila("select", tmp_path / "nowhere", "--layers", "last:1", "--out", out).error()
     assert "nothing is there" in line
-    assert "--layers needs --out" in ila("select", tiny_model_folder, "--layers", "last:1").error()
+    for chosen in (("--layers", "last:1"), ("--top", "0.5")):
+        assert "a mask of a model needs --out" in ila("select", tiny_model_folder, *chosen).error()
     assert not out.exists() and {path.name for path in run.iterdir()} == {"mask.json"}
 
 
@@ -120,12 +127,31 @@ def test_a_path_that_does_not_fit_is_one_clear_line(ila, tiny_model_folder, tmp_
         (("--layers", "last:1", "--max-length", "8"), "--max-length does nothing without"),
         (("--layers", "last:1", "--format", "trl"), "format must be one of ('peft', "),
         (("--layers", "snr", "--top", "0.5", "--freeze", "0.5"), "exactly one of --top"),
-        (("--top", "0.5", "--load-in", "4bit"), "--load-in is for a model, with --layers"),
+        (("--budget", "time=0.5"), "is a model; say which of its layers to train"),
     ],
 )
 def test_options_that_do_not_go_together(options, expected, ila, tiny_model_folder, tmp_path):
     answer = ila("select", tiny_model_folder, *options, "--out", tmp_path / "mask.json")
     assert expected in answer.error() and not list(tmp_path.iterdir())
+
+
+def test_a_share_of_a_model_is_ranked_by_kappa_unless_another_is_named(
+    ila, tiny_model_folder, tmp_path
+):
+    found = {}
+    for name in ((), ("--layers", "kappa"), ("--layers", "snr")):
+        out = tmp_path / f"{len(found)}.json"
+        answer = ila("select", tiny_model_folder, *name, "--top", "0.3", "--out", out)
+        assert f"Ranked by {'snr' if 'snr' in name else 'kappa'}, from the weights" in answer.out
+        found[name] = LayerMask.load(out)
+    default, named, other = found.values()
+    assert default.scores == named.scores != other.scores and len(default.open) == 4
+    closed = tmp_path / "closed.json"
+    assert ila("select", tiny_model_folder, "--freeze", "0.7", "--out", closed).code == 0
+    assert LayerMask.load(closed).gates == default.gates
+    # A mask takes no option of a model.
+    line = ila("select", tmp_path / "0.json", "--top", "0.5", "--load-in", "4bit").error()
+    assert "--load-in is for a model" in line
 
 
 def test_the_mask_trains_its_model_and_no_other(select, train, ila, tmp_path, tiny_model_folder):
