@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.frontier.methods import LAST_MLPS, best_by
-from benchmarks.frontier.ways import FULL
+from benchmarks.frontier.ways import FULL, Way
 from benchmarks.sections.frontier import FIGURE, SAYS, frontier
 from benchmarks.sections.frontier_numbers import Frontier, Point, gap, rival
 from benchmarks.sections.study_numbers import Estimate
@@ -89,20 +89,34 @@ def _said(points: Points, run: Point) -> str:
 
 
 def _search(points: Points) -> str | None:
-    best = points.get(best_by("path", 0.3).name)
+    """Say whether a search chooses better layers than their weights; then what else chooses."""
+    best, weights = (points.get(best_by(method, 0.3).name) for method in ("path", "kappa"))
     if best is None:
         return None
+    searched = f"{_lost(best)}{_in_time(best, ', its search included')}"
+    ways = [best_by("kappa", 0.3), best_by("snr", 0.3), LAST_MLPS, best_by("random", 0.3)]
+    if weights is None or len(weights.lost) != len(best.lost) or gap(weights, best).low > 0:
+        said = "A mask of its own is for many runs: the best 30 % by `path`, trained from scratch, "
+        return f"{said}lose {searched}.{_beside(points, best, ways)}"
+    return (
+        "Few layers from the start need no search: the best 30 % by `kappa`, from the weights "
+        f"alone, lose {_lost(weights)}{_in_time(weights)}; those by `path` lose {searched}: "
+        f"{_verdict(gap(weights, best))}.{_beside(points, best, ways[1:])}"
+    )
+
+
+def _beside(points: Points, best: Point, ways: list[Way]) -> str:
+    """Return what other ways lose that were trained wherever the best was."""
     others = []
-    for way in (best_by("kappa", 0.3), best_by("snr", 0.3), LAST_MLPS, best_by("random", 0.3)):
+    for way in ways:
         point = points.get(way.name)
         if point is not None and len(point.lost) == len(best.lost):
             others.append(f"{_short(way.name)} {_lost(point)}, {_verdict(gap(point, best))}")
-    beside = f" Chosen without a search, beside it: {'; '.join(others)}." if others else ""
-    time = "" if best.time is None else f", {best.time:.2f} with its search"
-    return (
-        f"A mask of its own is for many runs: the best 30 % by `path`, trained from scratch, lose "
-        f"{_lost(best)}{time}.{beside}"
-    )
+    return f" Chosen otherwise, against `path`: {'; '.join(others)}." if others else ""
+
+
+def _in_time(point: Point, how: str = "") -> str:
+    return "" if point.time is None else f" in {point.time:.2f}{how}"
 
 
 def _epochs(points: Points) -> str | None:

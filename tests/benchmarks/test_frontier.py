@@ -130,6 +130,13 @@ def test_the_advice_is_what_the_numbers_say(lines, monkeypatch):
     more = trained(path, {"a": [1.1, 1.28]}) + trained(chance, {"a": [1.2, 1.36]})
     (text,) = [t for t in advice.advice(Frontier(lines + more)) if "own" in t]
     assert "lose 10.0 % (10.0 … 10.0)" in text and "`random` 20.0 % (20.0 … 20.0), worse." in text
+    # With kappa as good as the search, the weights come first.
+    kappa = best_by("kappa", 0.3)
+    monkeypatch.setitem(PARTS, "one pass", (FULL, path, chance, kappa))
+    more += trained(kappa, {"a": [1.05, 1.32]})
+    (text,) = [t for t in advice.advice(Frontier(lines + more)) if "start" in t]
+    assert "from the weights alone, lose 10.0 % (-53.5 … 73.5) in 0.55; those by `path`" in text
+    assert "lose 10.0 % (10.0 … 10.0) in 1.46, its search included: a tie. Chosen" in text
     assert advice.summary({}) == []
 
 
