@@ -1,4 +1,4 @@
-"""Scores as far as the kind of a layer and its block explain them."""
+"""Predict the scores of layers from their kind and their block alone."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ila.masks.names import parse_module_name
 
 
 def by_kind_and_block(names: Sequence[str], scores: Sequence[float]) -> list[float]:
-    """Return kind + block effects on the places of the scores, the least squares fit of their sum.
+    """Return the least squares fit of kind + block to the places of the scores, 1 for the lowest.
 
-    Every block has one layer of each kind, so the fit is mean of the kind + mean of the block − the
-    mean. Places, from 1 for the lowest score, keep one large score from deciding.
+    Every block has one layer of each kind. So the fit of a layer is the mean of its kind plus the
+    mean of its block less the mean of all. Places keep one large score from deciding.
 
     Raises:
         ValueError: If a kind is missing in a block.

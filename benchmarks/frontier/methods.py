@@ -17,6 +17,12 @@ LAST_MLPS, SMALL_MLPS = (
     Way(f"MLPs of the last {blocks} blocks", opened=f"mlps:{blocks}") for blocks in (21, 7)
 )
 SMALL = "small base"
+# Rates to begin with; rows that are seen again want a lower rate.
+RATES = {
+    "one pass": (1e-3, 2e-3, 3e-3),
+    "epochs": (2e-4, 5e-4, 1e-3),
+    SMALL: (1e-3, 2e-3, 3e-3, 5e-3),
+}
 
 
 def best_by(method: str, share: float) -> Way:

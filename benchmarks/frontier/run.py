@@ -30,7 +30,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.frontier.methods import METHODS, PARTS, SMALL
+from benchmarks.frontier.methods import METHODS, PARTS, RATES, SMALL
 from benchmarks.frontier.train import AGAIN, Trainings
 from benchmarks.frontier.ways import Way
 from benchmarks.study.cells import Bench, Plan
@@ -40,14 +40,8 @@ STEPS, ROWS, LENGTH, RANK = 60, 2, 192, 8
 # Part -> (rows of the file, share held out): 60 rows are held out in both. One pass draws 120 of
 # 540 rows; three epochs of 20 steps read 40 rows. A small base holds out 120 rows: that is cheap.
 DATA = {"one pass": (600, 0.1), "epochs": (100, 0.6), SMALL: (600, 0.2)}
-# Rows that are seen again want a lower rate.
-RATES = {
-    "one pass": (1e-3, 2e-3, 3e-3),
-    "epochs": (2e-4, 5e-4, 1e-3),
-    SMALL: (1e-3, 2e-3, 3e-3, 5e-3),
-}
 DEFAULT = ("one pass", "epochs")
-FURTHER = 5 / 3  # the next rate where the best lies at the edge
+FURTHER, MOST = 5 / 3, 4  # the next rate where the best lies at the edge; how many to try
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -63,9 +57,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", help="to begin with")
     parser.add_argument("--steps", type=int, default=STEPS, help="of a full run")
-    parser.add_argument("--time", action="store_true", help="time the steps, train nothing")
     parser.add_argument("--rounds", type=int, default=7, help="of timing")
-    parser.add_argument("--again", action="store_true", help="repeat what is best, once")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--time", action="store_true", help="time the steps, train nothing")
+    instead.add_argument("--again", action="store_true", help="repeat what is best, once")
     options = parser.parse_args(arguments)
     if any("=" not in item for item in options.data):
         parser.error(f"--data must be NAME=FILE, got {options.data}")
@@ -123,13 +118,13 @@ def best_rate(train: Callable[[float], Mapping[str, Any]], rates: Sequence[float
 
     Args:
         train: Rate -> result of a training.
-        rates: Rates to begin with; at most two more are tried.
+        rates: Rates to begin with; at most ``MOST`` more are tried.
 
     >>> best_rate(lambda rate: {"held_out_loss": (rate - 9.0) ** 2}, [1.0, 2.0, 3.0])
     8.333
     """
     losses = {rate: train(rate)["held_out_loss"] for rate in rates}
-    for _ in range(2):
+    for _ in range(MOST):
         best = min(losses, key=losses.__getitem__)
         if best not in (min(losses), max(losses)):
             break

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ila.masks.mask import LayerMask
+from ila.masks.rules import chosen_by
 from ila.price.choice import Choice
 from ila.search.spectra import SPECTRA
 
@@ -93,8 +94,8 @@ class Way:
         if self.opened == "no-qk":
             return LayerMask(scored, {name: not _QK.search(name) for name in names})
         if self.opened.startswith("mlps:"):
-            top = Choice(blocks=int(self.opened.partition(":")[2])).cut(scored)
-            return LayerMask(scored, {name: top.gates[name] and ".mlp." in name for name in names})
+            opened = set(chosen_by(f"last-{self.opened}", names))
+            return LayerMask(scored, {name: name in opened for name in names})
         return self.choice().cut(scored)
 
 

@@ -95,7 +95,7 @@ def _search(points: Points) -> str | None:
         return None
     searched = f"{_lost(best)}{_in_time(best, ', its search included')}"
     ways = [best_by("kappa", 0.3), best_by("snr", 0.3), LAST_MLPS, best_by("random", 0.3)]
-    if weights is None or len(weights.lost) != len(best.lost) or gap(weights, best).low > 0:
+    if weights is None or not _is_as_good(weights, best):
         said = "A mask of its own is for many runs: the best 30 % by `path`, trained from scratch, "
         return f"{said}lose {searched}.{_beside(points, best, ways)}"
     return (
@@ -105,12 +105,17 @@ def _search(points: Points) -> str | None:
     )
 
 
+def _is_as_good(point: Point, other: Point) -> bool:
+    """Return whether a point loses less than ``LITTLE`` more, by the end of its interval."""
+    return point.lost.keys() == other.lost.keys() and gap(point, other).high < LITTLE
+
+
 def _beside(points: Points, best: Point, ways: list[Way]) -> str:
     """Return what other ways lose that were trained wherever the best was."""
     others = []
     for way in ways:
         point = points.get(way.name)
-        if point is not None and len(point.lost) == len(best.lost):
+        if point is not None and point.lost.keys() == best.lost.keys():
             others.append(f"{_short(way.name)} {_lost(point)}, {_verdict(gap(point, best))}")
     return f" Chosen otherwise, against `path`: {'; '.join(others)}." if others else ""
 

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.frontier.methods import PARTS
+from benchmarks.frontier.methods import PARTS, RATES
 from benchmarks.frontier.times import CACHED, FILL, PEFT, SCAN, SCORE, set_of
 from benchmarks.frontier.ways import ALL, FULL, Way
 from benchmarks.sections.study_numbers import Estimate
 
 PATH_BATCHES = 12
-RATES = 3  # to choose the best from
 Cell = tuple[str, int]
 
 
@@ -27,6 +26,7 @@ class Point:
         way: Way to train.
         lost: Data set and seed -> share of the gain of all layers that it loses.
         rates: Data set -> its best learning rate.
+        at_edge: Data sets whose best rate is the lowest or the highest that was tried.
         times: Data set -> total time, search included, over PEFT's on all layers.
     """
 
@@ -34,6 +34,7 @@ class Point:
     lost: Mapping[Cell, float]
     rates: Mapping[str, float]
     times: Mapping[str, float]
+    at_edge: frozenset[str] = frozenset()
 
     @property
     def time(self) -> float | None:
@@ -84,27 +85,40 @@ class Frontier:
             }
             if lost:
                 rates = {data: rate for (data, _), (_, _, rate) in found.items()}
-                points.append(Point(way, lost, rates, self._times(part, way)))
+                edges = frozenset(d for d in rates if self._is_at_edge(part, way, d, rates[d]))
+                points.append(Point(way, lost, rates, self._times(part, way), edges))
         return points
 
     def _losses(self, part: str, way: Way) -> dict[Cell, tuple[float, float, float]]:
         """Return (data, seed) -> loss, loss before, rate: the rate that was best on one seed."""
         by_rate = defaultdict(dict)
-        for key, result in self.lines["frontier"]:
-            same = all(key[name] == value for name, value in way.key().items())
-            if key["part"] == part and same:
-                losses = result["held_out_loss"], result["before"]
-                by_rate[key["data"]].setdefault(key["seed"], {})[key["learning_rate"]] = losses
+        for key, result in self._of(part, way):
+            losses = result["held_out_loss"], result["before"]
+            by_rate[key["data"]].setdefault(key["seed"], {})[key["learning_rate"]] = losses
         found = {}
         for data, seeds in by_rate.items():
             searched = next(iter(seeds.values()))
-            if len(searched) < RATES:
+            if len(searched) < len(RATES[part]):
                 continue  # its best rate is not known yet
             best = min(searched, key=lambda rate: searched[rate][0])
             for seed, rates in seeds.items():
                 if best in rates:
                     found[data, seed] = (*rates[best], best)
         return found
+
+    def _of(self, part: str, way: Way) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+        """Return the trainings of a way."""
+        wanted = {"part": part, **way.key()}
+        return [
+            (key, result)
+            for key, result in self.lines["frontier"]
+            if all(key[name] == value for name, value in wanted.items())
+        ]
+
+    def _is_at_edge(self, part: str, way: Way, data: str, rate: float) -> bool:
+        keys = [key for key, _ in self._of(part, way) if key["data"] == data]
+        tried = [key["learning_rate"] for key in keys if key["seed"] == keys[0]["seed"]]
+        return rate in (min(tried), max(tried))
 
     def _times(self, part: str, way: Way) -> dict[str, float]:
         times = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ila.commands import select_share
@@ -12,8 +13,8 @@ from ila.masks.mask_file import file_of
 
 _COUNTED = ("speed", "model", "batch_size", "max_length")
 _OF_A_MODEL = ("gguf_file", "load_in", "target_modules", "trust_remote_code")
-# The ranking of a model's weights that --top cuts unless --layers names another.
-BY_WEIGHTS = "kappa"
+# The ranking of a model's weights that a share cuts unless --layers names another.
+_BY_WEIGHTS = "kappa"
 
 
 def select(run: Path, given: Given) -> list[str]:
@@ -26,8 +27,8 @@ def select(run: Path, given: Given) -> list[str]:
     shares = [name for name in ("top", "freeze", "budget") if given[name] is not None]
     if given["budget"] is None:
         _refuse(given, _COUNTED, "does nothing without --budget")
-    if given["layers"] is None and _is_model(run) and not (run / "mask.json").is_file():
-        given = {**given, "layers": _unsaid(run, given)}
+    if given["layers"] is None and (_is_unmasked_model(run) or _is_hub_id(run, given)):
+        given = {**given, "layers": _default_ranking(run, given)}
     if given["layers"] is not None:
         mask, path, lines = _of_model(run, given)
         return lines + _written(mask, path, given["format"])
@@ -71,14 +72,25 @@ def _of_model(run: Path, given: Given) -> tuple[LayerMask, Path, list[str]]:
     return chosen.mask, given["out"], [_counted(chosen.mask, given["out"]), *chosen.notes]
 
 
-def _unsaid(model: Path, given: Given) -> str:
-    """Return the layers of a model that --top or --freeze mean without --layers."""
-    if given["top"] is None and given["freeze"] is None:
+def _default_ranking(model: Path, given: Given) -> str:
+    """Return the ranking of a model that --top or --freeze cuts without --layers."""
+    if given["budget"] is None and given["top"] is None and given["freeze"] is None:
         raise ValueError(
             f"{model} is a model; say which of its layers to train, with --layers, or how many, "
-            "with --top"
+            "with --top or --freeze"
         )
-    return BY_WEIGHTS
+    return _BY_WEIGHTS
+
+
+def _is_unmasked_model(run: Path) -> bool:
+    return _is_model(run) and not (run / "mask.json").is_file()
+
+
+def _is_hub_id(run: Path, given: Given) -> bool:
+    """Return whether only a model can be meant: nothing is there, and --out says where to write."""
+    shared = given["top"] is not None or given["freeze"] is not None
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(run)) and run.suffix not in (".json", ".gguf")
+    return bool(named) and not run.exists() and shared and given["out"] is not None
 
 
 def _is_model(path: Path) -> bool:

@@ -1,7 +1,8 @@
-"""``ila select MODEL --layers``: a mask for a model without a search, by names or by weights."""
+"""``ila select MODEL``: a mask for a model without a search, by names or by weights."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -71,7 +72,8 @@ def select_of_model(inputs: Inputs, layers: str, share: Share, out: Path) -> Cho
     found = masked_layers(attach_adapter(model, inputs), "default")
     if weighed:
         scored = LayerMask(by_weights(found, layers, progress=True))
-        chosen = Chosen(share.cut(scored), [f"Ranked by {layers}, from the weights alone"])
+        cut = share.cut(scored)
+        chosen = Chosen(cut, [f"Ranked by {layers}, from the weights alone: {_kinds(cut)}"])
     else:
         chosen = _by_names(list(found), layers, share)
     selection = {"layers": layers, **asdict(share)}
@@ -133,6 +135,12 @@ def _note(names: list[str], fault: str) -> list[str]:
         return []
     shown = ", ".join(map(bare, names[:4])) + (", …" if len(names) > 4 else "")
     return [f"{len(names)} {fault}: {shown}"]
+
+
+def _kinds(mask: LayerMask) -> str:
+    """Count the open layers of each kind, most first."""
+    counts = Counter(name.rpartition(".")[2] for name in mask.open)
+    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
 
 
 def _depth(mask: LayerMask) -> str:

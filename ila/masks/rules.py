@@ -21,7 +21,7 @@ RULES = (
 )
 _QUERY_KEY = ("q_proj", "k_proj")
 _BLOCK_RULE = re.compile("(last|first|blocks|last-mlps):(.*)")
-_MLP = ("mlp", *GATE_UP, *DOWN)  # a part of the name of a layer of an MLP
+_MLP = ("mlp", "feed_forward", *GATE_UP, *DOWN)  # a part of the name of a layer of an MLP
 _NAMES = re.compile(r"\w+(\.\w+)*(,\s*\w+(\.\w+)*)*")
 _RANGE = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?")
 

@@ -133,9 +133,12 @@ def test_the_advice_is_what_the_numbers_say(lines, monkeypatch):
     # With kappa as good as the search, the weights come first.
     kappa = best_by("kappa", 0.3)
     monkeypatch.setitem(PARTS, "one pass", (FULL, path, chance, kappa))
-    more += trained(kappa, {"a": [1.05, 1.32]})
+    noisy = trained(kappa, {"a": [1.05, 1.32]})  # 10 % (-53 … 73): that can't be told
+    (text,) = [t for t in advice.advice(Frontier(lines + more + noisy)) if "own" in t]
+    assert "need no search" not in text and "`kappa` 10.0 % (-53.5 … 73.5), a tie" in text
+    more += trained(kappa, {"a": [1.1005, 1.2796]})
     (text,) = [t for t in advice.advice(Frontier(lines + more)) if "start" in t]
-    assert "from the weights alone, lose 10.0 % (-53.5 … 73.5) in 0.55; those by `path`" in text
+    assert "from the weights alone, lose 10.0 % (9.4 … 10.6) in 0.55; those by `path`" in text
     assert "lose 10.0 % (10.0 … 10.0) in 1.46, its search included: a tie. Chosen" in text
     assert advice.summary({}) == []
 

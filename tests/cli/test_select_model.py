@@ -111,7 +111,7 @@ def test_a_path_that_does_not_fit_is_one_clear_line(ila, tiny_model_folder, tmp_
         line = ila("select", learned, "--layers", "last:1", "--out", out).error()
         assert "--layers is for a model" in line
     line = ila("select", tiny_model_folder, "--out", out).error()
-    assert "is a model; say which of its layers" in line and "how many, with --top" in line
+    assert "is a model; say which of its layers" in line and "with --top or --freeze" in line
     line = ila("select", tmp_path / "nowhere", "--layers", "last:1", "--out", out).error()
     assert "nothing is there" in line
     for chosen in (("--layers", "last:1"), ("--top", "0.5")):
@@ -127,7 +127,8 @@ def test_a_path_that_does_not_fit_is_one_clear_line(ila, tiny_model_folder, tmp_
         (("--layers", "last:1", "--max-length", "8"), "--max-length does nothing without"),
         (("--layers", "last:1", "--format", "trl"), "format must be one of ('peft', "),
         (("--layers", "snr", "--top", "0.5", "--freeze", "0.5"), "exactly one of --top"),
-        (("--budget", "time=0.5"), "is a model; say which of its layers to train"),
+        (("--budget", "time=0.5"), "--budget cuts a learned mask"),
+        (("--top", "0.5", "--freeze", "0.5"), "exactly one of --top and --freeze"),
     ],
 )
 def test_options_that_do_not_go_together(options, expected, ila, tiny_model_folder, tmp_path):
@@ -142,13 +143,20 @@ def test_a_share_of_a_model_is_ranked_by_kappa_unless_another_is_named(
     for name in ((), ("--layers", "kappa"), ("--layers", "snr")):
         out = tmp_path / f"{len(found)}.json"
         answer = ila("select", tiny_model_folder, *name, "--top", "0.3", "--out", out)
-        assert f"Ranked by {'snr' if 'snr' in name else 'kappa'}, from the weights" in answer.out
+        said = f"Ranked by {'snr' if 'snr' in name else 'kappa'}, from the weights alone: "
+        (line,) = [text for text in answer.out.splitlines() if text.startswith(said)]
+        assert sum(int(part.split()[0]) for part in line.removeprefix(said).split(", ")) == 4
         found[name] = LayerMask.load(out)
     default, named, other = found.values()
     assert default.scores == named.scores != other.scores and len(default.open) == 4
     closed = tmp_path / "closed.json"
     assert ila("select", tiny_model_folder, "--freeze", "0.7", "--out", closed).code == 0
     assert LayerMask.load(closed).gates == default.gates
+    # A hub id is a model where only a model can be meant; here no hub is reachable.
+    hub = ("select", "nobody/no-such-model", "--top", "0.3")
+    assert "no such mask file" in ila(*hub).error()
+    assert "no such mask file" not in (line := ila(*hub, "--out", closed).error())
+    assert "nobody/no-such-model" in line
     # A mask takes no option of a model.
     line = ila("select", tmp_path / "0.json", "--top", "0.5", "--load-in", "4bit").error()
     assert "--load-in is for a model" in line
