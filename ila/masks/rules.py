@@ -21,6 +21,7 @@ RULES = (
 )
 _QUERY_KEY = ("q_proj", "k_proj")
 _BLOCK_RULE = re.compile("(last|first|blocks|last-mlps):(.*)")
+_ROUTERS = ("gate", "router", "shared_expert_gate")
 _MLP = ("mlp", "feed_forward", *GATE_UP, *DOWN)  # a part of the name of a layer of an MLP
 _NAMES = re.compile(r"\w+(\.\w+)*(,\s*\w+(\.\w+)*)*")
 _RANGE = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?")
@@ -151,8 +152,12 @@ def _listed(text: str, there: Sequence[int]) -> set[int]:
     return wanted
 
 
+def _is_of_mlp(parts: Sequence[str]) -> bool:
+    return not set(_MLP).isdisjoint(parts) and set(_ROUTERS).isdisjoint(parts)
+
+
 def _mlps(names: Sequence[str]) -> list[str]:
-    found = [name for name in names if not set(_MLP).isdisjoint(name.split("."))]
+    found = [name for name in names if _is_of_mlp(name.split("."))]
     if not found:
         raise ValueError(
             f"layers last-mlps:N opens layers of MLPs, with one of {', '.join(_MLP)} in their "
