@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from benchmarks.frontier.methods import METHODS
+from benchmarks.frontier.methods import METHODS, best_by
 from benchmarks.frontier.ways import FULL
 from benchmarks.sections.common import BLUE, GREY, INK, ORANGE, RED, picture, save, table
 from benchmarks.sections.frontier_numbers import Frontier, Point, gap, rival
@@ -45,7 +48,7 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
     for part in found.parts:
         points = _ways(found, part)
         parts += [f"**{PARTS[part]}.** {_setting(found, part)}", _table(points)]
-        parts += [text for text in ["\n".join(verdicts(points))] if text]
+        parts += [text for text in ["\n".join(verdicts(points)), break_even(found, part)] if text]
     return parts
 
 
@@ -126,6 +129,24 @@ def verdicts(points: list[Point]) -> list[str]:
             "sets."
         )
     return lines
+
+
+def break_even(found: Frontier, part: str) -> str | None:
+    """Say from which training on a learned mask the search has paid for itself in time."""
+    way = best_by("path", 0.3)
+    ways = (FULL, way, replace(way, search=False))
+    times = [found.times(part, each).values() for each in ways]
+    if not all(times):
+        return None
+    whole, total, alone = map(fmean, times)
+    said = (
+        f"To learn a mask by `path` takes {total - alone:.2f} of PEFT's time. A training on the "
+        f"best 30 % takes {alone:.2f}, one on all layers {whole:.2f}: "
+    )
+    if alone >= whole:
+        return f"{said}the search never pays for itself in time."
+    runs = math.ceil((total - alone) / (whole - alone))
+    return f"{said}the search has paid for itself in time after {runs} trainings on its mask."
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
