@@ -117,7 +117,9 @@ def _beside(points: Points, best: Point, ways: list[Way]) -> str:
         point = points.get(way.name)
         if point is not None and point.lost.keys() == best.lost.keys():
             others.append(f"{_short(way.name)} {_lost(point)}, {_verdict(gap(point, best))}")
-    return f" Chosen otherwise, against `path`: {'; '.join(others)}." if others else ""
+    said = f" Chosen otherwise, against `path`: {'; '.join(others)}." if others else ""
+    tied = any(text.startswith("`random`") and text.endswith("a tie") for text in others)
+    return f"{said} So the search was not shown to beat random layers." if tied else said
 
 
 def _in_time(point: Point, how: str = "") -> str:

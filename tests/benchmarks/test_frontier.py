@@ -137,6 +137,10 @@ def test_the_advice_is_what_the_numbers_say(lines, monkeypatch):
     more = trained(path, {"a": [1.1, 1.28]}) + trained(chance, {"a": [1.2, 1.36]})
     (text,) = [t for t in advice.advice(Frontier(lines + more)) if "own" in t]
     assert "lose 10.0 % (10.0 … 10.0)" in text and "`random` 20.0 % (20.0 … 20.0), worse." in text
+    assert "not shown to beat" not in text
+    tied = trained(path, {"a": [1.1, 1.28]}) + trained(chance, {"a": [1.05, 1.32]})
+    (text,) = [t for t in advice.advice(Frontier(lines + tied)) if "own" in t]
+    assert text.endswith("a tie. So the search was not shown to beat random layers.")
     # With kappa as good as the search, the weights come first.
     kappa = best_by("kappa", 0.3)
     monkeypatch.setitem(PARTS, "one pass", (FULL, path, chance, kappa))
