@@ -12,6 +12,7 @@ from peft import PeftModel
 from rich.console import Console
 
 from benchmarks.frontier.additive import by_kind_and_block
+from benchmarks.frontier.other_rows import apart
 from benchmarks.frontier.ways import Way
 from benchmarks.study.cells import Bench
 from benchmarks.study.cells import Way as Scoring
@@ -100,6 +101,8 @@ class Trainings:
         if way.scored_by in ("others", "additive"):
             scores = self._of_others(data, seed)
             return scores if way.scored_by == "others" else self._explained(data, seed, scores)
+        if way.scored_by == "other-rows":
+            return apart(self.bench, data, seed, SCORINGS[PATH])
         return self._scored(data, seed, way.scored_by)
 
     def _of_others(self, data: str, seed: int) -> list[float]:

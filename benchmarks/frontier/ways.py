@@ -34,9 +34,10 @@ class Way:
         opened: Layers that train from the switch on, or from the start: ``"all"``, ``"blocks:N"``,
             ``"no-qk"``, ``"mlps:N"`` (the MLPs of the last N blocks), ``"top:SHARE"`` (by ``path``
             scores), ``"others:SHARE"`` (by the mean ``path`` scores of the other data sets),
-            ``"additive:SHARE"`` (by these, as kind and block alone explain them), or
-            ``"METHOD:SHARE"`` with another method of the search, of ``ila.baselines``, or ``snr``
-            and ``kappa`` (by the singular values of the base weights).
+            ``"additive:SHARE"`` (by these, as kind and block alone explain them),
+            ``"other-rows:SHARE"`` (by a search on further rows of the set), or ``"METHOD:SHARE"``
+            with another method of the search, of ``ila.baselines``, or ``snr`` and ``kappa`` (by
+            the singular values of the base weights).
         at: Time of the switch as a share of the run's own steps; None trains from scratch.
         search: Whether a run before this one makes the scores.
     """

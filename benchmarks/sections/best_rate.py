@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from statistics import fmean
 from typing import Any
 
-from benchmarks.frontier.methods import LAST_MLPS, SHARES, by_share
+from benchmarks.frontier.methods import LAST_MLPS, OTHER_ROWS, SHARES, by_share
+from benchmarks.frontier.other_rows import SEEDS_APART, name_of
 from benchmarks.frontier.ways import FULL, NO_QK, Way
 from benchmarks.sections.common import table
 from benchmarks.sections.frontier import frontier
-from benchmarks.sections.frontier_numbers import Point, gap
+from benchmarks.sections.frontier_numbers import Cell, Frontier, Point, gap
 from benchmarks.sections.study_numbers import Estimate
+from ila.masks.mask import LayerMask
 
 PAGE = "study"
 TITLE = "Choosing few layers: best rate against best rate"
@@ -21,13 +25,51 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
     """Return the paragraphs of the page."""
     found = frontier(results)
     points = {} if found is None else {p.way.name: p for p in found.points("one pass")}
-    tables = by_shares(points, LAST_MLPS)
-    return [_RULE, *tables] if tables else []
+    tables = by_shares(points, LAST_MLPS, OTHER_ROWS)
+    return [_RULE, *_apart(found), *tables] if tables else []
 
 
-def by_shares(points: Mapping[str, Point], mlps: Way) -> list[str]:
-    """Return a table for each share of the layers that ways were trained at."""
-    return [part for share in SHARES for part in _share(points, share, mlps)]
+def by_shares(points: Mapping[str, Point], *at_30: Way) -> list[str]:
+    """Return a table for each share of the layers that ways were trained at.
+
+    Args:
+        points: Name -> way.
+        *at_30: Further ways that train as many layers as 30 %.
+    """
+    return [part for share in SHARES for part in _share(points, share, at_30)]
+
+
+def _apart(found: Frontier) -> list[str]:
+    """Say how far masks agree with those of a search that shares no row with the training."""
+    masks = {
+        (key["data"], key["seed"]): LayerMask(
+            {str(place): score for place, score in enumerate(result["scores"])}
+        )
+        for key, result in found.lines["mask"]
+        if key["method"] == "path"
+    }
+    apart = [(cell, (name_of(cell[0]), cell[1] + SEEDS_APART)) for cell in masks]
+    apart = [pair for pair in apart if pair[1] in masks]
+    if not apart:
+        return []
+    seeds = [(one, two) for (one, _), (two, _) in combinations(apart, 2) if one[0] == two[0]]
+    said, ceiling = (_agreement(masks, pairs) for pairs in (apart, seeds))
+    return [
+        "A search reads the rows of the training that follows, in its order and from the same "
+        "adapter. Does that favour `path`? `other-rows` are the scores of a search on as many "
+        f"further rows of the set, by another seed. Both rank the layers with {said}; two seeds of "
+        f"one set with {ceiling}. Chance is 0.18."
+    ]
+
+
+def _agreement(masks: Mapping[Cell, LayerMask], pairs: Sequence[tuple[Cell, Cell]]) -> str:
+    both = [(masks[one], masks[two]) for one, two in pairs]
+    rho = fmean(one.spearman(two) for one, two in both)
+    overlap = fmean(one.top(0.3).jaccard(two.top(0.3)) for one, two in both)
+    return (
+        f"ρ = {rho:.2f} and an overlap of the best 30 % of {overlap:.2f} (intersection over union, "
+        f"{len(both)} pairs)"
+    )
 
 
 _RULE = (
@@ -42,12 +84,12 @@ _RULE = (
 )
 
 
-def _share(points: Mapping[str, Point], share: float, mlps: Way) -> list[str]:
+def _share(points: Mapping[str, Point], share: float, at_30: Sequence[Way]) -> list[str]:
     """Return the table of one share; nothing where no way was trained.
 
     Without q and k 5 of 7 layers are left, so that row is in the table of 75 %.
     """
-    beside = {0.3: [mlps], 0.75: [NO_QK]}.get(share, [])
+    beside = {0.3: at_30, 0.75: [NO_QK]}.get(share, [])
     ways = [FULL, *beside, *by_share(share)]
     rows = [points[way.name] for way in ways if way.name in points]
     if len(rows) < 2:
