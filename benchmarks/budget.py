@@ -10,7 +10,8 @@ Three parts, each kept in ``--work`` so that an interrupted run goes on, and `--
 - ``time``: for every `--as-top` share, the best layers by score and the selection whose budget is
   what those take; all of them timed in turn, with all layers open.
 - ``train``: each from scratch with equal steps, from the seeds given; and all layers with as many
-  steps as the budget's time allows.
+  steps as the budget's time allows. Every seed holds out the rows that the search held out: others
+  may have been read by it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import set_seed
 
 from benchmarks.harness.busy import Busy, load_average
 from benchmarks.harness.session import environment
-from ila.commands.inputs import Inputs, attach_adapter
-from ila.commands.train import train_selected
+from ila.commands.inputs import Inputs, Prepared, attach_adapter, prepare
 from ila.masks.mask import LayerMask
+from ila.models.edit import apply_mask
 from ila.models.loading import find_source, load_model
 from ila.price.budget import TIME, Budget, Spending
 from ila.price.calibration import ALL, StepTimer, batch_of, calibrate
@@ -38,8 +40,12 @@ from ila.runs.atomic import write_json_atomic
 from ila.runs.folder import claim
 from ila.runs.processes import processes
 from ila.training.config import TrainConfig
+from ila.training.train import train
 
 PARTS = ("calibrate", "time", "train")
+TRAINED = "trained"
+KEPT = ("steps", "held_out_loss_before", "held_out_loss", "trainable_parameters")
+KEPT += ("open_modules", "total_modules")
 
 
 def scattered(names: list[str], count: int = 12) -> dict[str, set[str]]:
@@ -58,6 +64,7 @@ class Run:
     def __init__(self, options: argparse.Namespace):
         self.options, self.work = options, options.work
         self.mask = LayerMask.load(options.mask)
+        self.prepared: Prepared | None = None
         self.inputs = Inputs(
             options.model,
             str(options.data),
@@ -65,6 +72,7 @@ class Run:
             max_length=options.max_length,
             rank=options.rank,
             alpha=2.0 * options.rank,
+            seed=self.mask.provenance.get("seed", 0),
         )
 
     def model(self) -> tuple[Any, Shape]:
@@ -115,22 +123,38 @@ class Run:
         times = json.loads((self.work / "times.json").read_text("utf-8"))["step_ms"]
         for name, row in self.chosen().items():
             gates = {n: n in row["open"] for n in self.mask.scores}
-            file = self.work / f"{_slug(name)}.json"
-            LayerMask(self.mask.scores, gates).save(file)
             for seed in range(self.options.seeds):
-                self._train(name, file, self.options.steps, seed)
+                self._train(name, LayerMask(self.mask.scores, gates), self.options.steps, seed)
                 if name.startswith("as top"):
                     steps = round(self.options.steps * times[name] / times[ALL])
                     self._train(f"{ALL} in the time of {name}", None, steps, seed)
 
-    def _train(self, name: str, mask: Path | None, steps: int, seed: int) -> None:
-        out = self.work / f"{_slug(name)}-seed-{seed}"
-        inputs = Inputs(**{**asdict(self.inputs), "seed": seed})
-        rate, size = self.options.learning_rate, self.options.batch_size
-        config = TrainConfig(steps=steps, learning_rate=rate, batch_size=size)
-        resume = (out / "run.json").exists()
-        metrics, _ = train_selected(inputs, config, out, mask_file=mask, resume=resume)
+    def _train(self, name: str, mask: LayerMask | None, steps: int, seed: int) -> None:
+        """Train once, unless it is done; the seed draws the adapter and the order of the rows."""
+        file = self.work / TRAINED / f"{_slug(name)}-seed-{seed}.json"
+        if file.exists():
+            return
+        rows, options = self.rows(), self.options
+        base = load_model(find_source(options.model), device=processes().device)
+        set_seed(seed)
+        model = attach_adapter(base, self.inputs)
+        if mask is not None:
+            apply_mask(model, mask)
+        rate, size = options.learning_rate, options.batch_size
+        config = TrainConfig(
+            steps=steps, learning_rate=rate, batch_size=size, seed=seed, save_every=None
+        )
+        data = {"held_out": rows.held_out, "collator": rows.collator}
+        metrics = train(model, rows.dataset, config, **data, name=name)
+        file.parent.mkdir(exist_ok=True)
+        write_json_atomic(file, {key: metrics[key] for key in KEPT})
         print(f"{name}, seed {seed}: {steps} steps, held out {metrics['held_out_loss']:.4f}")
+
+    def rows(self) -> Prepared:
+        """The rows of the search, divided as it divided them; read once."""
+        if self.prepared is None:
+            self.prepared = prepare(self.inputs, progress=False)
+        return self.prepared
 
     def document(self) -> dict[str, Any]:
         """Everything measured, for the JSON file."""
@@ -141,11 +165,9 @@ class Run:
         options = {k: v for k, v in vars(self.options).items() if k not in ("work", "json", "part")}
         names = {key: Path(options[key]).name for key in ("model", "data", "mask")}
         trained = {
-            folder.parent.name: json.loads(folder.read_text("utf-8"))
-            for folder in sorted(self.work.glob("*/metrics.json"))
+            file.stem: json.loads(file.read_text("utf-8"))
+            for file in sorted((self.work / TRAINED).glob("*.json"))
         }
-        keys = ("steps", "held_out_loss_before", "held_out_loss", "trainable_parameters")
-        keys += ("open_modules", "total_modules")
         return {
             "environment": environment(processes().device),
             "options": options | names,
@@ -156,7 +178,7 @@ class Run:
             },
             "curves": self.spending(Budget(TIME, 1.0)).curves(),
             "contestants": self.chosen(),
-            "trained": {n: {key: run[key] for key in keys} for n, run in trained.items()},
+            "trained": trained,
             **json.loads((self.work / "times.json").read_text("utf-8")),
         }
 
