@@ -11,6 +11,9 @@ from __future__ import annotations
 from benchmarks.frontier.ways import EPOCHS, FULL, NO_QK, ONE_PASS, Way
 
 SEARCHED = ("path", "gate_gradient", "update_norm", "ila")
+# What LoRA-drop, PLoP and a gradient probe look at, at 30 % alone: ``docs/methods.md``.
+RIVALS = ("output_norm", "feature_norm", "gradient_norm")
+AFTER_A_RUN = (*SEARCHED, "other-rows", "output_norm")
 CONTROLS = ("kappa", "snr", "others", "additive", "random")
 SHARES = (0.3, 0.1, 0.75, 0.5)
 # As many layers as 30 %: 63 of SmolLM2's 210 in 30 blocks, 21 of the small Llama's 70 in 10.
@@ -31,7 +34,7 @@ def best_by(method: str, share: float) -> Way:
 
     One that stands in ``ONE_PASS`` is that one: it is trained once.
     """
-    kind, search = "top" if method == "path" else method, method in (*SEARCHED, "other-rows")
+    kind, search = "top" if method == "path" else method, method in AFTER_A_RUN
     way = Way(f"best {share * 100:g} % by `{method}`", opened=f"{kind}:{share:g}", search=search)
     return next((known for known in ONE_PASS if known.key() == way.key()), way)
 
@@ -47,6 +50,7 @@ def by_share(share: float) -> list[Way]:
 
 OTHER_ROWS = best_by("other-rows", 0.3)
 SCORED = tuple(way for share in SHARES for way in by_share(share))
-METHODS = (LAST_MLPS, OTHER_ROWS, *(way for way in SCORED if way not in ONE_PASS))
+NAMED = tuple(best_by(method, 0.3) for method in RIVALS)
+METHODS = (LAST_MLPS, OTHER_ROWS, *NAMED, *(way for way in SCORED if way not in ONE_PASS))
 SMALL_BASE = (FULL, NO_QK, SMALL_MLPS, *SCORED)
 PARTS = {"one pass": (*ONE_PASS, *METHODS), "epochs": EPOCHS, SMALL: SMALL_BASE}

@@ -33,6 +33,9 @@ SCORINGS = {
     "gate_gradient": Scoring("gate_gradient", milestone=1.0),
     "update_norm": Scoring("update_norm", milestone=1.0),
     "ila": Scoring("ila", milestone=1.0, stage2_steps=60),
+    "output_norm": Scoring("output_norm", milestone=1.0, stage2_steps=60),
+    "feature_norm": Scoring("feature_norm", stage2_steps=60),
+    "gradient_norm": Scoring("gradient_norm", stage2_steps=60),
     **{method: Scoring(method) for method in (*SPECTRA, "random")},
 }
 

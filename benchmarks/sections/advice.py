@@ -8,13 +8,12 @@ from typing import Any
 from benchmarks.frontier.methods import LAST_MLPS, best_by
 from benchmarks.frontier.ways import FULL, Way
 from benchmarks.sections.frontier import FIGURE, SAYS, frontier
-from benchmarks.sections.frontier_numbers import Frontier, Point, gap, rival
+from benchmarks.sections.frontier_numbers import LITTLE, Frontier, Point, gap, rival
 from benchmarks.sections.study_numbers import Estimate
 
 PAGE = "study"
 TITLE = "Which layers to train"
 ORDER = -1
-LITTLE = 0.02  # of the gain
 SAME_TIME = 1.05
 Points = Mapping[str, Point]
 

@@ -7,7 +7,7 @@ from itertools import combinations
 from statistics import fmean
 from typing import Any
 
-from benchmarks.frontier.methods import LAST_MLPS, OTHER_ROWS, SHARES, by_share
+from benchmarks.frontier.methods import LAST_MLPS, NAMED, OTHER_ROWS, SHARES, by_share
 from benchmarks.frontier.other_rows import SEEDS_APART, name_of
 from benchmarks.frontier.ways import FULL, NO_QK, Way
 from benchmarks.sections.common import table
@@ -25,7 +25,7 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
     """Return the paragraphs of the page."""
     found = frontier(results)
     points = {} if found is None else {p.way.name: p for p in found.points("one pass")}
-    tables = by_shares(points, LAST_MLPS, OTHER_ROWS)
+    tables = by_shares(points, LAST_MLPS, OTHER_ROWS, *NAMED)
     return [_RULE, *_apart(found), *tables] if tables else []
 
 
@@ -78,9 +78,10 @@ _RULE = (
     "layers of the same data. The others are controls that need none on that data: the MLPs of the "
     "last 21 blocks (as many layers as 30 %), the singular values of the base weights (`snr`, "
     "`kappa`), the mean `path` scores of the other data sets (`others`), the same as far as kind "
-    "and block explain their places (`additive`), and random layers. Without q and k 71 % are "
-    "left. A row with fewer runs saw fewer data sets or seeds. *Against `path`* compares on the "
-    "same data sets and seeds. A rate with a star is the lowest or the highest that was tried."
+    "and block explain their places (`additive`), and random layers. `output_norm` (LoRA-drop), "
+    "`feature_norm` (PLoP) and `gradient_norm` read as many rows as a run. Without q and k 71 % "
+    "are left. A row with fewer runs saw fewer data sets or seeds. *Against `path`* compares on "
+    "the same data sets and seeds. A rate with a star is the lowest or the highest that was tried."
 )
 
 

@@ -15,6 +15,7 @@ from benchmarks.frontier.ways import ALL, FULL, Way
 from benchmarks.sections.study_numbers import Estimate
 
 PATH_BATCHES = 12
+LITTLE = 0.02  # of the gain: who loses less is called as good
 Cell = tuple[str, int]
 
 

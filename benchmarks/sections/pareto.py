@@ -38,8 +38,9 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
         f"Each budget below is what the plain top share takes by count. Steps were timed in turn, "
         f"{options['rounds']} rounds. {quietness(result)} Each was then trained from scratch "
         f"on {options['data']}, {options['steps']} steps, seeds: {options['seeds']} "
-        "(`python -m benchmarks.budget`). The last rows train all layers for as many steps as fit "
-        "into the selection's time.",
+        "(`python -m benchmarks.budget`). Every seed holds out the rows that the search held out, "
+        "and draws the adapter and the order. The last rows train all layers for as many steps as "
+        "fit into the selection's time.",
         _table(result),
         "\n".join(comparisons(result)),
     ]
