@@ -113,7 +113,7 @@ ONE_PASS = (
     Way("two runs, best 30 %", opened="top:0.3", search=True),
     Way("no q and k, 0.9 of the steps", share=0.9, opened="no-qk"),
     Way("one run, last 22 blocks", opened="blocks:22", at=0.25),
-    Way(f"{ALL}, 0.85 of the steps", share=0.85),
+    Way(f"{ALL}, 0.87 of the steps", share=0.87),
     Way("best 30 % by `kappa`", opened="kappa:0.3"),
     Way("best 30 % by `snr`", opened="snr:0.3"),
     Way("one run, best 30 %", opened="top:0.3", at=0.25),
