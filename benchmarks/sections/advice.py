@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.frontier.methods import LAST_MLPS, best_by
-from benchmarks.frontier.ways import FULL, Way
-from benchmarks.sections.frontier import FIGURE, SAYS, frontier
-from benchmarks.sections.frontier_numbers import LITTLE, Frontier, Point, gap, rival
-from benchmarks.sections.study_numbers import Estimate
+from benchmarks.frontier.ways import FULL, NO_QK
+from benchmarks.sections import small_base
+from benchmarks.sections.frontier import FIGURE, SAYS, frontier, percent
+from benchmarks.sections.frontier_numbers import Frontier, Point, gap, rival
+from benchmarks.sections.verdict import LITTLE, RULE, word, words
 
 PAGE = "study"
 TITLE = "Which layers to train"
 ORDER = -1
 SAME_TIME = 1.05
+OTHERS = (best_by("kappa", 0.3), best_by("random", 0.3), LAST_MLPS, best_by("snr", 0.3))
 Points = Mapping[str, Point]
 
 
 def markdown(results: Mapping[str, Any]) -> list[str]:
     """Return the sentences for the top of the page."""
     found = frontier(results)
-    sentences = [] if found is None else advice(found)
+    sentences = [] if found is None else advice(found, small_base.points(results))
     return [_setting(found), _listed(sentences)] if sentences else []
 
 
@@ -34,10 +37,15 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     return [f"**Which layers to train?** {setting}", sentences, f"![{SAYS}](docs/figures/{FIGURE})"]
 
 
-def advice(found: Frontier) -> list[str]:
-    """Return the sentences that the trainings allow."""
+def advice(found: Frontier, small: Mapping[str, Point] | None = None) -> list[str]:
+    """Return the sentences that the trainings allow.
+
+    Args:
+        found: Trainings of the large model.
+        small: Name -> way of the small base model.
+    """
     once, epochs = ({p.way.name: p for p in found.points(part)} for part in ("one pass", "epochs"))
-    sentences = [_all(once), _no_qk(once), _one_run(once), _search(once), _epochs(epochs)]
+    sentences = [_all(once), _no_qk(once, small or {}), _one_run(once), _few(once), _epochs(epochs)]
     return [text for text in sentences if text]
 
 
@@ -46,10 +54,10 @@ def _setting(found: Frontier) -> str:
     point = next(p for p in found.points("one pass") if p.way == FULL)
     data = ", ".join(point.by_data())
     return (
-        f"{key['model']}; data: {data}; {len(point.lost)} pairs of data set and seed, each way at "
-        "its own best learning rate. *Time* is that of the whole run, search included; PEFT on all "
-        "layers takes 1. *Loses* is the share of the gain of all layers, with its 95 % interval. "
-        "Ties are called ties."
+        f"{key['model']}; data: {data}; {len(point.lost)} pairs of data set and seed, each way "
+        "trained at its own best rate. *Time* is that of the whole run, search included; PEFT on "
+        "all layers takes 1. *Loses* is the share of the gain of all layers, with its 95 % "
+        f"interval over the data sets. {RULE}"
     )
 
 
@@ -57,17 +65,19 @@ def _all(points: Points) -> str | None:
     whole, cut = points.get(FULL.name), points.get(f"{FULL.name}, 0.8 of the steps")
     if whole is None or whole.time is None:
         return None
-    rest = "" if cut is None else f"; 0.8 of the steps take {cut.time:.2f} and lose {_lost(cut)}"
+    rest = "" if cut is None else f"; 0.8 of the steps takes {cut.time:.2f} and {_lose(cut)}"
     return f"Begin with all layers: the losses of PEFT, in {whole.time:.2f} of its time{rest}."
 
 
-def _no_qk(points: Points) -> str | None:
-    point = points.get("no q and k")
+def _no_qk(points: Points, small: Points) -> str | None:
+    point, other = points.get(NO_QK.name), small.get(NO_QK.name)
     if point is None:
         return None
-    said = point.estimate()
-    word = "a tie" if said.low <= 0 <= said.high else "not free"
-    return f"Leaving out every q and k, without a search, loses {_lost(point)}: {word}."
+    said = f"Leaving out every q and k{_in_time(point, ' takes')}, and {_lose(point)}"
+    beside = (
+        "" if other is None else f" On a small base model with as many key heads it {_lose(other)}."
+    )
+    return f"{said}: {word(point.estimate())}.{beside}"
 
 
 def _one_run(points: Points) -> str | None:
@@ -84,52 +94,44 @@ def _one_run(points: Points) -> str | None:
 
 
 def _said(points: Points, run: Point) -> str:
-    return f"*{run.way.name}* takes {run.time:.2f} and loses {_lost(run)}{_rival(points, run)}"
+    return f"*{run.way.name}* takes {run.time:.2f} and {_lose(run)}{_rival(points, run)}"
 
 
-def _search(points: Points) -> str | None:
-    """Say whether a search chooses better layers than their weights; then what else chooses."""
-    best, weights = (points.get(best_by(method, 0.3).name) for method in ("path", "kappa"))
+def _few(points: Points) -> str | None:
+    """Say whether a search chooses better layers than chance; then what each choice loses."""
+    best, chance = (points.get(best_by(method, 0.3).name) for method in ("path", "random"))
     if best is None:
         return None
-    searched = f"{_lost(best)}{_in_time(best, ', its search included')}"
-    ways = [best_by("kappa", 0.3), best_by("snr", 0.3), LAST_MLPS, best_by("random", 0.3)]
-    if weights is None or not _is_as_good(weights, best):
-        said = "A mask of its own is for many runs: the best 30 % by `path`, trained from scratch, "
-        return f"{said}lose {searched}.{_beside(points, best, ways)}"
-    return (
-        "Few layers from the start need no search: the best 30 % by `kappa`, from the weights "
-        f"alone, lose {_lost(weights)}{_in_time(weights)}; those by `path` lose {searched}: "
-        f"{_verdict(gap(weights, best))}.{_beside(points, best, ways[1:])}"
-    )
+    others = [points[way.name] for way in OTHERS if way.name in points]
+    others = [other for other in others if other.lost.keys() == best.lost.keys()]
+    told = words([gap(other, best) for other in others])
+    parts = [f"`path` {percent(best.estimate())}{_in_time(best, ' in', ', its search included')}"]
+    parts += [
+        f"{_short(other)} {percent(other.estimate())}{_in_time(other, ' in')}, {said}"
+        for other, said in zip(others, told, strict=True)
+    ]
+    return f"{_opening(best, chance, others, told)} The best 30 % lose: by {'; '.join(parts)}."
 
 
-def _is_as_good(point: Point, other: Point) -> bool:
-    """Return whether a point loses less than ``LITTLE`` more, by the end of its interval."""
-    return point.lost.keys() == other.lost.keys() and gap(point, other).high < LITTLE
+def _opening(
+    best: Point, chance: Point | None, others: Sequence[Point], told: Sequence[str]
+) -> str:
+    if chance is None or chance not in others:
+        return "Few layers from the start."
+    if told[others.index(chance)] == "worse":
+        return "Few layers from the start: a search chooses better ones than chance."
+    return "Few layers from the start: no search was shown to choose better ones than chance."
 
 
-def _beside(points: Points, best: Point, ways: list[Way]) -> str:
-    """Return what other ways lose that were trained wherever the best was."""
-    others = []
-    for way in ways:
-        point = points.get(way.name)
-        if point is not None and point.lost.keys() == best.lost.keys():
-            others.append(f"{_short(way.name)} {_lost(point)}, {_verdict(gap(point, best))}")
-    said = f" Chosen otherwise, against `path`: {'; '.join(others)}." if others else ""
-    tied = any(text.startswith("`random`") and text.endswith("a tie") for text in others)
-    return f"{said} So the search was not shown to beat random layers." if tied else said
-
-
-def _in_time(point: Point, how: str = "") -> str:
-    return "" if point.time is None else f" in {point.time:.2f}{how}"
+def _in_time(point: Point, how: str, more: str = "") -> str:
+    return "" if point.time is None else f"{how} {point.time:.2f}{more}"
 
 
 def _epochs(points: Points) -> str | None:
     runs = [run for run in _runs(points) if run.estimate().mean <= LITTLE]
     if not runs:
         return None
-    return f"Over three epochs the cache helps: {_said(points, min(runs, key=_time))}."
+    return f"Over three epochs, with the cache: {_said(points, min(runs, key=_time))}."
 
 
 def _runs(points: Points) -> list[Point]:
@@ -144,29 +146,26 @@ def _rival(points: Points, run: Point) -> str:
     other = rival(list(points.values()), run)
     if other is None or _time(other) > SAME_TIME * _time(run):
         return ""
-    word = _verdict(gap(run, other))
-    lost = f"{other.estimate().mean * 100:.1f} %"
-    said = word if word == "a tie" else f"the run is {word}"
-    return f"; *{other.way.name}* takes {other.time:.2f} and loses {lost}: {said}"
+    said = word(gap(run, other))
+    said = f"the run is {said}" if said in ("better", "worse") else said
+    return f"; *{other.way.name}* takes {other.time:.2f} and {_lose(other)}: {said}"
 
 
 def _time(point: Point) -> float:
     return point.time or 0.0
 
 
-def _verdict(behind: Estimate) -> str:
-    if behind.low <= 0 <= behind.high:
-        return "a tie"
-    return "better" if behind.mean < 0 else "worse"
+def _short(point: Point) -> str:
+    return point.way.name.removeprefix("best 30 % by ")
 
 
-def _short(name: str) -> str:
-    return name.removeprefix("best 30 % by ")
-
-
-def _lost(point: Point) -> str:
+def _lose(point: Point) -> str:
+    """Say that a way loses a share of the gain, or that it gains more."""
     said = point.estimate()
-    return f"{said.mean * 100:.1f} % ({said.low * 100:.1f} … {said.high * 100:.1f})"
+    if round(said.mean, 3) >= 0.0:
+        return f"loses {percent(said)}"
+    more = replace(said, mean=-said.mean, low=-said.high, high=-said.low)
+    return f"gains {percent(more)} more"
 
 
 def _listed(sentences: list[str]) -> str:

@@ -11,9 +11,10 @@ from benchmarks.frontier.methods import LAST_MLPS, NAMED, OTHER_ROWS, SHARES, by
 from benchmarks.frontier.other_rows import SEEDS_APART, name_of
 from benchmarks.frontier.ways import FULL, NO_QK, Way
 from benchmarks.sections.common import table
-from benchmarks.sections.frontier import frontier
+from benchmarks.sections.frontier import frontier, percent
 from benchmarks.sections.frontier_numbers import Cell, Frontier, Point, gap
 from benchmarks.sections.study_numbers import Estimate
+from benchmarks.sections.verdict import words
 from ila.masks.mask import LayerMask
 
 PAGE = "study"
@@ -26,7 +27,8 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
     found = frontier(results)
     points = {} if found is None else {p.way.name: p for p in found.points("one pass")}
     tables = by_shares(points, LAST_MLPS, OTHER_ROWS, *NAMED)
-    return [_RULE, *_apart(found), *tables] if tables else []
+    said = [text for text in (_RULE, *_apart(found), worst(found)) if text] if tables else []
+    return [*said, *tables]
 
 
 def by_shares(points: Mapping[str, Point], *at_30: Way) -> list[str]:
@@ -62,6 +64,29 @@ def _apart(found: Frontier) -> list[str]:
     ]
 
 
+def worst(found: Frontier) -> str:
+    """Count the layers q and k among as many layers with the lowest scores."""
+    listed = [result["names"] for _, result in found.lines["layers"]]
+    masks = {
+        (key["data"], key["seed"]): result["scores"]
+        for key, result in found.lines["mask"]
+        if key["method"] == "path"
+    }
+    if not listed or not masks:
+        return ""
+    names = listed[0]
+    few = {name for name in names if name.endswith(("q_proj", "k_proj"))}
+    counts = []
+    for scores in masks.values():
+        ranked = sorted(zip(scores, names, strict=True))
+        counts.append(len(few & {name for _, name in ranked[: len(few)]}))
+    return (
+        f"Of the {len(few)} layers with the lowest `path` scores, {fmean(counts):.1f} are q or k "
+        f"({min(counts)} … {max(counts)} over {len(counts)} searches); random layers would have "
+        f"{len(few) ** 2 / len(names):.1f}."
+    )
+
+
 def _agreement(masks: Mapping[Cell, LayerMask], pairs: Sequence[tuple[Cell, Cell]]) -> str:
     both = [(masks[one], masks[two]) for one, two in pairs]
     rho = fmean(one.spearman(two) for one, two in both)
@@ -75,13 +100,14 @@ def _agreement(masks: Mapping[Cell, LayerMask], pairs: Sequence[tuple[Cell, Cell
 _RULE = (
     "The trainings of the one pass above, from scratch on the layers that a method chooses. "
     "`path`, `gate_gradient`, `update_norm` and `ila` search: they score after a whole run on all "
-    "layers of the same data. The others are controls that need none on that data: the MLPs of the "
-    "last 21 blocks (as many layers as 30 %), the singular values of the base weights (`snr`, "
-    "`kappa`), the mean `path` scores of the other data sets (`others`), the same as far as kind "
-    "and block explain their places (`additive`), and random layers. `output_norm` (LoRA-drop), "
-    "`feature_norm` (PLoP) and `gradient_norm` read as many rows as a run. Without q and k 71 % "
-    "are left. A row with fewer runs saw fewer data sets or seeds. *Against `path`* compares on "
-    "the same data sets and seeds. A rate with a star is the lowest or the highest that was tried."
+    "layers of the same data. Controls do not read that data: the MLPs of the last 21 blocks (as "
+    "many layers as 30 %), the singular values of the base weights (`snr`, `kappa`), the mean "
+    "`path` scores of the other data sets (`others`), the same predicted from kind and block "
+    "(`additive`), and random layers. `output_norm` (LoRA-drop) reads 120 rows after such a run, "
+    "`feature_norm` (PLoP) and `gradient_norm` read them before any. No q and k leaves 71 % of the "
+    "layers, so it stands in the table of 75 %. *Against `path`* compares on the same data sets "
+    "and seeds, with a word as above, each table a list. A rate with a star is the lowest or the "
+    "highest that was tried. Compare rows with as many runs."
 )
 
 
@@ -95,15 +121,16 @@ def _share(points: Mapping[str, Point], share: float, at_30: Sequence[Way]) -> l
     rows = [points[way.name] for way in ways if way.name in points]
     if len(rows) < 2:
         return []
-    best = next((p for p in rows if p.way.scored_by == "path"), None)
-    header = ["layers", "gain lost", "against `path`", "best rate, 10⁻³", "runs"]
+    against = _against(rows)
+    header = ["layers", "gain lost", "by data set, %", "against `path`", "best rate, 10⁻³", "runs"]
     lines = [
         [
             _name(point.way, share),
-            _percent(point.estimate()),
-            _against(point, best),
+            percent(point.estimate()),
+            ", ".join(f"{value * 100:.1f}" for value in point.by_data().values()),
+            against.get(point.way.name, ""),
             ", ".join(f"{r * 1e3:g}{'*' * (d in point.at_edge)}" for d, r in point.rates.items()),
-            str(point.estimate().count),
+            str(len(point.lost)),
         ]
         for point in rows
     ]
@@ -114,14 +141,29 @@ def _name(way: Way, share: float) -> str:
     return way.name if way.scored_by is None else f"best {share * 100:g} % by `{way.scored_by}`"
 
 
-def _against(point: Point, best: Point | None) -> str:
-    """Return how much more of the gain a way loses than ``path``, where both were trained."""
-    if best in (None, point) or point.way == FULL or not point.lost.keys() & best.lost.keys():
-        return ""
-    return _percent(gap(point, best))
+def _against(rows: Sequence[Point]) -> dict[str, str]:
+    """Return name -> how much more of the gain a way loses than ``path``, where both trained.
+
+    A word stands behind it only where data sets are the replicates: pairs are not independent.
+    """
+    best = next((point for point in rows if point.way.scored_by == "path"), None)
+    if best is None:
+        return {}
+    others = [
+        point
+        for point in rows
+        if point is not best and point.way != FULL and point.lost.keys() & best.lost.keys()
+    ]
+    behind = [gap(point, best) for point in others]
+    told = [""] * len(others) if best.by_pairs else [f", {word}" for word in words(behind)]
+    return {
+        point.way.name: signed(said) + word
+        for point, said, word in zip(others, behind, told, strict=True)
+    }
 
 
-def _percent(said: Estimate) -> str:
+def signed(said: Estimate) -> str:
+    """Return a difference in percent with its sign and its interval."""
     if said.count < 2:
         return f"{said.mean * 100:+.1f} %"
     return f"{said.mean * 100:+.1f} % ({said.low * 100:+.1f} … {said.high * 100:+.1f})"

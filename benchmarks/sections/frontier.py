@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from benchmarks.frontier.methods import METHODS, best_by
-from benchmarks.frontier.ways import FULL
+from benchmarks.frontier.ways import FULL, ONE_PASS, Way
 from benchmarks.sections.common import BLUE, GREY, INK, ORANGE, RED, picture, save, table
 from benchmarks.sections.frontier_numbers import Frontier, Point, gap, rival
 from benchmarks.sections.pieces import untitled
+from benchmarks.sections.study_numbers import Estimate
+from benchmarks.sections.verdict import RULE, words
 
 PAGE = "study"
 TITLE = "Which way to train pays: loss against total time"
 ORDER = 1
 FIGURE, SAYS = "frontier.png", "Share of the gain lost against total time"
+RUN = next(way for way in ONE_PASS if way.name == "one run, last 22 blocks")
+COSTED = (*(best_by(method, 0.3) for method in ("path", "kappa", "snr")), RUN)
 PARTS = {"one pass": "One pass: no row is seen twice", "epochs": "Three epochs over few rows"}
 
 
@@ -48,7 +51,7 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
     for part in found.parts:
         points = _ways(found, part)
         parts += [f"**{PARTS[part]}.** {_setting(found, part)}", _table(points)]
-        parts += [text for text in ["\n".join(verdicts(points)), break_even(found, part)] if text]
+        parts += [text for text in ["\n".join(verdicts(points)), *costs(found, part)] if text]
     return parts
 
 
@@ -58,13 +61,27 @@ def _rule(found: Frontier) -> str:
         f"{key['model']}, rank {key['rank']}, {key['batch_rows']} rows of at most "
         f"{key['max_length']} tokens a step, {key['full']} steps in a full run "
         "(`python -m benchmarks.frontier --help`). *Gain* is the loss that training all layers "
-        "takes off on held-out rows. Every way is at its own learning rate: the best on the first "
-        "seed of each data set, used for the other seeds too. Total time counts every step, the "
-        "scores and the cache; step times were measured in turns, as CPU time of one thread, and "
-        "are relative to PEFT on all layers with transformers' loss. PEFT's layers give the same "
-        "losses as ours with all layers open, so one training stands for both. `kappa` and `snr` "
-        "score layers by the singular values of their weights; the scan counts." + _repeated(found)
+        "takes off on held-out rows. Every way trains at its own learning rate: the best on the "
+        "first seed of each data set, used for the other seeds too. Searches train at one rate, "
+        f"{_search_rate(found)}, which is below most of the best ones. Total time counts every "
+        "step, the scores and the cache. Step times were measured in turns, as CPU time of one "
+        f"thread ({_rounds(found)} rounds), and are relative to PEFT on all layers with "
+        "transformers' loss. PEFT's layers give the same losses as ours with all layers open, so "
+        "they were not trained twice. `kappa` and `snr` score layers by the singular values of "
+        "their weights; the scan counts. Intervals are 95 %, with data sets as the replicates: a "
+        f"data set counts once, by the mean over its seeds. {RULE} Tool use has near copies on "
+        "both sides of the split ([how many](guide.md#options-of-the-training)), so there a loss "
+        "measures memory too." + _repeated(found)
     )
+
+
+def _search_rate(found: Frontier) -> str:
+    rates = {key["learning_rate"] for key, _ in found.lines["mask"]}
+    return " and ".join(f"{rate * 1e3:g}·10⁻³" for rate in sorted(rates)) or "1·10⁻³"
+
+
+def _rounds(found: Frontier) -> int:
+    return max((key.get("rounds", 1) for key, _ in found.lines["frontier times"]), default=0)
 
 
 def _repeated(found: Frontier) -> str:
@@ -83,70 +100,88 @@ def _setting(found: Frontier, part: str) -> str:
         (key["data"], key["seed"]) for key, _ in found.lines["frontier"] if key["part"] == part
     }
     data = list(dict.fromkeys(name for name, _ in sorted(cells)))
+    key, rows = found.setting(part), found.rows(part)
+    read = key["full"] * key["batch_rows"]
+    how = f"{read} of {rows} rows, each once" if read <= rows else f"{rows} rows, {read / rows:g}×"
     return (
-        f"{found.rows(part)} rows to train on at most; data: {', '.join(data)}; {len(cells)} pairs "
-        "of data set and seed. In brackets: 95 % intervals over these pairs."
+        f"A full run reads {how}; data: {', '.join(data)}; {len(cells)} pairs of data set and seed."
     )
 
 
 def _table(points: list[Point]) -> str:
-    lines = []
-    for point in points:
-        said = point.estimate()
-        lines.append(
-            [
-                point.way.name,
-                "not measured" if point.time is None else f"{point.time:.2f}",
-                f"{said.mean * 100:+.1f} % ({said.low * 100:+.1f} … {said.high * 100:+.1f})"
-                if said.count > 1
-                else f"{said.mean * 100:+.1f} %",
-                ", ".join(f"{rate * 1e3:g}" for rate in point.rates.values()),
-                str(said.count),
-            ]
-        )
-    peft = ["PEFT, all layers", "1.00", lines[0][2], lines[0][3], lines[0][4]]
-    header = ["", "total time", "share of the gain lost", "best rate, 10⁻³", "runs"]
+    lines = [
+        [
+            point.way.name,
+            "not measured" if point.time is None else f"{point.time:.2f}",
+            percent(point.estimate()),
+            ", ".join(f"{value * 100:.1f}" for value in point.by_data().values()),
+            ", ".join(f"{rate * 1e3:g}" for rate in point.rates.values()),
+            str(len(point.lost)),
+        ]
+        for point in points
+    ]
+    peft = ["PEFT, all layers", "1.00", *lines[0][2:]]
+    header = ["", "total time", "gain lost", "by data set, %", "best rate, 10⁻³", "runs"]
     return table(header, [peft, *lines])
+
+
+def percent(said: Estimate) -> str:
+    """Return a share in percent with its interval; a mean alone has none."""
+    mean, low, high = (f"{round(x, 3) * 100 + 0.0:.1f}" for x in (said.mean, said.low, said.high))
+    return f"{mean} %" if said.count < 2 or said.error == 0.0 else f"{mean} % ({low} … {high})"
 
 
 def verdicts(points: list[Point]) -> list[str]:
     """Return a sentence for each way but all layers, against all layers in as much time."""
-    lines = []
-    for point in points:
-        other = rival(points, point)
-        if point.way.opened == "all" or other is None:
-            continue
-        said = gap(point, other)
-        if said.count < 2:
-            continue
-        worse = sum(value > other.by_data()[data] for data, value in point.by_data().items())
-        word = "a tie" if said.low <= 0 <= said.high else "worse" if said.mean > 0 else "better"
-        lines.append(
-            f"- *{point.way.name.capitalize()}* takes {point.time:.2f} of PEFT's time. Against "
-            f"this library on *{other.way.name}* ({other.time:.2f}) it loses "
-            f"{said.mean * 100:+.1f} % of the gain ({said.low * 100:+.1f} … "
-            f"{said.high * 100:+.1f}): {word}; worse on {worse} of {len(point.by_data())} data "
-            "sets."
-        )
-    return lines
+    pairs = [(point, rival(points, point)) for point in points if point.way.opened != "all"]
+    pairs = [(one, other) for one, other in pairs if other and gap(one, other).count > 1]
+    told = words([gap(one, other) for one, other in pairs])
+    return [_verdict(one, other, word) for (one, other), word in zip(pairs, told, strict=True)]
 
 
-def break_even(found: Frontier, part: str) -> str | None:
-    """Say from which training on a learned mask the search has paid for itself in time."""
-    way = best_by("path", 0.3)
-    ways = (FULL, way, replace(way, search=False))
-    times = [found.times(part, each).values() for each in ways]
-    if not all(times):
-        return None
-    whole, total, alone = map(fmean, times)
-    said = (
-        f"To learn a mask by `path` takes {total - alone:.2f} of PEFT's time. A training on the "
-        f"best 30 % takes {alone:.2f}, one on all layers {whole:.2f}: "
+def _verdict(point: Point, other: Point, word: str) -> str:
+    said = gap(point, other)
+    theirs = other.by_data()
+    worse = sum(value > theirs[data] for data, value in point.by_data().items())
+    which = "less" if said.mean < 0 else "more"
+    return (
+        f"- *{point.way.name.capitalize()}* takes {point.time:.2f} of PEFT's time; this library on "
+        f"*{other.way.name}* takes {other.time:.2f}. The first loses {abs(said.mean) * 100:.1f} % "
+        f"{which} of the gain ({said.low * 100:+.1f} … {said.high * 100:+.1f}): {word} (more on "
+        f"{worse} of {len(point.by_data())} data sets)."
     )
-    if alone >= whole:
-        return f"{said}the search never pays for itself in time."
-    runs = math.ceil((total - alone) / (whole - alone))
-    return f"{said}the search has paid for itself in time after {runs} trainings on its mask."
+
+
+def costs(found: Frontier, part: str) -> list[str]:
+    """Return what scores and trainings take, end to end, and when few layers have paid."""
+    whole = found.times(part, FULL)
+    rows = [row for way in COSTED if (row := _cost(found, part, way, whole))]
+    if not rows:
+        return []
+    header = ["", "scores, once", "each training", "one, in all", "shorter than all layers from"]
+    time = f"{fmean(whole.values()):.2f}"
+    return [
+        "What a choice costs, search included; PEFT's time on all layers is 1. The last column "
+        "says from which training on one choice it has taken less time than all layers, by data "
+        "set. It counts time alone: the gain that few layers lose stands above.",
+        table(header, [[FULL.name, "0.00", time, time, ""], *rows]),
+    ]
+
+
+def _cost(found: Frontier, part: str, way: Way, whole: Mapping[str, float]) -> list[str] | None:
+    both = found.costs(part, way)
+    if not both or not whole:
+        return None
+    first, each = (fmean(values) for values in zip(*both.values(), strict=True))
+    runs = sorted(
+        math.ceil(before / (whole[data] - one)) if one < whole[data] else math.inf
+        for data, (before, one) in both.items()
+    )
+    low, high = max(1, runs[0]), max(1, runs[-1])
+    said = f"training {low}" if low == high else f"training {low} … {high}"
+    if high == math.inf:
+        said = "never on some data"
+    return [way.name, f"{first:.2f}", f"{each:.2f}", f"{first + each:.2f}", said]
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:

@@ -15,7 +15,6 @@ from benchmarks.frontier.ways import ALL, FULL, Way
 from benchmarks.sections.study_numbers import Estimate
 
 PATH_BATCHES = 12
-LITTLE = 0.02  # of the gain: who loses less is called as good
 Cell = tuple[str, int]
 
 
@@ -28,6 +27,7 @@ class Point:
         lost: Data set and seed -> share of the gain of all layers that it loses.
         rates: Data set -> its best learning rate.
         at_edge: Data sets whose best rate is the lowest or the highest that was tried.
+        by_pairs: Whether pairs of data set and seed count as replicates, and not data sets.
         times: Data set -> total time, search included, over PEFT's on all layers.
     """
 
@@ -36,6 +36,7 @@ class Point:
     rates: Mapping[str, float]
     times: Mapping[str, float]
     at_edge: frozenset[str] = frozenset()
+    by_pairs: bool = False
 
     @property
     def time(self) -> float | None:
@@ -44,14 +45,23 @@ class Point:
 
     def by_data(self) -> dict[str, float]:
         """Return data set -> share lost, mean over the seeds."""
-        sums = defaultdict(list)
-        for (data, _), value in self.lost.items():
-            sums[data].append(value)
-        return {data: fmean(values) for data, values in sums.items()}
+        return _by_data(self.lost)
 
     def estimate(self) -> Estimate:
-        """Return the share lost with its interval over pairs of data set and seed."""
-        return Estimate.of(self.lost.values())
+        """Return the share lost with its interval over the replicates."""
+        return self.over(self.lost)
+
+    def over(self, values: Mapping[Cell, float]) -> Estimate:
+        """Return the mean of values of this way's cells, over the replicates."""
+        replicates = values if self.by_pairs else _by_data(values)
+        return Estimate.of(replicates.values())
+
+
+def _by_data(values: Mapping[Cell, float]) -> dict[str, float]:
+    sums = defaultdict(list)
+    for (data, _), value in values.items():
+        sums[data].append(value)
+    return {data: fmean(each) for data, each in sums.items()}
 
 
 class Frontier:
@@ -60,9 +70,11 @@ class Frontier:
     Attributes:
         lines: Kind -> (key, result).
         parts: Names of the parts that trained all layers.
+        by_pairs: What counts as a replicate, see ``Point``.
     """
 
-    def __init__(self, lines: Sequence[Mapping[str, Any]]):
+    def __init__(self, lines: Sequence[Mapping[str, Any]], by_pairs: bool = False):
+        self.by_pairs = by_pairs
         self.lines = defaultdict(list)
         for line in lines:
             self.lines[line["kind"]].append((line["key"], line["result"]))
@@ -87,7 +99,8 @@ class Frontier:
             if lost:
                 rates = {data: rate for (data, _), (_, _, rate) in found.items()}
                 edges = frozenset(d for d in rates if self._is_at_edge(part, way, d, rates[d]))
-                points.append(Point(way, lost, rates, self.times(part, way), edges))
+                times = self.times(part, way)
+                points.append(Point(way, lost, rates, times, edges, self.by_pairs))
         return points
 
     def _losses(self, part: str, way: Way) -> dict[Cell, tuple[float, float, float]]:
@@ -123,13 +136,17 @@ class Frontier:
 
     def times(self, part: str, way: Way) -> dict[str, float]:
         """Return data set -> total time of a way over PEFT's on all layers, where measured."""
-        times = {}
+        return {data: sum(both) for data, both in self.costs(part, way).items()}
+
+    def costs(self, part: str, way: Way) -> dict[str, tuple[float, float]]:
+        """Return data set -> time before the training, for scores, and time of the training."""
+        costs = {}
         for key, result in self.lines["frontier times"]:
             if key["part"] == part:
-                total = _total(way, self.setting(part), part, result)
-                if total is not None:
-                    times[key["data"]] = total
-        return times
+                found = _costs(way, self.setting(part), part, result)
+                if found is not None:
+                    costs[key["data"]] = found
+        return costs
 
     def repeats(self) -> list[float]:
         """Return the changes of trainings that ran again elsewhere, as shares of their gains."""
@@ -151,10 +168,10 @@ class Frontier:
         return max(sizes)
 
 
-def _total(
+def _costs(
     way: Way, key: Mapping[str, Any], part: str, measured: Mapping[str, Sequence[float]]
-) -> float | None:
-    """Return the time of a way over PEFT's on all layers; None where a part was not measured."""
+) -> tuple[float, float] | None:
+    """Return times for scores and for training over PEFT's on all layers; None if not measured."""
     ms = {name: median(values) for name, values in measured.items()}
     opened, full = set_of(way), key["full"]
     if opened not in ms:
@@ -162,11 +179,11 @@ def _total(
     steps, before = way.steps(full), 0
     caching = part == "epochs" and opened + CACHED in ms
     step = ms[opened + CACHED] if caching else ms[opened]
-    total = 0.0
+    first = total = 0.0
     if way.search:
-        total = full * ms[ALL] + PATH_BATCHES * ms[SCORE]
+        first = full * ms[ALL] + PATH_BATCHES * ms[SCORE]
     if way.by_weights is not None:
-        total = ms[f"{SCAN}, {way.by_weights}"]
+        first = ms[f"{SCAN}, {way.by_weights}"]
     if way.at is not None:
         before = round(way.at * steps)
         scoring = PATH_BATCHES * ms[SCORE] if way.opened.startswith("top") else 0.0
@@ -174,12 +191,14 @@ def _total(
     if caching:
         rows = round((1 - key["held_out"]) * key["limit"])
         total += rows * ms[f"{FILL}, {opened}"]
-    return (total + (steps - before) * step) / (full * ms[PEFT])
+    unit = full * ms[PEFT]
+    return first / unit, (total + (steps - before) * step) / unit
 
 
 def gap(one: Point, other: Point) -> Estimate:
     """Return how much more of the gain one loses than another, paired by data set and seed."""
-    return Estimate.of(one.lost[cell] - other.lost[cell] for cell in one.lost if cell in other.lost)
+    both = {cell: one.lost[cell] - other.lost[cell] for cell in one.lost if cell in other.lost}
+    return one.over(both)
 
 
 def rival(points: Sequence[Point], one: Point) -> Point | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import comb
 
 from benchmarks.sections.student import holm, p_value
 from benchmarks.sections.study_numbers import Estimate, Study
@@ -17,9 +18,10 @@ HURT, NEAR = 0.02, 0.10  # of what training all layers gains
 PAPER = 0.90  # overlap between data sets that the paper reports for the best 75 %
 RULE = (
     "A loss is a share of what training all layers gains on the held-out rows. A data set is one "
-    "replicate: the mean over its seeds. Intervals are 95 %, by Student's t over the data sets, "
-    "each for its claim alone. A verdict needs all runs of every data set and seed, at least "
-    f"{ENOUGH} data sets, and a p-value below 5 % after Holm's correction for all claims of the "
+    "replicate: the mean over its seeds. Intervals are 95 %, by Student's t over the data sets "
+    "(overlaps: over their pairs), each for its claim alone. A verdict needs all runs of every "
+    f"data set and seed, at least {ENOUGH} data sets, and a p-value below 5 % after Holm's "
+    "correction for all claims of the "
     f"list that can be told: *holds* or *fails*; else *{OPEN}*. *Does not hurt* means losing less "
     f"than {HURT:.0%}, *comes near* less than {NEAR:.0%}; *beats* means a lower held-out loss. The "
     "default, `path`, was chosen on these sets; they say little about others."
@@ -66,26 +68,45 @@ class Claim:
 
 def overlap(study: Study, method: str, share: float) -> str | None:
     """Describe the overlap between data sets beside chance and its ceiling, two seeds of one."""
-    by_seed, chance = defaultdict(list), chance_jaccard(share)
-    for of, result in study.agreed("data", method):
-        by_seed[of["seed"]].append(result["jaccard"][str(share)])
+    by_pair, chance = defaultdict(list), chance_jaccard(share)
+    for _, result in study.agreed("data", method):
+        by_pair[tuple(result["values"])].append(result["jaccard"][str(share)])
     same = [result["jaccard"][str(share)] for _, result in study.agreed("seed", method)]
-    if not by_seed or not same:
+    if not by_pair or not same:
         return None
-    said = Estimate.of(sum(values) / len(values) for values in by_seed.values())
+    said = Estimate.of(sum(values) / len(values) for values in by_pair.values())
     ceiling = sum(same) / len(same)
     way = (said.mean - chance) / (ceiling - chance)
-    random = [result["jaccard"][str(share)] for _, result in study.agreed("seed", "random")]
-    most = f" (of random masks at most {max(random):.2f})" if random else ""
+    reach = highest_chance(len(study.layers), share)
     text = (
         f"Overlap of the best {share:.0%} between data sets, `{method}`: Jaccard {said.text(2)}; "
-        f"chance {chance:.2f}{most}; two seeds of one set, the ceiling: {ceiling:.2f}. That is "
-        f"{way:.2f} of the way from chance to the ceiling"
+        f"chance {chance:.2f}, and 95 % of random pairs reach at most {reach:.2f}: "
+        f"{'above' if said.low > reach else 'not surely above'} chance. Two seeds of one set, the "
+        f"ceiling, reach {ceiling:.2f}: that is {way:.2f} of the way from chance to the ceiling"
     )
     if share == 0.75:
         inside = "inside" if said.low <= PAPER <= said.high else "outside"
-        text += f". The paper's {PAPER:.2f} lies {inside} the interval"
+        edge = min(abs(said.low - PAPER), abs(said.high - PAPER)) < 0.01
+        where = "at the edge of" if edge else inside
+        text += f". The paper's {PAPER:.2f} lies {where} the interval"
     return text + "."
+
+
+def highest_chance(layers: int, share: float) -> float:
+    """Return the Jaccard index that two random masks do not exceed in 95 % of all pairs.
+
+    The layers in both follow the hypergeometric distribution.
+
+    >>> round(highest_chance(210, 0.3), 2)
+    0.24
+    """
+    kept = max(1, round(share * layers))
+    total, below = comb(layers, kept), 0
+    for both in range(kept + 1):
+        below += comb(kept, both) * comb(layers - kept, kept - both)
+        if below / total >= 0.95:
+            return both / (2 * kept - both)
+    return 1.0
 
 
 def order(study: Study, method: str) -> str | None:

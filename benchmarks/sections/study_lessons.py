@@ -109,7 +109,7 @@ def _cheap(study: Study) -> str | None:
     said = Estimate.of(values)
     tie = said.low <= 0.0 <= said.high
     return (
-        f"Layers chosen by `{CHEAP}`, the size of the trained update, lose {said.mean * 100:+.1f} "
+        f"Layers chosen by `{CHEAP}`, the size of the trained update, lose {said.mean * 100:.1f} "
         f"% more of the gain than those of the search at 30 % ({said.low * 100:+.1f} … "
         f"{said.high * 100:+.1f})" + (f": a tie over {len(values)} data sets" if tie else "") + "; "
         f"on the worst set {max(values) * 100:+.1f} %."
@@ -120,10 +120,7 @@ def _by_place(study: Study) -> str | None:
     lost = _lost(study, LAST, SHARE)
     if lost is None:
         return None
-    return (
-        f"The last 30 % of the layers cost {lost} when trained from scratch: the cheapest to train "
-        "lose the most."
-    )
+    return f"The last 30 % of the layers, the cheapest to train, cost {lost} from scratch."
 
 
 def _listed(sentences: Sequence[str]) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.sections.student import two_sided
+
 ALL = "all layers"
 OPTIONS = ("milestone", "stage2_steps", "score_init", "score_lr")
 # The 97.5 % point of Student's t by degrees of freedom, from 1.
@@ -23,6 +25,7 @@ class Estimate:
     low: float
     high: float
     count: int
+    error: float = math.inf  # standard error of the mean
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Estimate:
@@ -31,8 +34,15 @@ class Estimate:
         if count == 1:
             return cls(mean, -math.inf, math.inf, 1)
         deviation = math.sqrt(sum((x - mean) ** 2 for x in values) / (count - 1))
-        half = (_T[count - 2] if count - 2 < len(_T) else _T[-1]) * deviation / math.sqrt(count)
-        return cls(mean, mean - half, mean + half, count)
+        error = deviation / math.sqrt(count)
+        half = (_T[count - 2] if count - 2 < len(_T) else _T[-1]) * error
+        return cls(mean, mean - half, mean + half, count, error)
+
+    def p(self) -> float:
+        """Return the two-sided p-value of the mean against 0; 1 for one value."""
+        if self.count == 1 or self.mean == 0.0:
+            return 1.0
+        return 0.0 if self.error == 0.0 else two_sided(abs(self.mean) / self.error, self.count - 1)
 
     def text(self, digits: int = 3, unit: str = "") -> str:
         """Mean and interval in words."""

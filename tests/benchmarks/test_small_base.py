@@ -55,7 +55,7 @@ def test_stated_sentences_get_their_verdicts(lines):
     kappa = next(line for line in text.splitlines() if "- `kappa` at 30 %" in line)
     assert kappa.endswith("runs are missing: **can't be told here**.")
     assert "- `path` at 10 % beats random layers: not measured." in text
-    assert "Data: *a* and *b*, 6 pairs" in text and "| best 30 % by `path` | +3.0 % (" in text
+    assert "Data: *a* and *b*, 6 pairs" in text and "| best 30 % by `path` | 3.0 % (" in text
 
 
 def test_the_worst_layers_are_counted(lines):
