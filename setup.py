@@ -49,7 +49,7 @@ TEST = [
 setup(
     name="ila-kernels",
     version=version(),
-    description="Find the layers that matter for LoRA alignment, and train only those, fast",
+    description="LoRA fine-tuning that pays only for the layers that train: find them, mask them, fast",
     keywords=[
         "LoRA",
         "QLoRA",
