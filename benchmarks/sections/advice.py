@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.frontier.methods import LAST_MLPS, best_by
+from benchmarks.frontier.methods import best_by
 from benchmarks.frontier.ways import FULL, NO_QK
 from benchmarks.sections import small_base
 from benchmarks.sections.frontier import FIGURE, SAYS, frontier, percent
-from benchmarks.sections.frontier_numbers import Frontier, Point, gap, rival
+from benchmarks.sections.frontier_numbers import Frontier, Point, gap, less_on, rival
 from benchmarks.sections.verdict import LITTLE, RULE, word, words
 
 PAGE = "study"
 TITLE = "Which layers to train"
 ORDER = -1
 SAME_TIME = 1.05
-OTHERS = (best_by("kappa", 0.3), best_by("random", 0.3), LAST_MLPS, best_by("snr", 0.3))
+OTHERS = tuple(best_by(name, 0.3) for name in ("update_norm", "kappa", "random", "snr"))
 Points = Mapping[str, Point]
 
 
@@ -148,7 +148,10 @@ def _rival(points: Points, run: Point) -> str:
         return ""
     said = word(gap(run, other))
     said = f"the run is {said}" if said in ("better", "worse") else said
-    return f"; *{other.way.name}* takes {other.time:.2f} and {_lose(other)}: {said}"
+    return (
+        f"; *{other.way.name}* takes {other.time:.2f} and {_lose(other)}: {said} (the run loses "
+        f"less on {less_on(run, other)})"
+    )
 
 
 def _time(point: Point) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.frontier.methods import METHODS, best_by
 from benchmarks.frontier.ways import FULL, ONE_PASS, Way
 from benchmarks.sections.common import BLUE, GREY, INK, ORANGE, RED, picture, save, table
-from benchmarks.sections.frontier_numbers import Frontier, Point, gap, rival
+from benchmarks.sections.frontier_numbers import Frontier, Point, gap, less_on, rival
 from benchmarks.sections.pieces import untitled
 from benchmarks.sections.study_numbers import Estimate
 from benchmarks.sections.verdict import RULE, words
@@ -141,14 +141,12 @@ def verdicts(points: list[Point]) -> list[str]:
 
 def _verdict(point: Point, other: Point, word: str) -> str:
     said = gap(point, other)
-    theirs = other.by_data()
-    worse = sum(value > theirs[data] for data, value in point.by_data().items())
     which = "less" if said.mean < 0 else "more"
     return (
         f"- *{point.way.name.capitalize()}* takes {point.time:.2f} of PEFT's time; this library on "
         f"*{other.way.name}* takes {other.time:.2f}. The first loses {abs(said.mean) * 100:.1f} % "
-        f"{which} of the gain ({said.low * 100:+.1f} … {said.high * 100:+.1f}): {word} (more on "
-        f"{worse} of {len(point.by_data())} data sets)."
+        f"{which} of the gain ({said.low * 100:+.1f} … {said.high * 100:+.1f}): {word} (less on "
+        f"{less_on(point, other)})."
     )
 
 

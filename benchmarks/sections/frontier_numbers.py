@@ -201,6 +201,13 @@ def gap(one: Point, other: Point) -> Estimate:
     return one.over(both)
 
 
+def less_on(one: Point, other: Point) -> str:
+    """Say on how many data sets one loses less than another: ``"1 of 3 data sets"``."""
+    mine, theirs = one.by_data(), other.by_data()
+    both = mine.keys() & theirs.keys()
+    return f"{sum(mine[data] < theirs[data] for data in both)} of {len(both)} data sets"
+
+
 def rival(points: Sequence[Point], one: Point) -> Point | None:
     """Return all layers, trained for the least measured time that is at least another's."""
     longer = [
