@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,10 @@ from ila.training.train import train
 
 PARTS = ("calibrate", "time", "train")
 TRAINED = "trained"
-KEPT = ("steps", "held_out_loss_before", "held_out_loss", "trainable_parameters")
-KEPT += ("open_modules", "total_modules")
+KEPT = (
+    *("steps", "held_out_loss_before", "held_out_loss"),
+    *("trainable_parameters", "open_modules", "total_modules"),
+)
 
 
 def scattered(names: list[str], count: int = 12) -> dict[str, set[str]]:
@@ -72,7 +75,7 @@ class Run:
             max_length=options.max_length,
             rank=options.rank,
             alpha=2.0 * options.rank,
-            seed=self.mask.provenance.get("seed", 0),
+            seed=searched(self.mask, options.limit)["seed"],
         )
 
     def model(self) -> tuple[Any, Shape]:
@@ -144,8 +147,14 @@ class Run:
         config = TrainConfig(
             steps=steps, learning_rate=rate, batch_size=size, seed=seed, save_every=None
         )
-        data = {"held_out": rows.held_out, "collator": rows.collator}
-        metrics = train(model, rows.dataset, config, **data, name=name)
+        metrics = train(
+            model,
+            rows.dataset,
+            config,
+            held_out=rows.held_out,
+            collator=rows.collator,
+            name=name,
+        )
         file.parent.mkdir(exist_ok=True)
         write_json_atomic(file, {key: metrics[key] for key in KEPT})
         print(f"{name}, seed {seed}: {steps} steps, held out {metrics['held_out_loss']:.4f}")
@@ -183,6 +192,23 @@ class Run:
         }
 
 
+def searched(mask: LayerMask, limit: int) -> Mapping[str, Any]:
+    """Return the inputs of a mask's search, whose division of the rows every training keeps.
+
+    Raises:
+        ValueError: The mask names no inputs, or its search divided other rows.
+    """
+    said = mask.provenance.get("inputs")
+    if said is None:
+        raise ValueError("mask must be of `ila learn`: it names no inputs, so its rows are unknown")
+    mine = {"limit": limit, "held_out": Inputs.held_out, "group_copies": Inputs.group_copies}
+    for name, value in mine.items():
+        theirs = said.get(name, getattr(Inputs, name))
+        if theirs != value:
+            raise ValueError(f"mask: its search had {name}={theirs}, these trainings have {value}")
+    return said
+
+
 def _slug(name: str) -> str:
     return name.replace(" ", "-")
 
@@ -212,7 +238,10 @@ def main() -> None:
         claim(options.work, mine, marker="budget.json", resume=True, remedy="give another --work")
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    run = Run(options)
+    try:
+        run = Run(options)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     files = {"calibrate": "speed.json", "time": "times.json", "train": ""}
     for part in PARTS if options.part is None else (options.part,):
         if not (files[part] and (options.work / files[part]).exists()):

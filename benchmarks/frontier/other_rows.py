@@ -1,4 +1,4 @@
-"""Scores from a search that shares nothing with the training but the kind of data.
+"""Scores from a search that shares no row, order or adapter with the training.
 
 A search on the rows of a training reads them in the same order, from the same adapter. Here it
 reads the next rows of the same file, by another seed.

@@ -10,7 +10,7 @@ seeds at the rate that was best there for the same data. Three parts; the first 
 - ``one pass``: no row is seen twice.
 - ``epochs``: few rows, three times each, where the prefix cache pays.
 - ``small base``: ways to choose few layers of the model of ``benchmarks.base``, on data sets that
-  no choice was made on.
+  were not used before.
 
 Ways to choose few layers (``benchmarks.frontier.methods``) train in one pass too.
 

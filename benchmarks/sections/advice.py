@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from benchmarks.frontier.methods import best_by
 from benchmarks.frontier.ways import FULL, NO_QK
 from benchmarks.sections import small_base
-from benchmarks.sections.frontier import FIGURE, SAYS, frontier, percent
+from benchmarks.sections.frontier import FIGURE, SAYS, frontier, percent, tenths
 from benchmarks.sections.frontier_numbers import Frontier, Point, gap, less_on, rival
 from benchmarks.sections.verdict import LITTLE, RULE, word, words
 
@@ -17,7 +17,7 @@ PAGE = "study"
 TITLE = "Which layers to train"
 ORDER = -1
 SAME_TIME = 1.05
-OTHERS = tuple(best_by(name, 0.3) for name in ("update_norm", "kappa", "random", "snr"))
+CHOICES = tuple(best_by(name, 0.3) for name in ("path", "update_norm", "kappa", "snr"))
 Points = Mapping[str, Point]
 
 
@@ -73,11 +73,15 @@ def _no_qk(points: Points, small: Points) -> str | None:
     point, other = points.get(NO_QK.name), small.get(NO_QK.name)
     if point is None:
         return None
-    said = f"Leaving out every q and k{_in_time(point, ' takes')}, and {_lose(point)}"
-    beside = (
-        "" if other is None else f" On a small base model with as many key heads it {_lose(other)}."
+    time = "" if point.time is None else f" takes {point.time:.2f} and"
+    said = f"Leaving out every q and k{time} {_lose(point)}"
+    if other is None:
+        return f"{said}: {word(point.estimate())}."
+    mean = f"{tenths(other.estimate().mean)} %, the mean of {len(other.by_data())} data sets"
+    return (
+        f"{said}: {word(point.estimate())}. On a small base model with as many key heads as query "
+        f"heads it loses {mean}."
     )
-    return f"{said}: {word(point.estimate())}.{beside}"
 
 
 def _one_run(points: Points) -> str | None:
@@ -98,33 +102,29 @@ def _said(points: Points, run: Point) -> str:
 
 
 def _few(points: Points) -> str | None:
-    """Say whether a search chooses better layers than chance; then what each choice loses."""
-    best, chance = (points.get(best_by(method, 0.3).name) for method in ("path", "random"))
-    if best is None:
+    """Say what each choice of 30 % loses, against random layers."""
+    chance, path, kappa = (points.get(best_by(by, 0.3).name) for by in ("random", "path", "kappa"))
+    if chance is None:
         return None
-    others = [points[way.name] for way in OTHERS if way.name in points]
-    others = [other for other in others if other.lost.keys() == best.lost.keys()]
-    told = words([gap(other, best) for other in others])
-    parts = [f"`path` {percent(best.estimate())}{_in_time(best, ' in', ', its search included')}"]
-    parts += [
-        f"{_short(other)} {percent(other.estimate())}{_in_time(other, ' in')}, {said}"
-        for other, said in zip(others, told, strict=True)
-    ]
-    return f"{_opening(best, chance, others, told)} The best 30 % lose: by {'; '.join(parts)}."
+    ways = [points[way.name] for way in CHOICES if way.name in points]
+    ways = [way for way in ways if way.lost.keys() == chance.lost.keys()]
+    told = words([gap(way, chance) for way in ways])
+    parts = [_choice(way, said) for way, said in zip(ways, told, strict=True)]
+    begin = f"Few layers from the start: 30 % at random lose {percent(chance.estimate())}."
+    against = f" Against them, the best 30 % by {'; '.join(parts)}." if parts else ""
+    both = ""
+    if path in ways and kappa in ways:
+        both = f" `kappa` against `path`: {word(gap(kappa, path))}."
+    better = " None was shown to beat chance." if parts and "better" not in told else ""
+    return f"{begin}{against}{both}{better}"
 
 
-def _opening(
-    best: Point, chance: Point | None, others: Sequence[Point], told: Sequence[str]
-) -> str:
-    if chance is None or chance not in others:
-        return "Few layers from the start."
-    if told[others.index(chance)] == "worse":
-        return "Few layers from the start: a search chooses better ones than chance."
-    return "Few layers from the start: no search was shown to choose better ones than chance."
-
-
-def _in_time(point: Point, how: str, more: str = "") -> str:
-    return "" if point.time is None else f"{how} {point.time:.2f}{more}"
+def _choice(point: Point, said: str) -> str:
+    notes = [f"in {point.time:.2f}"] if point.time is not None else []
+    notes += ["with its search"] if point.way.search else []
+    notes += ["from the weights alone"] if point.way.by_weights else []
+    how = f" ({', '.join(notes)})" if notes else ""
+    return f"`{point.way.scored_by}`{how} lose {percent(point.estimate())}: {said}"
 
 
 def _epochs(points: Points) -> str | None:
@@ -156,10 +156,6 @@ def _rival(points: Points, run: Point) -> str:
 
 def _time(point: Point) -> float:
     return point.time or 0.0
-
-
-def _short(point: Point) -> str:
-    return point.way.name.removeprefix("best 30 % by ")
 
 
 def _lose(point: Point) -> str:

@@ -11,11 +11,11 @@ from benchmarks.frontier.methods import LAST_MLPS, NAMED, OTHER_ROWS, SHARES, by
 from benchmarks.frontier.other_rows import SEEDS_APART, name_of
 from benchmarks.frontier.ways import FULL, NO_QK, Way
 from benchmarks.sections.common import table
-from benchmarks.sections.frontier import frontier, percent
+from benchmarks.sections.frontier import each, frontier, percent, signed
 from benchmarks.sections.frontier_numbers import Cell, Frontier, Point, gap
 from benchmarks.sections.study_numbers import Estimate
 from benchmarks.sections.verdict import words
-from ila.masks.mask import LayerMask
+from ila.masks.mask import LayerMask, chance_jaccard
 
 PAGE = "study"
 TITLE = "Choosing few layers: best rate against best rate"
@@ -27,8 +27,11 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
     found = frontier(results)
     points = {} if found is None else {p.way.name: p for p in found.points("one pass")}
     tables = by_shares(points, LAST_MLPS, OTHER_ROWS, *NAMED)
-    said = [text for text in (_RULE, *_apart(found), worst(found)) if text] if tables else []
-    return [*said, *tables]
+    if not tables:
+        return []
+    named = _NAMED if any(way.name in points for way in NAMED) else ""
+    said = [_RULE, named, *_apart(found), worst(found)]
+    return [*(text for text in said if text), *tables]
 
 
 def by_shares(points: Mapping[str, Point], *at_30: Way) -> list[str]:
@@ -52,25 +55,27 @@ def _apart(found: Frontier) -> list[str]:
     }
     apart = [(cell, (name_of(cell[0]), cell[1] + SEEDS_APART)) for cell in masks]
     apart = [pair for pair in apart if pair[1] in masks]
-    if not apart:
-        return []
     seeds = [(one, two) for (one, _), (two, _) in combinations(apart, 2) if one[0] == two[0]]
+    if not seeds:
+        return []
     said, ceiling = (_agreement(masks, pairs) for pairs in (apart, seeds))
     return [
         "A search reads the rows of the training that follows, in its order and from the same "
         "adapter. Does that favour `path`? `other-rows` are the scores of a search on as many "
         f"further rows of the set, by another seed. Both rank the layers with {said}; two seeds of "
-        f"one set with {ceiling}. Chance is 0.18."
+        f"one set with {ceiling}. By chance the overlap is {chance_jaccard(0.3):.2f}. The row "
+        "`other-rows` below trains on these layers."
     ]
 
 
 def worst(found: Frontier) -> str:
-    """Count the layers q and k among as many layers with the lowest scores."""
+    """Count how many of the layers with the lowest scores are q or k."""
     listed = [result["names"] for _, result in found.lines["layers"]]
+    trained = {(key["data"], key["seed"]) for key, _ in found.lines["frontier"]}
     masks = {
         (key["data"], key["seed"]): result["scores"]
         for key, result in found.lines["mask"]
-        if key["method"] == "path"
+        if key["method"] == "path" and (key["data"], key["seed"]) in trained
     }
     if not listed or not masks:
         return ""
@@ -103,11 +108,14 @@ _RULE = (
     "layers of the same data. Controls do not read that data: the MLPs of the last 21 blocks (as "
     "many layers as 30 %), the singular values of the base weights (`snr`, `kappa`), the mean "
     "`path` scores of the other data sets (`others`), the same predicted from kind and block "
-    "(`additive`), and random layers. `output_norm` (LoRA-drop) reads 120 rows after such a run, "
-    "`feature_norm` (PLoP) and `gradient_norm` read them before any. No q and k leaves 71 % of the "
+    "(`additive`), and random layers. No q and k leaves 71 % of the "
     "layers, so it stands in the table of 75 %. *Against `path`* compares on the same data sets "
     "and seeds, with a word as above, each table a list. A rate with a star is the lowest or the "
-    "highest that was tried. Compare rows with as many runs."
+    "highest that was tried. Compare only rows with the same number of runs."
+)
+_NAMED = (
+    "`output_norm` (LoRA-drop) reads 120 rows after such a run, `feature_norm` (PLoP) and "
+    "`gradient_norm` read them before any."
 )
 
 
@@ -127,7 +135,7 @@ def _share(points: Mapping[str, Point], share: float, at_30: Sequence[Way]) -> l
         [
             _name(point.way, share),
             percent(point.estimate()),
-            ", ".join(f"{value * 100:.1f}" for value in point.by_data().values()),
+            each(point),
             against.get(point.way.name, ""),
             ", ".join(f"{r * 1e3:g}{'*' * (d in point.at_edge)}" for d, r in point.rates.items()),
             str(len(point.lost)),
@@ -157,13 +165,12 @@ def _against(rows: Sequence[Point]) -> dict[str, str]:
     behind = [gap(point, best) for point in others]
     told = [""] * len(others) if best.by_pairs else [f", {word}" for word in words(behind)]
     return {
-        point.way.name: signed(said) + word
+        point.way.name: _difference(said) + word
         for point, said, word in zip(others, behind, told, strict=True)
     }
 
 
-def signed(said: Estimate) -> str:
+def _difference(said: Estimate) -> str:
     """Return a difference in percent with its sign and its interval."""
-    if said.count < 2:
-        return f"{said.mean * 100:+.1f} %"
-    return f"{said.mean * 100:+.1f} % ({said.low * 100:+.1f} … {said.high * 100:+.1f})"
+    mean, low, high = map(signed, (said.mean, said.low, said.high))
+    return f"{mean} %" if said.count < 2 else f"{mean} % ({low} … {high})"

@@ -62,9 +62,9 @@ def _rule(found: Frontier) -> str:
         f"{key['max_length']} tokens a step, {key['full']} steps in a full run "
         "(`python -m benchmarks.frontier --help`). *Gain* is the loss that training all layers "
         "takes off on held-out rows. Every way trains at its own learning rate: the best on the "
-        "first seed of each data set, used for the other seeds too. Searches train at one rate, "
-        f"{_search_rate(found)}, which is below most of the best ones. Total time counts every "
-        "step, the scores and the cache. Step times were measured in turns, as CPU time of one "
+        f"first seed of each data set, used for the other seeds too.{_search_rate(found)} Total "
+        "time counts every step, the scores and the cache. Step times were measured in turns, as "
+        "CPU time of one "
         f"thread ({_rounds(found)} rounds), and are relative to PEFT on all layers with "
         "transformers' loss. PEFT's layers give the same losses as ours with all layers open, so "
         "they were not trained twice. `kappa` and `snr` score layers by the singular values of "
@@ -76,8 +76,10 @@ def _rule(found: Frontier) -> str:
 
 
 def _search_rate(found: Frontier) -> str:
-    rates = {key["learning_rate"] for key, _ in found.lines["mask"]}
-    return " and ".join(f"{rate * 1e3:g}·10⁻³" for rate in sorted(rates)) or "1·10⁻³"
+    """Say at which rate the searches trained: theirs was not tuned."""
+    rates = {key["learning_rate"] for key, _ in found.lines["mask"] if key.get("milestone")}
+    said = " and ".join(f"{rate * 1e3:g}·10⁻³" for rate in sorted(rates))
+    return f" Searches train at {said}, which was not tuned." if said else ""
 
 
 def _rounds(found: Frontier) -> int:
@@ -114,7 +116,7 @@ def _table(points: list[Point]) -> str:
             point.way.name,
             "not measured" if point.time is None else f"{point.time:.2f}",
             percent(point.estimate()),
-            ", ".join(f"{value * 100:.1f}" for value in point.by_data().values()),
+            each(point),
             ", ".join(f"{rate * 1e3:g}" for rate in point.rates.values()),
             str(len(point.lost)),
         ]
@@ -127,14 +129,37 @@ def _table(points: list[Point]) -> str:
 
 def percent(said: Estimate) -> str:
     """Return a share in percent with its interval; a mean alone has none."""
-    mean, low, high = (f"{round(x, 3) * 100 + 0.0:.1f}" for x in (said.mean, said.low, said.high))
+    mean, low, high = map(tenths, (said.mean, said.low, said.high))
     return f"{mean} %" if said.count < 2 or said.error == 0.0 else f"{mean} % ({low} … {high})"
+
+
+def tenths(share: float) -> str:
+    """Return a share in percent, with one digit and no -0.0.
+
+    >>> tenths(-0.0004), tenths(0.0123)
+    ('0.0', '1.2')
+    """
+    return f"{round(share, 3) * 100 + 0.0:.1f}"
+
+
+def signed(share: float) -> str:
+    """Return a share in percent with its sign.
+
+    >>> signed(0.0123), signed(-0.0004)
+    ('+1.2', '+0.0')
+    """
+    return f"{round(share, 3) * 100 + 0.0:+.1f}"
+
+
+def each(point: Point) -> str:
+    """Return the share lost on each data set, in percent."""
+    return ", ".join(tenths(value) for value in point.by_data().values())
 
 
 def verdicts(points: list[Point]) -> list[str]:
     """Return a sentence for each way but all layers, against all layers in as much time."""
     pairs = [(point, rival(points, point)) for point in points if point.way.opened != "all"]
-    pairs = [(one, other) for one, other in pairs if other and gap(one, other).count > 1]
+    pairs = [(one, other) for one, other in pairs if other and len(one.by_data()) > 1]
     told = words([gap(one, other) for one, other in pairs])
     return [_verdict(one, other, word) for (one, other), word in zip(pairs, told, strict=True)]
 
@@ -145,7 +170,7 @@ def _verdict(point: Point, other: Point, word: str) -> str:
     return (
         f"- *{point.way.name.capitalize()}* takes {point.time:.2f} of PEFT's time; this library on "
         f"*{other.way.name}* takes {other.time:.2f}. The first loses {abs(said.mean) * 100:.1f} % "
-        f"{which} of the gain ({said.low * 100:+.1f} … {said.high * 100:+.1f}): {word} (less on "
+        f"{which} of the gain ({signed(said.low)} … {signed(said.high)}): {word} (less on "
         f"{less_on(point, other)})."
     )
 
@@ -160,8 +185,9 @@ def costs(found: Frontier, part: str) -> list[str]:
     time = f"{fmean(whole.values()):.2f}"
     return [
         "What a choice costs, search included; PEFT's time on all layers is 1. The last column "
-        "says from which training on one choice it has taken less time than all layers, by data "
-        "set. It counts time alone: the gain that few layers lose stands above.",
+        "counts trainings that share one choice: from that one on, scores and trainings together "
+        "took less time than as many trainings of all layers (range over data sets). The gain "
+        "that few layers lose stands above.",
         table(header, [[FULL.name, "0.00", time, time, ""], *rows]),
     ]
 
@@ -170,16 +196,16 @@ def _cost(found: Frontier, part: str, way: Way, whole: Mapping[str, float]) -> l
     both = found.costs(part, way)
     if not both or not whole:
         return None
-    first, each = (fmean(values) for values in zip(*both.values(), strict=True))
+    first, one = (fmean(values) for values in zip(*both.values(), strict=True))
     runs = sorted(
-        math.ceil(before / (whole[data] - one)) if one < whole[data] else math.inf
-        for data, (before, one) in both.items()
+        math.floor(before / (whole[data] - time)) + 1 if time < whole[data] else math.inf
+        for data, (before, time) in both.items()
     )
-    low, high = max(1, runs[0]), max(1, runs[-1])
+    low, high = runs[0], runs[-1]
     said = f"training {low}" if low == high else f"training {low} … {high}"
     if high == math.inf:
-        said = "never on some data"
-    return [way.name, f"{first:.2f}", f"{each:.2f}", f"{first + each:.2f}", said]
+        said = "never" if low == math.inf else "never on some data"
+    return [way.name, f"{first:.2f}", f"{one:.2f}", f"{first + one:.2f}", said]
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:

@@ -15,6 +15,7 @@ from benchmarks.frontier.ways import ALL, FULL, Way
 from benchmarks.sections.study_numbers import Estimate
 
 PATH_BATCHES = 12
+PRICED = (None, "path", "kappa", "snr")  # how layers are scored, where that is timed
 Cell = tuple[str, int]
 
 
@@ -174,7 +175,7 @@ def _costs(
     """Return times for scores and for training over PEFT's on all layers; None if not measured."""
     ms = {name: median(values) for name, values in measured.items()}
     opened, full = set_of(way), key["full"]
-    if opened not in ms:
+    if opened not in ms or way.scored_by not in PRICED:
         return None
     steps, before = way.steps(full), 0
     caching = part == "epochs" and opened + CACHED in ms
@@ -197,22 +198,31 @@ def _costs(
 
 def gap(one: Point, other: Point) -> Estimate:
     """Return how much more of the gain one loses than another, paired by data set and seed."""
-    both = {cell: one.lost[cell] - other.lost[cell] for cell in one.lost if cell in other.lost}
-    return one.over(both)
+    return one.over(_behind(one, other))
+
+
+def _behind(one: Point, other: Point) -> dict[Cell, float]:
+    return {cell: lost - other.lost[cell] for cell, lost in one.lost.items() if cell in other.lost}
 
 
 def less_on(one: Point, other: Point) -> str:
     """Say on how many data sets one loses less than another: ``"1 of 3 data sets"``."""
-    mine, theirs = one.by_data(), other.by_data()
-    both = mine.keys() & theirs.keys()
-    return f"{sum(mine[data] < theirs[data] for data in both)} of {len(both)} data sets"
+    behind = _by_data(_behind(one, other)).values()
+    return f"{sum(value < 0 for value in behind)} of {len(behind)} data sets"
 
 
 def rival(points: Sequence[Point], one: Point) -> Point | None:
-    """Return all layers, trained for the least measured time that is at least another's."""
+    """Return all layers, trained for the least measured time that is at least another's.
+
+    It was trained wherever the other was; times that print alike count as alike.
+    """
     longer = [
         point
         for point in points
-        if point.way.opened == "all" and point.time and one.time and point.time >= one.time - 0.005
+        if point.way.opened == "all"
+        and point.lost.keys() >= one.lost.keys()
+        and point.time
+        and one.time
+        and point.time >= one.time - 0.005
     ]
     return min(longer, key=lambda point: point.time or 0.0, default=None)

@@ -9,7 +9,7 @@ from math import comb
 
 from benchmarks.sections.student import holm, p_value
 from benchmarks.sections.study_numbers import Estimate, Study
-from ila.masks.mask import chance_jaccard
+from ila.masks.mask import LayerMask, chance_jaccard
 
 HOLDS, FAILS, OPEN = "holds", "fails", "can't be told here"
 ENOUGH = 3  # data sets
@@ -97,10 +97,11 @@ def highest_chance(layers: int, share: float) -> float:
 
     The layers in both follow the hypergeometric distribution.
 
-    >>> round(highest_chance(210, 0.3), 2)
-    0.24
+    >>> round(highest_chance(210, 0.3), 2), round(highest_chance(35, 0.3), 2)
+    (0.24, 0.38)
     """
-    kept = max(1, round(share * layers))
+    every = LayerMask({str(place): 0.0 for place in range(layers)})
+    kept = len(every.top(share).open)
     total, below = comb(layers, kept), 0
     for both in range(kept + 1):
         below += comb(kept, both) * comb(layers - kept, kept - both)

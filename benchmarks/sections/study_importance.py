@@ -98,14 +98,14 @@ def _at_best_rates(found: Frontier | None) -> list[str]:
         kept_, lost = (fmean(getattr(row, field) for row in mine) for field in ("plain", "lost"))
         each.append((lost, f"{method} {kept_:.2f} and {lost * 100:.1f} %"))
     return [
-        f"At best rates little of it is left: ρ = {rho_of(rows, 'plain'):.2f} and "
-        f"{rho_of(rows, 'concave'):.2f} over {len(rows)} trainings with 30 % of the layers. Kept "
-        f"and lost, means: {'; '.join(text for _, text in sorted(each))}."
+        f"At best rates ρ is {rho_of(rows, 'plain'):.2f} and {rho_of(rows, 'concave'):.2f}, over "
+        f"{len(rows)} trainings with 30 % of the layers whose scores are recorded. Kept and lost, "
+        f"means: {'; '.join(text for _, text in sorted(each))}."
     ]
 
 
 def at_best_rates(found: Frontier) -> list[Trained]:
-    """Return every training with 30 % of the layers, at its best rate, in one pass."""
+    """Return the trainings with 30 % of the layers whose scores are recorded, at best rates."""
     layers = [result["names"] for _, result in found.lines["layers"]]
     scored = {
         (key["method"], key["data"], key["seed"]): result["scores"]

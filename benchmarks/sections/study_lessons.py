@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.sections.study_numbers import Estimate, Study, studies
+from benchmarks.sections.verdict import word
 from ila.masks.mask import chance_jaccard
 
 PAGE = "study"
@@ -107,12 +108,12 @@ def _cheap(study: Study) -> str | None:
         return None
     values = study.by_data(behind)
     said = Estimate.of(values)
-    tie = said.low <= 0.0 <= said.high
+    which = "less" if said.mean < 0 else "more"
     return (
-        f"Layers chosen by `{CHEAP}`, the size of the trained update, lose {said.mean * 100:.1f} "
-        f"% more of the gain than those of the search at 30 % ({said.low * 100:+.1f} … "
-        f"{said.high * 100:+.1f})" + (f": a tie over {len(values)} data sets" if tie else "") + "; "
-        f"on the worst set {max(values) * 100:+.1f} %."
+        f"Layers chosen by `{CHEAP}`, the size of the trained update, lose "
+        f"{abs(said.mean) * 100:.1f} % {which} of the gain than those of the search at 30 % "
+        f"({said.low * 100:+.1f} … {said.high * 100:+.1f}): {word(said)} over {len(values)} data "
+        f"sets; on the worst set {max(values) * 100:+.1f} %."
     )
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from benchmarks.sections.student import holm
 from benchmarks.sections.study_numbers import Estimate
 
-LITTLE = 0.02  # of the gain: who loses less is called as good
+LITTLE = 0.02  # of the gain: differences within this are ties
 OPEN, TIE = "can't be told", "a tie"
 RULE = (
-    f"*A tie*: the interval of the difference lies within ±{LITTLE * 100:g} %. *Better* or "
-    "*worse*: its p-value is below 5 % after Holm's correction within a list. Else the difference "
-    "can't be told."
+    f"*A tie*: the interval of the difference lies within ±{LITTLE * 100:g} %. Otherwise *better* "
+    "or *worse*: its p-value is below 5 % after Holm's correction within a list. Else it can't be "
+    "told. Intervals and ties are not corrected."
 )
 
 

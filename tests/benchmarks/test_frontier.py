@@ -8,12 +8,12 @@ import pytest
 from benchmarks.frontier import run as frontier
 from benchmarks.frontier import train as training
 from benchmarks.frontier.additive import by_kind_and_block
-from benchmarks.frontier.methods import LAST_MLPS, METHODS, PARTS, best_by
+from benchmarks.frontier.methods import LAST_MLPS, METHODS, PARTS, RATES, SMALL, best_by
 from benchmarks.frontier.times import CACHED, FILL, PEFT, SCAN, SCORE
-from benchmarks.frontier.ways import ALL, FULL, ONE_PASS, Way
+from benchmarks.frontier.ways import ALL, FULL, NO_QK, ONE_PASS, Way
 from benchmarks.sections import advice, best_rate
 from benchmarks.sections import frontier as section
-from benchmarks.sections.frontier_numbers import PATH_BATCHES, Frontier, gap, rival
+from benchmarks.sections.frontier_numbers import PATH_BATCHES, Frontier, gap, less_on, rival
 from benchmarks.sections.student import p_value
 from benchmarks.sections.study_numbers import Estimate
 from benchmarks.sections.verdict import word, words
@@ -21,6 +21,7 @@ from benchmarks.sections.verdict import word, words
 HALF = Way("one run", opened="blocks:1", at=0.25)
 # Trainings that lose the same share of the gain everywhere.
 EVEN = {
+    0.0: {"a": [1.0, 1.2], "b": [1.5, 1.4]},
     0.1: {"a": [1.1, 1.28], "b": [1.55, 1.46]},
     0.2: {"a": [1.2, 1.36], "b": [1.6, 1.52]},
 }
@@ -159,20 +160,42 @@ def test_the_advice_is_what_the_numbers_say(lines, monkeypatch):
     assert said in text
     more = trained(path, EVEN[0.1]) + trained(chance, EVEN[0.2])
     (text,) = [t for t in advice.advice(Frontier(lines + more)) if "Few" in t]
-    assert "chooses better ones than chance. The best 30 % lose: by `path` 10.0 %" in text
-    assert "in 1.46, its search included; `random` 20.0 %" in text and text.endswith(", worse.")
-    noisy = trained(chance, {"a": [1.05, 1.32], "b": [1.6, 1.46]})
-    noisy += trained(path, EVEN[0.1])
+    assert "Few layers from the start: 30 % at random lose 20.0 %" in text
+    assert "the best 30 % by `path` (in 1.46, with its search) lose 10.0 %: better." in text
+    noisy = trained(chance, {"a": [1.05, 1.32], "b": [1.6, 1.46]}) + trained(path, EVEN[0.1])
     (text,) = [t for t in advice.advice(Frontier(lines + noisy)) if "Few" in t]
-    assert "no search was shown to choose better ones than chance" in text
-    assert text.endswith("`random` 12.5 % (-19.3 … 44.3), can't be told.")
+    assert "at random lose 12.5 % (-19.3 … 44.3)." in text
+    assert text.endswith("lose 10.0 %: can't be told. None was shown to beat chance.")
     # A tie is a difference that is small for certain.
     kappa = best_by("kappa", 0.3)
     monkeypatch.setitem(PARTS, "one pass", (FULL, path, chance, kappa))
     more += trained(kappa, {"a": [1.1005, 1.2796], "b": [1.55, 1.46]})
     (text,) = [t for t in advice.advice(Frontier(lines + more)) if "Few" in t]
-    assert "`kappa` 10.0 % in 0.55, a tie; `random` 20.0 %" in text
+    assert "`kappa` (in 0.55, from the weights alone) lose 10.0 %: better." in text
+    assert text.endswith(" `kappa` against `path`: a tie.")
     assert advice.summary({}) == []
+
+
+def test_the_small_base_stands_beside_its_own_number(lines, monkeypatch):
+    monkeypatch.setitem(PARTS, "one pass", (FULL, NO_QK))
+    small = [line | {"key": line["key"] | {"part": SMALL}} for line in trained(NO_QK, EVEN[0.2])]
+    small += [line | {"key": line["key"] | {"part": SMALL}} for line in trained(FULL, EVEN[0.0])]
+    small += [line | {"key": line["key"] | {"learning_rate": 4e-3}} for line in small[-3:]]
+    found = {"frontier": [*lines, *trained(NO_QK, EVEN[0.1])], "small-base": small}
+    monkeypatch.setitem(RATES, SMALL, (1e-3, 2e-3, 3e-3))
+    sentences = advice.markdown(found)[1]
+    assert "Leaving out every q and k loses 10.0 %: " in sentences
+    assert "it loses 20.0 %, the mean of 2 data sets." in sentences
+
+
+def test_data_sets_are_compared_seed_by_seed(lines):
+    one = trained(HALF, {"a": [1.5, 1.1]})  # loses 0.5 and -0.125
+    other = trained(CUT, {"a": [1.4]})  # was not trained on seed 1
+    points = {
+        p.way: p for p in Frontier([*trained(FULL, EVEN[0.0]), *one, *other]).points("one pass")
+    }
+    assert less_on(points[HALF], points[CUT]) == "0 of 1 data sets"
+    assert gap(points[HALF], points[CUT]).mean == pytest.approx(0.1)
 
 
 def test_trainings_that_ran_again_say_how_far_they_changed(lines):

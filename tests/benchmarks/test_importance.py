@@ -50,5 +50,5 @@ def test_the_page_says_what_each_way_keeps_and_loses(lines):
     kept = "`path` 0.53 and 10.0 %; `kappa` 0.07 and 20.0 %; `random` 0.09 and 30.0 %."
     assert text.endswith(kept)
     # Kept: 0.53, 0.07, 0.09 against lost 0.1, 0.2, 0.3: ranks 3, 1, 2 and 1, 2, 3.
-    assert "ρ = 0.50" in text
+    assert "At best rates ρ is 0.50 and 0.50" in text
     assert section._at_best_rates(None) == [] == section._at_best_rates(Frontier(lines[:6]))
