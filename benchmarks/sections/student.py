@@ -21,9 +21,20 @@ def p_value(values: Sequence[float], bound: float) -> float:
         return 1.0
     mean = sum(values) / count
     deviation = math.sqrt(sum((x - mean) ** 2 for x in values) / (count - 1))
-    if deviation == 0.0:
-        return 1.0 if mean == bound else 0.0
-    return two_sided(abs(mean - bound) * math.sqrt(count) / deviation, count - 1)
+    return p_of(mean - bound, deviation / math.sqrt(count), count)
+
+
+def p_of(difference: float, error: float, count: int) -> float:
+    """Return the two-sided p-value of a mean's difference from a bound; 1 for one value.
+
+    Args:
+        difference: Mean minus bound.
+        error: Standard error of the mean.
+        count: Number of values.
+    """
+    if count < 2 or difference == 0.0:
+        return 1.0
+    return 0.0 if error == 0.0 else two_sided(abs(difference) / error, count - 1)
 
 
 def two_sided(t: float, degrees: int) -> float:

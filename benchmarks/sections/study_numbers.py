@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.sections.student import two_sided
+from benchmarks.sections.student import p_of
 
 ALL = "all layers"
 OPTIONS = ("milestone", "stage2_steps", "score_init", "score_lr")
@@ -40,9 +40,7 @@ class Estimate:
 
     def p(self) -> float:
         """Return the two-sided p-value of the mean against 0; 1 for one value."""
-        if self.count == 1 or self.mean == 0.0:
-            return 1.0
-        return 0.0 if self.error == 0.0 else two_sided(abs(self.mean) / self.error, self.count - 1)
+        return p_of(self.mean, self.error, self.count)
 
     def text(self, digits: int = 3, unit: str = "") -> str:
         """Mean and interval in words."""
