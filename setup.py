@@ -49,7 +49,7 @@ TEST = [
 setup(
     name="ila-kernels",
     version=version(),
-    description="LoRA fine-tuning that pays only for the layers that train: find them, mask them, fast",
+    description="LoRA fine-tuning that pays only for the layers that train",
     keywords=[
         "LoRA",
         "QLoRA",

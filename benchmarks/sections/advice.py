@@ -121,7 +121,7 @@ def _few(points: Points) -> str | None:
 
 def _choice(point: Point, said: str) -> str:
     notes = [f"in {point.time:.2f}"] if point.time is not None else []
-    notes += ["with its search"] if point.way.search else []
+    notes += ["with its search" if notes else "its search is a whole run"] * point.way.search
     notes += ["from the weights alone"] if point.way.by_weights else []
     how = f" ({', '.join(notes)})" if notes else ""
     return f"`{point.way.scored_by}`{how} lose {percent(point.estimate())}: {said}"

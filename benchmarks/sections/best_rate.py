@@ -61,10 +61,9 @@ def _apart(found: Frontier) -> list[str]:
     said, ceiling = (_agreement(masks, pairs) for pairs in (apart, seeds))
     return [
         "A search reads the rows of the training that follows, in its order and from the same "
-        "adapter. Does that favour `path`? `other-rows` are the scores of a search on as many "
+        "adapter. `other-rows` are the scores of a search on as many "
         f"further rows of the set, by another seed. Both rank the layers with {said}; two seeds of "
-        f"one set with {ceiling}. By chance the overlap is {chance_jaccard(0.3):.2f}. The row "
-        "`other-rows` below trains on these layers."
+        f"one set with {ceiling}. By chance the overlap is {chance_jaccard(0.3):.2f}."
     ]
 
 

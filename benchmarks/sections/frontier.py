@@ -62,9 +62,9 @@ def _rule(found: Frontier) -> str:
         f"{key['max_length']} tokens a step, {key['full']} steps in a full run "
         "(`python -m benchmarks.frontier --help`). *Gain* is the loss that training all layers "
         "takes off on held-out rows. Every way trains at its own learning rate: the best on the "
-        f"first seed of each data set, used for the other seeds too.{_search_rate(found)} Total "
-        "time counts every step, the scores and the cache. Step times were measured in turns, as "
-        "CPU time of one "
+        "first seed of each data set, used for the other seeds too. The first seed counts as well, "
+        f"so losses are slightly low.{_search_rate(found)} Total time counts every step, the "
+        "scores and the cache. Step times were measured in turns, as CPU time of one "
         f"thread ({_rounds(found)} rounds), and are relative to PEFT on all layers with "
         "transformers' loss. PEFT's layers give the same losses as ours with all layers open, so "
         "they were not trained twice. `kappa` and `snr` score layers by the singular values of "
@@ -93,7 +93,7 @@ def _repeated(found: Frontier) -> str:
         return ""
     return (
         f" Trainings ran on two processors; {len(changes)} that ran on both differ by "
-        f"{min(changes) * 100:+.1f} … {max(changes) * 100:+.1f} % of the gain."
+        f"{signed(min(changes))} … {signed(max(changes))} % of the gain."
     )
 
 
@@ -104,7 +104,9 @@ def _setting(found: Frontier, part: str) -> str:
     data = list(dict.fromkeys(name for name, _ in sorted(cells)))
     key, rows = found.setting(part), found.rows(part)
     read = key["full"] * key["batch_rows"]
-    how = f"{read} of {rows} rows, each once" if read <= rows else f"{rows} rows, {read / rows:g}×"
+    how = (
+        f"{read} of {rows} rows, each once" if read <= rows else f"{rows} rows, {read / rows:.3g}×"
+    )
     return (
         f"A full run reads {how}; data: {', '.join(data)}; {len(cells)} pairs of data set and seed."
     )
@@ -170,8 +172,8 @@ def _verdict(point: Point, other: Point, word: str) -> str:
     return (
         f"- *{point.way.name.capitalize()}* takes {point.time:.2f} of PEFT's time; this library on "
         f"*{other.way.name}* takes {other.time:.2f}. The first loses {abs(said.mean) * 100:.1f} % "
-        f"{which} of the gain ({signed(said.low)} … {signed(said.high)}): {word} (less on "
-        f"{less_on(point, other)})."
+        f"{which} of the gain (difference {signed(said.low)} … {signed(said.high)}): {word} (less "
+        f"on {less_on(point, other)})."
     )
 
 
@@ -186,8 +188,8 @@ def costs(found: Frontier, part: str) -> list[str]:
     return [
         "What a choice costs, search included; PEFT's time on all layers is 1. The last column "
         "counts trainings that share one choice: from that one on, scores and trainings together "
-        "took less time than as many trainings of all layers (range over data sets). The gain "
-        "that few layers lose stands above.",
+        "took less time than as many trainings of all layers (range over data sets, of few rounds "
+        "of timing). The gain that few layers lose stands above.",
         table(header, [[FULL.name, "0.00", time, time, ""], *rows]),
     ]
 

@@ -139,7 +139,7 @@ def _trainings(study: Study) -> list[str]:
         for method in of:
             results = [r for (_, _, *k), r in study.trained.items() if k == [method, cut, share]]
             sizes = statistics.mean(r["trainable_parameters"] for r in results)
-            behind = study.losing(method, cut, share)
+            behind = study.by_data(study.losing(method, cut, share))
             word = "" if method == ALL else f", {share:.0%} by {cut}"
             row = [f"`{method}`{word}" if word else method, f"{sizes / 1e6:.3g} M"]
             row.append(f"{statistics.mean(r['held_out_loss'] for r in results):.4f}")
@@ -153,8 +153,8 @@ def _trainings(study: Study) -> list[str]:
         f"**Training from scratch on the layers kept, {study.steps} steps each**, best first. "
         f"Before training the loss is {before:.4f} on average. A cut by parameters keeps the best "
         "layers that fit into the share of all adapter parameters, so that large modules do not "
-        "win by their size. Rows with another number of runs saw other data sets or seeds and are "
-        "not to be compared; the claims below compare within the same ones.",
+        "win by their size. Intervals are over the data sets. Compare only rows with the same "
+        "number of runs; the claims below compare within the same data sets and seeds.",
         table(header, rows),
     ]
 

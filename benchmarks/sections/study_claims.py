@@ -76,14 +76,16 @@ def overlap(study: Study, method: str, share: float) -> str | None:
         return None
     said = Estimate.of(sum(values) / len(values) for values in by_pair.values())
     ceiling = sum(same) / len(same)
-    way = (said.mean - chance) / (ceiling - chance)
     reach = highest_chance(len(study.layers), share)
     text = (
         f"Overlap of the best {share:.0%} between data sets, `{method}`: Jaccard {said.text(2)}; "
         f"chance {chance:.2f}, and 95 % of random pairs reach at most {reach:.2f}: "
         f"{'above' if said.low > reach else 'not surely above'} chance. Two seeds of one set, the "
-        f"ceiling, reach {ceiling:.2f}: that is {way:.2f} of the way from chance to the ceiling"
+        f"ceiling, reach {ceiling:.2f}"
     )
+    if ceiling > reach:
+        way = (said.mean - chance) / (ceiling - chance)
+        text += f": that is {way:.2f} of the way from chance to the ceiling"
     if share == 0.75:
         inside = "inside" if said.low <= PAPER <= said.high else "outside"
         edge = min(abs(said.low - PAPER), abs(said.high - PAPER)) < 0.01

@@ -113,7 +113,9 @@ def loss(study: Study, path: Path) -> None:
     cuts = list(dict.fromkeys(cut for cut, _ in study.cuts()))
     shares = sorted({share for _, share in study.cuts()})
     methods = list(dict.fromkeys(m for _, _, m, c, _ in study.trained if c))
-    methods.sort(key=lambda m: -np.mean([x for at in study.cuts() for x in study.losing(m, *at)]))
+    methods.sort(
+        key=lambda m: -np.mean([x for at in study.cuts() for x in study.losing(m, *at).values()])
+    )
     figure, axes = new_figure(
         f"What training only the best layers loses: {study.name}",
         f"held-out loss minus that of all layers, {study.steps} steps from scratch; mean over n "
@@ -132,7 +134,7 @@ def loss(study: Study, path: Path) -> None:
             one.set_title(f"{share:.0%} {by}", fontsize=10, color=INK, loc="left")
             one.axvline(0, color=FAINT, lw=1)
             for place, method in enumerate(methods):
-                values = study.losing(method, cut, share)
+                values = study.by_data(study.losing(method, cut, share))
                 if values:
                     said = Estimate.of(values)
                     error = None if said.count == 1 else said.high - said.mean

@@ -99,7 +99,8 @@ def _at_best_rates(found: Frontier | None) -> list[str]:
         each.append((lost, f"{method} {kept_:.2f} and {lost * 100:.1f} %"))
     return [
         f"At best rates ρ is {rho_of(rows, 'plain'):.2f} and {rho_of(rows, 'concave'):.2f}, over "
-        f"{len(rows)} trainings with 30 % of the layers whose scores are recorded. Kept and lost, "
+        f"{len(rows)} trainings with 30 % of the layers whose scores are recorded, all data sets "
+        "and seeds pooled. Kept and lost, "
         f"means: {'; '.join(text for _, text in sorted(each))}."
     ]
 

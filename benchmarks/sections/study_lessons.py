@@ -69,7 +69,7 @@ def _freezing(study: Study) -> str | None:
     worse = sum(value > 0 for value in values)
     return (
         f"Freezing the worst 25 % of the layers costs {lost}, and is worse than training all in "
-        f"{worse} of {len(values)} pairs: nearly free, not better."
+        f"{worse} of {len(values)} pairs."
     )
 
 
@@ -112,8 +112,8 @@ def _cheap(study: Study) -> str | None:
     return (
         f"Layers chosen by `{CHEAP}`, the size of the trained update, lose "
         f"{abs(said.mean) * 100:.1f} % {which} of the gain than those of the search at 30 % "
-        f"({said.low * 100:+.1f} … {said.high * 100:+.1f}): {word(said)} over {len(values)} data "
-        f"sets; on the worst set {max(values) * 100:+.1f} %."
+        f"(difference {said.low * 100:+.1f} … {said.high * 100:+.1f}): {word(said)} over "
+        f"{len(values)} data sets; on the worst set {max(values) * 100:+.1f} %."
     )
 
 

@@ -104,15 +104,17 @@ class Study:
         pairs = {(cut, share) for _, _, _, cut, share in self.trained if cut}
         return sorted(pairs)
 
-    def losing(self, method: str, cut: str, share: float, against: str = ALL) -> list[float]:
-        """Held-out loss minus that of another, one for each data set and seed that has both."""
+    def losing(
+        self, method: str, cut: str, share: float, against: str = ALL
+    ) -> dict[tuple[str, int], float]:
+        """Return (data, seed) -> held-out loss minus that of another, where both were trained."""
         other = ("", 1.0) if against == ALL else (cut, share)
-        pairs = (
-            (result, self.trained.get((data, seed, against, *other)))
-            for (data, seed, m, c, s), result in self.trained.items()
-            if (m, c, s) == (method, cut, share)
-        )
-        return [a["held_out_loss"] - b["held_out_loss"] for a, b in pairs if b]
+        found = {}
+        for (data, seed, m, c, s), result in self.trained.items():
+            rival = self.trained.get((data, seed, against, *other))
+            if (m, c, s) == (method, cut, share) and rival:
+                found[data, seed] = result["held_out_loss"] - rival["held_out_loss"]
+        return found
 
     def lost(
         self, method: str, cut: str, share: float, against: str = ALL

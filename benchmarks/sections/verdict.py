@@ -12,7 +12,8 @@ OPEN, TIE = "can't be told", "a tie"
 RULE = (
     f"*A tie*: the interval of the difference lies within ±{LITTLE * 100:g} %. Otherwise *better* "
     "or *worse*: its p-value is below 5 % after Holm's correction within a list. Else it can't be "
-    "told. Intervals and ties are not corrected."
+    "told, which does not mean that both are equal: three data sets are few. Intervals and ties "
+    "are not corrected."
 )
 
 

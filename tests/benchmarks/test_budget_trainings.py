@@ -5,9 +5,11 @@ from argparse import Namespace
 
 import pytest
 
+from benchmarks import budget
 from benchmarks.budget import TRAINED, Run
 from ila.masks.mask import LayerMask
 from ila.masks.names import PEFT_PREFIX
+from ila.training.train import train
 
 KINDS = [f"self_attn.{name}_proj" for name in "qkvo"]
 KINDS += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -38,10 +40,18 @@ def options(tiny_model_folder, tmp_path):
     )
 
 
-def test_a_seed_draws_the_adapter_and_not_the_held_out_rows(options):
-    run = Run(options)
+def test_a_seed_draws_the_adapter_and_not_the_held_out_rows(options, monkeypatch):
+    run, adapters = Run(options), []
+
+    def training(model, *given, **more):
+        weights = [p.detach().clone() for n, p in model.named_parameters() if "lora_A" in n]
+        adapters.append(weights[0])
+        return train(model, *given, **more)
+
+    monkeypatch.setattr(budget, "train", training)
     for seed in (0, 1):
-        run._train("top 0.5", run.mask, 3, seed)
+        run._train("top 0.5", run.mask.top(0.5), 3, seed)
+    assert not adapters[0].equal(adapters[1])
     first, second = (
         json.loads((options.work / TRAINED / f"top-0.5-seed-{seed}.json").read_text("utf-8"))
         for seed in (0, 1)
@@ -49,6 +59,7 @@ def test_a_seed_draws_the_adapter_and_not_the_held_out_rows(options):
     # A fresh adapter changes nothing, so only the rows decide the loss before.
     assert first["held_out_loss_before"] == second["held_out_loss_before"]
     assert first["held_out_loss"] != second["held_out_loss"]
+    assert first["open_modules"] == 7 and first["total_modules"] == 14
     assert run.inputs.seed == 5 and len(run.rows().held_out) == 2
 
 

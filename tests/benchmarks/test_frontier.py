@@ -128,7 +128,7 @@ def test_the_page_and_the_front_say_what_the_numbers_say(lines):
     assert "| training 5 … 9 |" in "\n".join(section.markdown({"frontier": slow}))
     slow = [*lines[:-1], *times(data=("b",), **{"top:0.3, from scratch": [9.0]})]
     assert "| never on some data |" in "\n".join(section.markdown({"frontier": slow}))
-    said = "The first loses 7.5 % more of the gain (-24.3 … +39.3): can't be told (less on 0 of 2"
+    said = "The first loses 7.5 % more of the gain (difference -24.3 … +39.3): can't be told (less"
     assert said in text
 
 

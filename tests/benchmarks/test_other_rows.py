@@ -66,4 +66,4 @@ def test_the_page_says_how_far_the_masks_agree():
     said = re.findall(r"ρ = ([\d.]+) and an overlap of the best 30 % of ([\d.]+)", text)
     assert said == [("0.75", "0.50"), ("1.00", "1.00")]
     assert "| best 30 % by `other-rows` | 10.0 % | 10.0 |" in text
-    assert "Does that favour" not in "\n".join(best_rate.markdown({"frontier": found[:-3]}))
+    assert "two seeds of one set" not in "\n".join(best_rate.markdown({"frontier": found[:-3]}))

@@ -295,8 +295,8 @@ def test_a_loss_is_compared_with_that_of_the_same_data_and_seed(finished):
         for t in of(finished, "train")
         if t["key"].get("cut") == "count" and t["key"]["share"] == 0.3
     }
-    expected = [by["path", d, s] - by["random", d, s] for s in range(2) for d in ("up", "down")]
-    assert behind == expected and len(behind) == 4
+    cells = [(data, seed) for seed in range(2) for data in ("up", "down")]
+    assert behind == {(d, s): by["path", d, s] - by["random", d, s] for d, s in cells}
 
 
 RANKS = """
