@@ -47,11 +47,8 @@ def by_shares(points: Mapping[str, Point], *at_30: Way) -> list[str]:
 def _apart(found: Frontier) -> list[str]:
     """Say how far masks agree with those of a search that shares no row with the training."""
     masks = {
-        (key["data"], key["seed"]): LayerMask(
-            {str(place): score for place, score in enumerate(result["scores"])}
-        )
-        for key, result in found.lines["mask"]
-        if key["method"] == "path"
+        cell: LayerMask({str(place): score for place, score in enumerate(scores)})
+        for cell, scores in found.scores("path").items()
     }
     apart = [(cell, (name_of(cell[0]), cell[1] + SEEDS_APART)) for cell in masks]
     apart = [pair for pair in apart if pair[1] in masks]
@@ -71,17 +68,13 @@ def worst(found: Frontier) -> str:
     """Count how many of the layers with the lowest scores are q or k."""
     listed = [result["names"] for _, result in found.lines["layers"]]
     trained = {(key["data"], key["seed"]) for key, _ in found.lines["frontier"]}
-    masks = {
-        (key["data"], key["seed"]): result["scores"]
-        for key, result in found.lines["mask"]
-        if key["method"] == "path" and (key["data"], key["seed"]) in trained
-    }
-    if not listed or not masks:
+    searched = [scores for cell, scores in found.scores("path").items() if cell in trained]
+    if not listed or not searched:
         return ""
     names = listed[0]
     few = {name for name in names if name.endswith(("q_proj", "k_proj"))}
     counts = []
-    for scores in masks.values():
+    for scores in searched:
         ranked = sorted(zip(scores, names, strict=True))
         counts.append(len(few & {name for _, name in ranked[: len(few)]}))
     return (

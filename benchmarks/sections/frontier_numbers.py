@@ -86,6 +86,14 @@ class Frontier:
         """Return the key of the first training of a part."""
         return next(key for key, _ in self.lines["frontier"] if key["part"] == part)
 
+    def scores(self, method: str) -> dict[Cell, list[float]]:
+        """Return (data, seed) -> scores of a method, in the order of the layers."""
+        return {
+            (key["data"], key["seed"]): result["scores"]
+            for key, result in self.lines["mask"]
+            if key["method"] == method
+        }
+
     def points(self, part: str) -> list[Point]:
         """Return a point for every way that was trained, in order."""
         whole = self._losses(part, FULL)

@@ -108,18 +108,14 @@ def _at_best_rates(found: Frontier | None) -> list[str]:
 def at_best_rates(found: Frontier) -> list[Trained]:
     """Return the trainings with 30 % of the layers whose scores are recorded, at best rates."""
     layers = [result["names"] for _, result in found.lines["layers"]]
-    scored = {
-        (key["method"], key["data"], key["seed"]): result["scores"]
-        for key, result in found.lines["mask"]
-    }
-    rows = []
+    searched, rows = found.scores(METHOD), []
     for point in found.points("one pass") if layers else []:
         by = point.way.scored_by
-        if point.way.at is not None or point.way not in ALIKE:
+        if point.way not in ALIKE:
             continue
-        for (data, seed), lost in point.lost.items():
-            weights = scored.get((METHOD, data, seed))
-            chosen = scored.get((by, data, seed))
+        scored = found.scores(by) if by is not None else {}
+        for cell, lost in point.lost.items():
+            weights, chosen = searched.get(cell), scored.get(cell)
             if weights is None or (by is not None and chosen is None):
                 continue
             opened = set(point.way.mask(layers[0], chosen).open)
